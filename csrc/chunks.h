@@ -1,0 +1,86 @@
+// Plain-data descriptors, shared by the CPU and the CUDA kernels: no torch, no CUDA.
+//
+// A segment is a contiguous run of elements, live and shadow, under one rule. A chunk is a piece of a segment that
+// one thread (CPU) or one block (GPU) takes as a whole. The chunk list is built once and read at every step.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastema {
+
+// Order matters: Kind packs these two bits.
+enum class Dtype : uint8_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+// What happens to every element of a chunk: an average or a converting copy between two dtypes, or a copy of bytes.
+using Kind = uint16_t;
+constexpr Kind kAverage = 0;     // + dtype pair
+constexpr Kind kConvert = 16;    // + dtype pair
+constexpr Kind kCopyBytes = 32;  // elements are bytes
+
+constexpr Kind dtype_pair(Dtype shadow, Dtype live) {
+  return static_cast<Kind>(static_cast<int>(shadow) * 4 + static_cast<int>(live));
+}
+
+constexpr int64_t dtype_bytes(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+constexpr int64_t shadow_bytes(Kind kind) {
+  return kind == kCopyBytes ? 1 : dtype_bytes(static_cast<Dtype>(kind % 16 / 4));
+}
+constexpr int64_t live_bytes(Kind kind) { return kind == kCopyBytes ? 1 : dtype_bytes(static_cast<Dtype>(kind % 4)); }
+
+struct Segment {
+  void* shadow;      // [count], dtype by kind
+  const void* live;  // [count], dtype by kind
+  int64_t count;     // elements
+  Kind kind;
+};
+
+struct Chunk {
+  void* shadow;
+  const void* live;
+  uint32_t count;  // elements, 1 .. kChunkElements (bytes for kCopyBytes)
+  Kind kind;
+  uint16_t shadow_element_bytes;  // what an exchange of contents needs of the kind
+};
+static_assert(sizeof(Chunk) == 24, "the chunk table is read by host and device");
+
+constexpr int64_t kChunkElements = 16384;
+constexpr int64_t kChunkAlignment = 64;  // elements; cuts fall on multiples of it, so that a cut misaligns nobody
+
+// The chunk size for `elements` in all, so that `workers` blocks have about eight chunks each: few mid-size tensors
+// still fill the chip.
+constexpr int64_t chunk_elements_for(int64_t elements, int64_t workers) {
+  const int64_t wanted = elements / (workers * 8);
+  const int64_t aligned = wanted / kChunkAlignment * kChunkAlignment;
+  return aligned < 1024 ? 1024 : aligned > kChunkElements ? kChunkElements : aligned;
+}
+
+// Cuts segments into chunks of at most `chunk_elements`; empty segments give none. Every element of every segment is
+// in exactly one chunk, in order.
+inline std::vector<Chunk> cut(const std::vector<Segment>& segments, int64_t chunk_elements) {
+  std::vector<Chunk> chunks;
+  for (const Segment& segment : segments) {
+    for (int64_t begin = 0; begin < segment.count; begin += chunk_elements) {
+      const int64_t left = segment.count - begin;
+      Chunk chunk{};
+      chunk.shadow = static_cast<char*>(segment.shadow) + begin * shadow_bytes(segment.kind);
+      chunk.live = static_cast<const char*>(segment.live) + begin * live_bytes(segment.kind);
+      chunk.count = static_cast<uint32_t>(left < chunk_elements ? left : chunk_elements);
+      chunk.kind = segment.kind;
+      chunk.shadow_element_bytes = static_cast<uint16_t>(shadow_bytes(segment.kind));
+      chunks.push_back(chunk);
+    }
+  }
+  return chunks;
+}
+
+// What one update needs beside the chunks.
+struct UpdateArgs {
+  double weight;           // 1 - decay, in double
+  bool guard;              // keep the shadow where the live value is NaN or infinite
+  const float* found_inf;  // device scalar, or null: a non-zero value skips the update
+};
+
+}  // namespace fastema

@@ -1,0 +1,214 @@
+// One parallel region over a flat chunk list, each chunk a vectorised loop.
+//
+// The loops are written once, always inlined, and compiled three times (baseline, AVX2, AVX-512) through the `target`
+// attribute: the wheel runs everywhere and no -march is needed. Explicit functions rather than `target_clones`, so
+// that a test can call each one and compare the bits.
+#include "cpu_kernels.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "ema_math.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FASTEMA_X86_VARIANTS 1
+#else
+#define FASTEMA_X86_VARIANTS 0
+#endif
+
+namespace fastema {
+namespace {
+
+template <bool kGuard, class Shadow, class Live>
+EMA_FN int64_t average_chunk(const Chunk& chunk, double weight_of_live) {
+  Shadow* __restrict shadow = static_cast<Shadow*>(chunk.shadow);
+  const Live* __restrict live = static_cast<const Live*>(chunk.live);
+  const Weight<Opmath<Shadow>> weight(weight_of_live);
+  const int32_t count = static_cast<int32_t>(chunk.count);
+  int32_t kept = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    const bool keep = kGuard && is_kept<Shadow>(live[i]);
+    const Shadow result = averaged_element(shadow[i], live[i], weight);
+    shadow[i] = keep ? shadow[i] : result;
+    kept += keep;
+  }
+  return kept;
+}
+
+template <class Shadow, class Live>
+EMA_FN void convert_chunk(const Chunk& chunk) {
+  Shadow* __restrict shadow = static_cast<Shadow*>(chunk.shadow);
+  const Live* __restrict live = static_cast<const Live*>(chunk.live);
+  const int32_t count = static_cast<int32_t>(chunk.count);
+  for (int32_t i = 0; i < count; ++i) {
+    shadow[i] = converted_element<Shadow>(live[i]);
+  }
+}
+
+template <class Shadow, class Live>
+EMA_FN int64_t run_chunk(const Chunk& chunk, const UpdateArgs& args) {
+  if (chunk.kind >= kConvert) {
+    convert_chunk<Shadow, Live>(chunk);
+    return 0;
+  }
+  return args.guard ? average_chunk<true, Shadow, Live>(chunk, args.weight)
+                    : average_chunk<false, Shadow, Live>(chunk, args.weight);
+}
+
+template <class Shadow>
+EMA_FN int64_t run_chunk_into(const Chunk& chunk, const UpdateArgs& args) {
+  switch (static_cast<Dtype>(chunk.kind % 4)) {
+    case Dtype::kFloat32:
+      return run_chunk<Shadow, float>(chunk, args);
+    case Dtype::kFloat64:
+      return run_chunk<Shadow, double>(chunk, args);
+    case Dtype::kBFloat16:
+      return run_chunk<Shadow, BFloat16>(chunk, args);
+    default:
+      return run_chunk<Shadow, Float16>(chunk, args);
+  }
+}
+
+EMA_FN int64_t run_chunks(const Chunk* chunk, const Chunk* end, const UpdateArgs& args) {
+  int64_t kept = 0;
+  for (; chunk != end; ++chunk) {
+    if (chunk->kind == kCopyBytes) {
+      std::memcpy(chunk->shadow, chunk->live, chunk->count);
+      continue;
+    }
+    switch (static_cast<Dtype>(chunk->kind % 16 / 4)) {
+      case Dtype::kFloat32:
+        kept += run_chunk_into<float>(*chunk, args);
+        break;
+      case Dtype::kFloat64:
+        kept += run_chunk_into<double>(*chunk, args);
+        break;
+      case Dtype::kBFloat16:
+        kept += run_chunk_into<BFloat16>(*chunk, args);
+        break;
+      default:
+        kept += run_chunk_into<Float16>(*chunk, args);
+    }
+  }
+  return kept;
+}
+
+using RunChunks = int64_t (*)(const Chunk*, const Chunk*, const UpdateArgs&);
+
+int64_t run_chunks_baseline(const Chunk* begin, const Chunk* end, const UpdateArgs& args) {
+  return run_chunks(begin, end, args);
+}
+
+#if FASTEMA_X86_VARIANTS
+__attribute__((target("avx2,fma,bmi2"))) int64_t run_chunks_avx2(const Chunk* begin, const Chunk* end,
+                                                                 const UpdateArgs& args) {
+  return run_chunks(begin, end, args);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2"))) int64_t run_chunks_avx512(
+    const Chunk* begin, const Chunk* end, const UpdateArgs& args) {
+  return run_chunks(begin, end, args);
+}
+#endif
+
+RunChunks run_chunks_for(Isa isa) {
+#if FASTEMA_X86_VARIANTS
+  if (isa == Isa::kAvx512) return run_chunks_avx512;
+  if (isa == Isa::kAvx2) return run_chunks_avx2;
+#endif
+  (void)isa;
+  return run_chunks_baseline;
+}
+
+Isa supported_isa() {
+#if FASTEMA_X86_VARIANTS
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx2 && avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kBaseline;
+#else
+  return Isa::kBaseline;
+#endif
+}
+
+void exchange_chunk(const Chunk& chunk) {
+  constexpr size_t kBlock = 4096;  // stays in the first-level cache
+  char buffer[kBlock];
+  char* shadow = static_cast<char*>(chunk.shadow);
+  char* live = static_cast<char*>(const_cast<void*>(chunk.live));
+  const size_t bytes = static_cast<size_t>(chunk.count) * chunk.shadow_element_bytes;
+  for (size_t begin = 0; begin < bytes; begin += kBlock) {
+    const size_t size = std::min(kBlock, bytes - begin);
+    std::memcpy(buffer, shadow + begin, size);
+    std::memcpy(shadow + begin, live + begin, size);
+    std::memcpy(live + begin, buffer, size);
+  }
+}
+
+// Below this a parallel region costs more than it gains.
+constexpr int64_t kSerialBytes = 128 * 1024;
+
+// Calls run(begin, end) on contiguous ranges of chunks that move about equally many bytes, and sums what it returns.
+template <class Run>
+int64_t share_out(const CpuChunks& work, int threads, Run run) {
+  const Chunk* chunks = work.chunks.data();
+  const int64_t total = work.bytes_before.back();
+  if (threads <= 1 || total < kSerialBytes) return run(chunks, chunks + work.chunks.size());
+  int64_t sum = 0;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : sum)
+  for (int thread = 0; thread < threads; ++thread) {
+    // 128-bit product: total * thread overflows for nobody.
+    const auto first_at = [&](int index) {
+      const int64_t bytes = static_cast<int64_t>(static_cast<__int128>(total) * index / threads);
+      return std::lower_bound(work.bytes_before.begin(), work.bytes_before.end(), bytes) - work.bytes_before.begin();
+    };
+    sum += run(chunks + first_at(thread), chunks + first_at(thread + 1));
+  }
+  return sum;
+}
+
+}  // namespace
+
+CpuChunks::CpuChunks(std::vector<Chunk> list) : chunks(std::move(list)) {
+  bytes_before.reserve(chunks.size() + 1);
+  bytes_before.push_back(0);
+  for (const Chunk& chunk : chunks) {
+    // The shadow is read and written.
+    const int64_t bytes = chunk.count * (2 * shadow_bytes(chunk.kind) + live_bytes(chunk.kind));
+    bytes_before.push_back(bytes_before.back() + bytes);
+  }
+}
+
+Isa best_isa() {
+  static const Isa best = [] {
+    Isa isa = supported_isa();
+    if (const char* wanted = std::getenv("FASTEMA_CPU_ISA")) {
+      for (Isa lower : {Isa::kBaseline, Isa::kAvx2}) {
+        if (std::strcmp(wanted, isa_name(lower)) == 0) isa = std::min(isa, lower);
+      }
+    }
+    return isa;
+  }();
+  return best;
+}
+
+const char* isa_name(Isa isa) {
+  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
+}
+
+int64_t update_on_cpu(const CpuChunks& work, const UpdateArgs& args, int threads, Isa isa) {
+  const RunChunks run = run_chunks_for(std::min(isa, supported_isa()));
+  return share_out(work, threads, [&](const Chunk* begin, const Chunk* end) { return run(begin, end, args); });
+}
+
+void exchange_on_cpu(const CpuChunks& work, int threads) {
+  share_out(work, threads, [](const Chunk* begin, const Chunk* end) {
+    std::for_each(begin, end, exchange_chunk);
+    return int64_t{0};
+  });
+}
+
+}  // namespace fastema

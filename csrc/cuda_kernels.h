@@ -1,0 +1,24 @@
+// The CUDA kernels: one launch over a chunk table in device memory. No torch: raw pointers and a stream.
+//
+// Every function returns null, or CUDA's own words for what went wrong.
+#pragma once
+
+#include <cstdint>
+
+#include "chunks.h"
+
+namespace fastema {
+
+using CudaError = const char*;
+
+// How many blocks the device holds at once: what the chunk size is adapted to.
+CudaError resident_blocks(int device, int64_t& blocks);
+
+// One update. `chunks` [count] and `kept` (a counter that the guard raises) lie in the memory of `device`.
+CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& args, unsigned long long* kept, int device,
+                        void* stream);
+
+// Swaps the contents of shadow and live, bit for bit. Both sides of every chunk have the same element size.
+CudaError launch_exchange(const Chunk* chunks, int64_t count, int device, void* stream);
+
+}  // namespace fastema

@@ -1,0 +1,163 @@
+// One element of every averaging rule, for host and device: the only place with the arithmetic.
+//
+//   shadow <- shadow + weight * (live - shadow)        weight = 1 - decay
+//
+// in the two-branch form of torch.lerp (aten/src/ATen/native/Lerp.h): from 0.5 on it is computed from the live end,
+// so weight 1 copies exactly and weight 0 keeps exactly. Always one fused multiply-add, so that every backend and
+// every instruction set gives the same bits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define EMA_FN __host__ __device__ __forceinline__
+#else
+#define EMA_FN inline __attribute__((always_inline))
+#endif
+
+namespace fastema {
+
+// Storage formats only: all arithmetic happens in the opmath type.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The type an average is computed in, chosen by the shadow: double for double, else float.
+template <class Shadow>
+using Opmath = std::conditional_t<std::is_same_v<Shadow, double>, double, float>;
+
+EMA_FN uint32_t float_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+EMA_FN float bits_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// ---- 16-bit formats. Widening is exact; narrowing rounds to nearest even. Branch-free, so that loops vectorise. ----
+
+EMA_FN float widen(BFloat16 value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
+
+EMA_FN BFloat16 narrow_to_bfloat16(float value) {
+  const uint32_t bits = float_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+}
+
+EMA_FN float widen(Float16 value) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(value.bits));
+#else
+  const uint32_t sign = (static_cast<uint32_t>(value.bits) & 0x8000u) << 16;
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  const uint32_t rebias = 112u << 23;  // 127 - 15
+  const uint32_t normal = (magnitude << 13) + rebias + (magnitude >= 0x7c00u ? rebias : 0u);
+  // A subnormal is magnitude * 2^-24, the spacing of floats in [0.5, 1): exact, and safe with denormals flushed.
+  const uint32_t subnormal = float_bits(bits_float(0x3f000000u | magnitude) - 0.5f);
+  return bits_float(sign | (magnitude < 0x400u ? subnormal : normal));
+#endif
+}
+
+EMA_FN Float16 narrow_to_float16(float value) {
+#if defined(__CUDA_ARCH__)
+  return {__half_as_ushort(__float2half_rn(value))};
+#else
+  const uint32_t bits = float_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= 0x47800000u ? 0x7c00u : half;  // 65536 and above; rounding carries the rest up to it
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  return {static_cast<uint16_t>(sign | half)};
+#endif
+}
+
+// ---- between storage and opmath ----
+
+template <class Op, class Stored>
+EMA_FN Op load_as(Stored value) {
+  if constexpr (std::is_same_v<Stored, BFloat16> || std::is_same_v<Stored, Float16>) {
+    return static_cast<Op>(widen(value));
+  } else {
+    return static_cast<Op>(value);
+  }
+}
+
+template <class Stored, class Op>
+EMA_FN Stored store_as(Op value) {
+  if constexpr (std::is_same_v<Stored, BFloat16>) {
+    return narrow_to_bfloat16(static_cast<float>(value));
+  } else if constexpr (std::is_same_v<Stored, Float16>) {
+    return narrow_to_float16(static_cast<float>(value));
+  } else {
+    return static_cast<Stored>(value);
+  }
+}
+
+EMA_FN bool is_finite(float value) { return (float_bits(value) & 0x7f800000u) != 0x7f800000u; }
+
+EMA_FN bool is_finite(double value) {
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return (bits & 0x7ff0000000000000ull) != 0x7ff0000000000000ull;
+}
+
+EMA_FN float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+EMA_FN double fused_multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+// ---- the rule ----
+
+// The weight of one update, split once per launch into what every element needs.
+template <class Op>
+struct Weight {
+  Op coefficient;  // multiplies live - shadow
+  bool from_live;  // what it is added to
+
+  EMA_FN explicit Weight(double weight_of_live) {
+    const Op weight = static_cast<Op>(weight_of_live);
+    from_live = !(weight < Op(0.5));
+    coefficient = from_live ? weight - Op(1) : weight;
+  }
+};
+
+template <class Op>
+EMA_FN Op averaged(Op shadow, Op live, Weight<Op> weight) {
+  return fused_multiply_add(weight.coefficient, live - shadow, weight.from_live ? live : shadow);
+}
+
+// The guard: an element whose live value is NaN or infinite, seen in opmath, keeps its shadow.
+template <class Shadow, class Live>
+EMA_FN bool is_kept(Live live) {
+  return !is_finite(load_as<Opmath<Shadow>>(live));
+}
+
+// One element: the new shadow.
+template <class Shadow, class Live>
+EMA_FN Shadow averaged_element(Shadow shadow, Live live, Weight<Opmath<Shadow>> weight) {
+  using Op = Opmath<Shadow>;
+  return store_as<Shadow>(averaged(load_as<Op>(shadow), load_as<Op>(live), weight));
+}
+
+// A tensor that is copied into a shadow of another dtype.
+template <class Shadow, class Live>
+EMA_FN Shadow converted_element(Live live) {
+  using Op = std::conditional_t<std::is_same_v<Shadow, double> || std::is_same_v<Live, double>, double, float>;
+  return store_as<Shadow>(load_as<Op>(live));
+}
+
+}  // namespace fastema

@@ -1,0 +1,163 @@
+#include "plan.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#ifdef FASTEMA_WITH_CUDA
+#include "cuda_kernels.h"
+#endif
+
+namespace fastema {
+namespace {
+
+// Complex tensors come in as pairs (view_as_real), so these are all dtypes that are averaged.
+std::optional<Dtype> averaged_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kDouble:
+      return Dtype::kFloat64;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
+Kind kind_of(const at::Tensor& shadow, const at::Tensor& live, bool copy) {
+  if (copy && shadow.scalar_type() == live.scalar_type()) return kCopyBytes;
+  const auto shadow_dtype = averaged_dtype(shadow.scalar_type());
+  const auto live_dtype = averaged_dtype(live.scalar_type());
+  if (!shadow_dtype || !live_dtype) {
+    throw std::invalid_argument(std::string("no kernel for a ") + c10::toString(shadow.scalar_type()) +
+                                " shadow of a " + c10::toString(live.scalar_type()) + " tensor");
+  }
+  return static_cast<Kind>((copy ? kConvert : kAverage) + dtype_pair(*shadow_dtype, *live_dtype));
+}
+
+std::vector<Segment> segments_of(const std::vector<at::Tensor>& shadows, const std::vector<at::Tensor>& lives,
+                                 const std::vector<bool>& copies, at::Device device) {
+  if (shadows.size() != lives.size() || shadows.size() != copies.size()) {
+    throw std::invalid_argument("shadows, lives and copies must have equal lengths");
+  }
+  std::vector<Segment> segments;
+  segments.reserve(shadows.size());
+  for (size_t i = 0; i < shadows.size(); ++i) {
+    const at::Tensor &shadow = shadows[i], &live = lives[i];
+    if (shadow.dim() != 1 || live.dim() != 1 || !shadow.is_contiguous() || !live.is_contiguous() ||
+        shadow.numel() != live.numel()) {
+      throw std::invalid_argument("a segment must be two contiguous 1-D tensors of equal length");
+    }
+    if (shadow.device() != device || live.device() != device) {
+      throw std::invalid_argument("all segments of a plan must lie on one device");
+    }
+    const Kind kind = kind_of(shadow, live, copies[i]);
+    const int64_t count = kind == kCopyBytes ? shadow.numel() * shadow.element_size() : shadow.numel();
+    segments.push_back({shadow.mutable_data_ptr(), live.const_data_ptr(), count, kind});
+  }
+  return segments;
+}
+
+#ifdef FASTEMA_WITH_CUDA
+void check(CudaError error, const char* what) {
+  if (error != nullptr) throw std::runtime_error(std::string("CUDA error in ") + what + ": " + error);
+}
+#endif
+
+// A GPU wants chunks small enough to fill it; a CPU core takes them as large as they come.
+int64_t chunk_size(const std::vector<Segment>& segments, at::Device device) {
+  if (device.is_cpu()) return kChunkElements;
+#ifdef FASTEMA_WITH_CUDA
+  int64_t blocks = 0, elements = 0;
+  check(resident_blocks(device.index(), blocks), "resident_blocks");
+  for (const Segment& segment : segments) elements += segment.count;
+  return chunk_elements_for(elements, blocks);
+#else
+  (void)segments;
+  throw std::invalid_argument("fastema._C was built without CUDA, the tensors are on " + device.str());
+#endif
+}
+
+}  // namespace
+
+bool has_cuda() {
+#ifdef FASTEMA_WITH_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+Plan::Plan(std::vector<at::Tensor> shadows, std::vector<at::Tensor> lives, const std::vector<bool>& copies,
+           const std::vector<at::Tensor>& views)
+    : shadows_(std::move(shadows)), lives_(std::move(lives)), isa_(best_isa()), work_({}) {
+  if (!shadows_.empty()) device_ = shadows_.front().device();
+  if (!device_.is_cpu() && !device_.is_cuda()) {
+    throw std::invalid_argument("the native backend runs on CPU and CUDA, the tensors are on " + device_.str());
+  }
+  const std::vector<Segment> segments = segments_of(shadows_, lives_, copies, device_);
+  work_ = CpuChunks(cut(segments, chunk_size(segments, device_)));
+  for (size_t i = 0; i < shadows_.size(); ++i) {
+    same_dtypes_ = same_dtypes_ && shadows_[i].scalar_type() == lives_[i].scalar_type();
+  }
+  view_versions_.reserve(views.size());
+  for (const at::Tensor& view : views) view_versions_.push_back(view.unsafeGetTensorImpl()->version_counter());
+  if (device_.is_cuda()) {
+    const int64_t bytes = chunk_count() * static_cast<int64_t>(sizeof(Chunk));
+    const at::Tensor table = at::from_blob(work_.chunks.data(), {bytes}, at::TensorOptions().dtype(at::kByte));
+    device_chunks_ = table.to(device_);
+    device_kept_ = at::zeros({}, at::TensorOptions().dtype(at::kLong).device(device_));
+  }
+}
+
+void* Plan::current_stream() const {
+  // The stream through c10's device guard: no CUDA header of torch, so this compiles against CPU-only torch too.
+  return c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
+}
+
+void Plan::update(double weight, bool guard, const std::optional<at::Tensor>& found_inf) {
+  UpdateArgs args{weight, guard, nullptr};
+  if (found_inf.has_value()) {
+    if (found_inf->scalar_type() != at::kFloat || found_inf->numel() != 1 || found_inf->device() != device_) {
+      throw std::invalid_argument("found_inf must be one float32 on " + device_.str());
+    }
+    args.found_inf = static_cast<const float*>(found_inf->const_data_ptr());
+  }
+  if (device_.is_cpu() && args.found_inf != nullptr && *args.found_inf != 0.0f) return;
+  for (const c10::VariableVersion& version : view_versions_) {
+    c10::VariableVersion(version).bump();
+  }
+  if (device_.is_cpu()) {
+    kept_on_cpu_ += update_on_cpu(work_, args, at::get_num_threads(), isa_);
+    return;
+  }
+#ifdef FASTEMA_WITH_CUDA
+  check(launch_update(static_cast<const Chunk*>(device_chunks_.const_data_ptr()), chunk_count(), args,
+                      static_cast<unsigned long long*>(device_kept_.mutable_data_ptr()), device_.index(),
+                      current_stream()),
+        "update");
+#endif
+}
+
+void Plan::exchange() {
+  if (!same_dtypes_) throw std::invalid_argument("contents of different dtypes cannot be exchanged exactly");
+  if (device_.is_cpu()) return exchange_on_cpu(work_, at::get_num_threads());
+#ifdef FASTEMA_WITH_CUDA
+  check(launch_exchange(static_cast<const Chunk*>(device_chunks_.const_data_ptr()), chunk_count(), device_.index(),
+                        current_stream()),
+        "exchange");
+#endif
+}
+
+int64_t Plan::nonfinite_count() const { return device_.is_cpu() ? kept_on_cpu_ : device_kept_.item<int64_t>(); }
+
+}  // namespace fastema

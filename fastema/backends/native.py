@@ -1,0 +1,55 @@
+"""The native backend: fastema._C, the C++ plan with the CPU and CUDA kernels.
+
+The compiled module may be missing or built for another torch; the reason is kept and shown to who asks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch  # its libraries must be loaded before fastema._C
+
+NAME = "native"
+
+_C: Any
+try:
+    from fastema import _C
+except ImportError as error:
+    _C = None
+    _import_error = f"{type(error).__name__}: {error}"
+else:
+    Plan, StorageExchange, Watch = _C.Plan, _C.StorageExchange, _C.Watch
+
+
+def _build_record() -> dict[str, str | None]:
+    """What setup.py could not build and why."""
+    path = Path(__file__).parent.parent / "_build_record.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def why_unusable(device_type: str) -> str | None:
+    """None if the backend runs on this kind of device, else the reason."""
+    if _C is None:
+        reason = _build_record().get("extension") or _import_error
+        return f"fastema._C is not available ({reason}); reinstall with --no-build-isolation and a C++ compiler"
+    if device_type == "cpu":
+        return None
+    if device_type != "cuda":
+        return f"there are no kernels for {device_type}"
+    if not _C.has_cuda():
+        return f"fastema._C was built without CUDA ({_build_record().get('cuda') or 'no record'})"
+    if not torch.cuda.is_available():
+        return "built, but torch sees no CUDA device"
+    return None
+
+
+def describe(device_type: str) -> str:
+    """What runs there."""
+    if device_type == "cuda":
+        return "CUDA kernels, swap by pointer"
+    return f"C++ kernels ({_C.cpu_isa()}, {torch.get_num_threads()} threads), swap by pointer"

@@ -1,0 +1,154 @@
+"""The torch backend: the same contract in plain torch. The readable twin of csrc/, and what runs without a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAME = "torch"
+
+
+def why_unusable(device_type: str) -> str | None:
+    """None if the backend runs on this kind of device, else the reason."""
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def describe(device_type: str) -> str:
+    """What runs there."""
+    swap = "by pointer" if _SWAPS_POINTERS else "by contents (this torch cannot swap storages)"
+    return f"torch operations, swap {swap}"
+
+
+class Plan:
+    """shadow <- shadow + weight * (live - shadow) for every segment. See csrc/plan.h for the arguments."""
+
+    def __init__(
+        self, shadows: Sequence[Tensor], lives: Sequence[Tensor], copies: Sequence[bool], views: Sequence[Tensor]
+    ) -> None:
+        self._segments = list(zip(shadows, lives, copies, strict=True))
+        self._views = list(views)
+        self._kept: Tensor | int = 0
+
+    @torch.no_grad()
+    def update(self, weight: float, guard: bool, found_inf: Tensor | None = None) -> None:
+        if found_inf is not None and bool(found_inf):  # on a GPU this waits; the kernels do not
+            return
+        for shadow, live, copy in self._segments:
+            if copy:
+                shadow.copy_(live)
+            else:
+                self._average(shadow, live, weight, guard)
+        torch.autograd.graph.increment_version(self._views)
+
+    def _average(self, shadow: Tensor, live: Tensor, weight: float, guard: bool) -> None:
+        opmath = torch.float64 if shadow.dtype == torch.float64 else torch.float32
+        old, new = shadow.to(opmath), live.to(shadow.device, opmath)
+        result = torch.lerp(old, new, weight)
+        if guard:
+            finite = new.isfinite()
+            result = torch.where(finite, result, old)
+            self._kept = self._kept + (finite.numel() - finite.count_nonzero())
+        shadow.copy_(result)
+
+    def nonfinite_count(self) -> int:
+        return int(self._kept)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Swaps the contents of every shadow and live segment, a block at a time."""
+        if any(shadow.dtype != live.dtype for shadow, live, _ in self._segments):
+            raise ValueError("contents of different dtypes cannot be exchanged exactly")
+        for shadow, live, _ in self._segments:
+            _exchange_contents(shadow.view(torch.uint8), live.view(torch.uint8))
+
+
+_EXCHANGE_BLOCK = 1 << 20  # bytes held twice while contents change places
+_SWAPS_POINTERS = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # torch 2.13 has it, 2.11 does not
+
+
+def _exchange_contents(first: Tensor, second: Tensor) -> None:
+    for a, b in zip(first.split(_EXCHANGE_BLOCK), second.split(_EXCHANGE_BLOCK), strict=True):
+        held = a.clone()
+        a.copy_(b)
+        b.copy_(held)
+
+
+class ContentsExchange:
+    """Live and shadow change places by their contents: addresses stay, as captured CUDA graphs need it."""
+
+    def __init__(self, plans: Sequence[Any], managed: Sequence[Tensor]) -> None:
+        self._plans = list(plans)  # of any backend
+        # Inference tensors carry no counter, and no graph refers to them.
+        self._managed = tuple(tensor for tensor in managed if not tensor.is_inference())
+        self._versions: tuple[int, ...] = ()
+        self.entered = False
+
+    def enter(self, version_step: int) -> None:
+        if self.entered:
+            raise RuntimeError("the exchange is already entered")
+        self._check()
+        self._swap()
+        self._versions = tuple(tensor._version for tensor in self._managed)
+        self._set_versions(tuple(version + version_step for version in self._versions))
+        self.entered = True
+
+    def leave(self) -> None:
+        if not self.entered:
+            raise RuntimeError("the exchange is not entered")
+        self._swap()
+        self._set_versions(self._versions)
+        self.entered = False
+
+    def _check(self) -> None:
+        pass
+
+    def _swap(self) -> None:
+        for plan in self._plans:
+            plan.exchange()
+
+    def _set_versions(self, versions: tuple[int, ...]) -> None:
+        torch._C._autograd._unsafe_set_version_counter(self._managed, versions)
+
+
+class StorageExchange(ContentsExchange):
+    """Live and shadow change places by the pointers of their storages. See csrc/storage_exchange.h."""
+
+    def __init__(self, lives: Sequence[Tensor], others: Sequence[Tensor], managed: Sequence[Tensor]) -> None:
+        super().__init__([], managed)
+        self._pairs = list(zip(lives, others, strict=True))
+
+    def _check(self) -> None:
+        for live, other in self._pairs:
+            if live.untyped_storage().nbytes() != other.untyped_storage().nbytes() or live.device != other.device:
+                raise ValueError("storages that change places must have equal size and device")
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for live, other in self._pairs:
+            if _SWAPS_POINTERS:
+                live.untyped_storage()._swap_data_ptr_(other.untyped_storage())
+            else:
+                _exchange_contents(live, other)
+
+
+class Watch:
+    """Whether what a plan was built for is still what the model holds. See csrc/watch.h for the arguments."""
+
+    def __init__(self, dicts: Sequence[dict[str, Any]], tensors: Sequence[Tensor]) -> None:
+        self._slots = [(slots, list(slots.values())) for slots in dicts]
+        self._memory = [(tensor, self._layout(tensor)) for tensor in tensors]
+
+    @staticmethod
+    def _layout(tensor: Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]:
+        return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+
+    def holds(self) -> bool:
+        for slots, values in self._slots:
+            if len(slots) != len(values) or any(a is not b for a, b in zip(slots.values(), values, strict=True)):
+                return False
+        return all(self._layout(tensor) == layout for tensor, layout in self._memory)

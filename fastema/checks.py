@@ -1,0 +1,74 @@
+"""What users hand in, checked; and the wording of the errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+_SHOWN = 5  # differences that an error lists
+_SHADOW_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_STALL_DECAY = 0.99
+
+
+def checked_decay(decay: float) -> float:
+    """`decay` as a float in [0, 1]."""
+    if isinstance(decay, bool) or not isinstance(decay, Real):
+        raise ValueError(f"decay must be a number in [0, 1], got {decay!r}")
+    if not 0.0 <= decay <= 1.0:  # NaN fails too
+        raise ValueError(f"decay must be in [0, 1], got {decay}")
+    return float(decay)
+
+
+def checked_count(name: str, value: int, at_least: int) -> int:
+    """`value` as an int that is not too small."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} must be an int of at least {at_least}, got {value!r}")
+    return value
+
+
+def checked_shadow_dtype(dtype: torch.dtype | None, decay: float) -> torch.dtype | None:
+    """`dtype`, if an average in it moves.
+
+    Rounded to nearest, a 16-bit shadow drops every change below half a unit in its last place (2^-9 of the value for
+    bfloat16): from decay 0.99 on it stands still while the weights move on.
+    """
+    if dtype is None:
+        return None
+    if dtype not in _SHADOW_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, _SHADOW_DTYPES))}, or None; got {dtype!r}")
+    if dtype.itemsize == 2 and decay >= _STALL_DECAY:
+        raise ValueError(
+            f"a {dtype} shadow stands still at decay {decay}: each update is smaller than its rounding. Leave "
+            "dtype=None (a float32 shadow, also for 16-bit weights), or use a decay below 0.99"
+        )
+    return dtype
+
+
+def checked_device(device: torch.device | str | int | None) -> torch.device | None:
+    """`device` with its index: "cuda" becomes the current CUDA device."""
+    if device is None:
+        return None
+    device = torch.empty(0, device=device).device
+    if device.type == "meta":
+        raise ValueError("device='meta' holds no values: the shadow needs real memory")
+    return device
+
+
+def difference(name: str, expected: Tensor, got: Tensor, dtypes: bool) -> str | None:
+    """How `got` differs in shape, or in dtype, if that counts; None where it does not."""
+    if expected.shape != got.shape:
+        return f"{name!r} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    if dtypes and expected.dtype != got.dtype:
+        return f"{name!r} has dtype {got.dtype}, expected {expected.dtype}"
+    return None
+
+
+def refuse_differences(what: str, differences: Iterable[str | None], error: type[Exception] = ValueError) -> None:
+    """Raises `error` with the first few differences, if there are any."""
+    found = [text for text in differences if text is not None]
+    if found:
+        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise error(f"{what}: {'; '.join(found[:_SHOWN])}{more}")

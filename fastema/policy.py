@@ -1,0 +1,153 @@
+"""What happens to each tensor of a model: averaged, copied or skipped.
+
+Parameters are averaged. Of the buffers only running statistics of normalisation layers are: the others are counters,
+masks, caches or spectral-norm vectors, whose average means nothing. Integer and bool tensors are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+Rule = Literal["average", "copy", "skip"]
+Buffers = Literal["auto", "average", "copy", "skip"]
+#: (name, tensor, the module that owns it or None) -> a rule, or None for the default.
+Policy = Callable[[str, Tensor, "nn.Module | None"], "Rule | None"]
+#: What FastEMA averages: a module, or named tensors.
+Source = nn.Module | Iterable[tuple[str, Tensor]]
+
+RUNNING_STATISTICS = frozenset({"running_mean", "running_var", "running_std"})
+AVERAGED_DTYPES = frozenset(
+    {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex32, torch.complex64, torch.complex128}
+)
+_PRECEDENCE: dict[Rule, int] = {"average": 0, "copy": 1, "skip": 2}
+
+
+@dataclass
+class Managed:
+    """One tensor of the model with all its names and its rule."""
+
+    tensor: Tensor
+    rule: Rule
+    persistent: bool  # False: a buffer that state_dict() leaves out
+    names: list[str] = field(default_factory=list)
+    layout: str = field(init=False)  # as it was found: `tensor.data = ...` changes it later
+
+    def __post_init__(self) -> None:
+        self.layout = f"{tuple(self.tensor.shape)} {self.tensor.dtype} on {self.tensor.device}"
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the EMA's state holds it: all but copies of what the model itself does not save."""
+        return self.persistent or self.rule == "average"
+
+
+@dataclass(frozen=True)
+class _Slot:
+    name: str
+    tensor: Tensor
+    module: nn.Module | None
+    is_buffer: bool
+    persistent: bool
+
+
+def clean_name(name: str) -> str:
+    """The name without the wrapper of a compiled model, so that states of compiled and plain models are the same."""
+    return name.replace("_orig_mod.", "")
+
+
+def _slots(source: Source) -> Iterator[_Slot]:
+    """Every named tensor; one that has several names comes several times."""
+    if not isinstance(source, nn.Module):
+        for name, tensor in source:
+            yield _Slot(name, tensor, None, False, True)
+        return
+    for prefix, module in source.named_modules(remove_duplicate=False):
+        dot = "." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield _Slot(clean_name(prefix + dot + name), parameter, module, False, True)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                persistent = name not in module._non_persistent_buffers_set
+                yield _Slot(clean_name(prefix + dot + name), buffer, module, True, persistent)
+
+
+def named_tensors(source: Source) -> Iterator[tuple[str, Tensor]]:
+    """Every name with its tensor; tied tensors come under each of their names."""
+    return ((slot.name, slot.tensor) for slot in _slots(source))
+
+
+def _default_rule(slot: _Slot, buffers: Buffers) -> Rule:
+    if slot.tensor.dtype not in AVERAGED_DTYPES:
+        return "skip" if slot.is_buffer and buffers == "skip" else "copy"
+    if not slot.is_buffer:
+        return "average"
+    if buffers == "auto":
+        return "average" if slot.name.rpartition(".")[2] in RUNNING_STATISTICS else "copy"
+    return buffers
+
+
+def _rule_for(slot: _Slot, buffers: Buffers, policy: Policy | None) -> Rule:
+    chosen = policy(slot.name, slot.tensor, slot.module) if policy is not None else None
+    if chosen is None:
+        return _default_rule(slot, buffers)
+    if chosen not in get_args(Rule):
+        raise ValueError(
+            f"policy returned {chosen!r} for {slot.name!r}; it must return one of {get_args(Rule)} or None"
+        )
+    if chosen == "average" and slot.tensor.dtype not in AVERAGED_DTYPES:
+        raise ValueError(f"policy wants to average {slot.name!r}, but {slot.tensor.dtype} cannot be averaged: copy it")
+    return chosen
+
+
+def _refuse_unmanageable(slot: _Slot) -> None:
+    tensor, reason = slot.tensor, None
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        reason = "is not initialised yet: run the lazy module once before building FastEMA"
+    elif tensor.layout != torch.strided:
+        reason = f"has layout {tensor.layout}: only strided tensors have storage that can be mirrored"
+    elif tensor.is_quantized:
+        reason = "is quantised: average the float model and quantise the result"
+    elif tensor.device.type == "meta":
+        reason = "is on the meta device: materialise the model (to_empty() and initialise) before building FastEMA"
+    elif is_traceable_wrapper_subclass(tensor):
+        reason = f"is a {type(tensor).__name__}, a wrapper without storage of its own"
+    if reason is not None:
+        raise ValueError(f"{slot.name!r} {reason}. A policy that returns 'skip' for it leaves it alone.")
+
+
+def collect(source: Source, buffers: Buffers = "auto", policy: Policy | None = None) -> list[Managed]:
+    """All tensors that are averaged or copied, each once, in the model's order.
+
+    Raises:
+        ValueError: nothing to average, a tensor that cannot be managed, or a rule that does not exist.
+        TypeError: `source` is neither a module nor pairs of name and tensor.
+    """
+    if buffers not in get_args(Buffers):
+        raise ValueError(f"buffers must be one of {get_args(Buffers)}, got {buffers!r}")
+    found: dict[int, Managed] = {}
+    for slot in _slots(source):
+        if not isinstance(slot.tensor, Tensor):
+            raise TypeError(f"{slot.name!r} is a {type(slot.tensor).__name__}, not a tensor")
+        rule = _rule_for(slot, buffers, policy)
+        if rule != "skip":
+            _refuse_unmanageable(slot)
+        managed = found.setdefault(id(slot.tensor), Managed(slot.tensor, rule, slot.persistent))
+        managed.names.append(slot.name)
+        managed.persistent |= slot.persistent
+        managed.rule = min(managed.rule, rule, key=_PRECEDENCE.__getitem__)  # tied: under any name that says so
+    kept = [managed for managed in found.values() if managed.rule != "skip"]
+    if not any(managed.rule == "average" for managed in kept):
+        what = "parameters" if isinstance(source, nn.Module) else "tensors"
+        raise ValueError(f"nothing to average: the model has no floating-point {what}, or the policy skips them all")
+    return kept
