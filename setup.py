@@ -20,9 +20,17 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-CPP_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CPP_FLAGS = [
+    "-O3",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-g0",
+]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC"]
-DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")
 
 
 class NoCuda(Exception):
@@ -43,14 +51,18 @@ def cuda_home() -> Path:
     raise NoCuda("no CUDA toolkit found (nvcc with libcudart_static.a); set CUDA_HOME")
 
 
-def architecture_flags() -> list[str]:
-    """-gencode flags for TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX"."""
+def architecture_flags(nvcc: Path) -> list[str]:
+    """-gencode flags for TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX"; without it, for what this nvcc knows."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not wanted:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
+        names = [name for name in DEFAULT_ARCHITECTURES if f"sm_{name.replace('.', '')}" in known]
+        wanted = ";".join(names) + "+PTX"  # chips to come compile the newest
     flags = []
-    for name in os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES).replace(" ", ";").split(";"):
-        if not name:
-            continue
+    for name in wanted.replace(" ", ";").split(";"):
         number = name.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if number:
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if name.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
@@ -73,7 +85,8 @@ def compile_cuda(build_folder: Path) -> tuple[Path, Path]:
     build_folder.mkdir(parents=True, exist_ok=True)
     target = build_folder / "cuda_kernels.o"
     source = ROOT / "csrc/cuda_kernels.cu"
-    command = [str(home / "bin/nvcc"), "-c", str(source), "-o", str(target), *NVCC_FLAGS, *architecture_flags()]
+    nvcc = home / "bin/nvcc"
+    command = [str(nvcc), "-c", str(source), "-o", str(target), *NVCC_FLAGS, *architecture_flags(nvcc)]
     print(" ".join(command), file=sys.stderr)
     try:
         subprocess.run(command, check=True, stdout=sys.stderr)
@@ -129,7 +142,10 @@ def build_arguments() -> dict:
             except Exception as error:
                 if forced:
                     raise
-                self.record["extension"] = f"the build failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+                compiler = os.environ.get("CXX", "c++")
+                reason = f"the build failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+                found = shutil.which(compiler.split()[0]) is not None
+                self.record["extension"] = reason if found else f"no C++ compiler: {compiler!r} is not on PATH"
                 warn(f"fastema._C was not built ({self.record['extension']}); the torch backend takes its place")
                 self.extensions = []  # nothing to copy or to list
 

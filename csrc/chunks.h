@@ -22,9 +22,7 @@ constexpr Kind dtype_pair(Dtype shadow, Dtype live) {
   return static_cast<Kind>(static_cast<int>(shadow) * 4 + static_cast<int>(live));
 }
 
-constexpr int64_t dtype_bytes(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
+constexpr int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 constexpr int64_t shadow_bytes(Kind kind) {
   return kind == kCopyBytes ? 1 : dtype_bytes(static_cast<Dtype>(kind % 16 / 4));
 }

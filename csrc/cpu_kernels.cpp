@@ -107,8 +107,8 @@ __attribute__((target("avx2,fma,bmi2"))) int64_t run_chunks_avx2(const Chunk* be
   return run_chunks(begin, end, args);
 }
 
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2"))) int64_t run_chunks_avx512(
-    const Chunk* begin, const Chunk* end, const UpdateArgs& args) {
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2"))) int64_t
+run_chunks_avx512(const Chunk* begin, const Chunk* end, const UpdateArgs& args) {
   return run_chunks(begin, end, args);
 }
 #endif
@@ -195,9 +195,7 @@ Isa best_isa() {
   return best;
 }
 
-const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
-}
+const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline"; }
 
 int64_t update_on_cpu(const CpuChunks& work, const UpdateArgs& args, int threads, Isa isa) {
   const RunChunks run = run_chunks_for(std::min(isa, supported_isa()));

@@ -2,10 +2,9 @@
 //
 // The table holds every dtype mix, so one launch does them all; a block's kind is uniform, so the switch costs one
 // branch. Vectors are 16 bytes of the narrower operand, several of them in flight before the first is used.
-#include "cuda_kernels.h"
-
 #include <cuda_runtime.h>
 
+#include "cuda_kernels.h"
 #include "ema_math.h"
 
 namespace fastema {
@@ -234,8 +233,8 @@ CudaError resident_blocks(int device, int64_t& blocks) {
   return message(status);
 }
 
-CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& args, unsigned long long* kept, int device,
-                        void* stream) {
+CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& args, unsigned long long* kept,
+                        int device, void* stream) {
   if (count == 0) return nullptr;
   const CurrentDevice current(device);
   if (current.status() != cudaSuccess) return message(current.status());

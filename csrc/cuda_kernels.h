@@ -15,8 +15,8 @@ using CudaError = const char*;
 CudaError resident_blocks(int device, int64_t& blocks);
 
 // One update. `chunks` [count] and `kept` (a counter that the guard raises) lie in the memory of `device`.
-CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& args, unsigned long long* kept, int device,
-                        void* stream);
+CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& args, unsigned long long* kept,
+                        int device, void* stream);
 
 // Swaps the contents of shadow and live, bit for bit. Both sides of every chunk have the same element size.
 CudaError launch_exchange(const Chunk* chunks, int64_t count, int device, void* stream);

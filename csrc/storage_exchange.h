@@ -14,7 +14,8 @@ class StorageExchange {
   StorageExchange(const std::vector<at::Tensor>& lives, const std::vector<at::Tensor>& others,
                   const std::vector<at::Tensor>& managed);
 
-  // Throws, with nothing changed, unless each pair has equal size and device. Swaps, and moves the version counters by `version_step`, so that a backward through a graph recorded before raises.
+  // Throws, with nothing changed, unless each pair has equal size and device. Swaps, and moves the version counters by
+  // `version_step`, so that a backward through a graph recorded before raises.
   void enter(uint32_t version_step);
   // Swaps back and puts the version counters back, so that such a backward works again.
   void leave();

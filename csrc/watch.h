@@ -13,7 +13,8 @@ class Watch {
   // dicts: the _parameters, _buffers and _modules of every module, as they are now; tensors: what the plan reads.
   Watch(const std::vector<pybind11::dict>& dicts, std::vector<at::Tensor> tensors);
 
-  // True while every dict holds the same objects in the same order, and every tensor the same memory, sizes and strides.
+  // True while every dict holds the same objects in the same order, and every tensor the same memory, sizes and
+  // strides.
   bool holds() const;
 
  private:

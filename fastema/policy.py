@@ -112,7 +112,7 @@ def _rule_for(slot: _Slot, buffers: Buffers, policy: Policy | None) -> Rule:
 
 def _refuse_unmanageable(slot: _Slot) -> None:
     tensor, reason = slot.tensor, None
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(tensor):
         reason = "is not initialised yet: run the lazy module once before building FastEMA"
     elif tensor.layout != torch.strided:
         reason = f"has layout {tensor.layout}: only strided tensors have storage that can be mirrored"

@@ -5,6 +5,7 @@ The compiled module may be missing or built for another torch; the reason is kep
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ NAME = "native"
 
 _C: Any
 try:
-    from fastema import _C
+    _C = importlib.import_module("fastema._C")
 except ImportError as error:
     _C = None
     _import_error = f"{type(error).__name__}: {error}"

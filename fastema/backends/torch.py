@@ -131,7 +131,7 @@ class StorageExchange(ContentsExchange):
     def _swap(self) -> None:
         for live, other in self._pairs:
             if _SWAPS_POINTERS:
-                live.untyped_storage()._swap_data_ptr_(other.untyped_storage())
+                live.untyped_storage()._swap_data_ptr_(other.untyped_storage())  # type: ignore[attr-defined]
             else:
                 _exchange_contents(live, other)
 
@@ -144,7 +144,7 @@ class Watch:
         self._memory = [(tensor, self._layout(tensor)) for tensor in tensors]
 
     @staticmethod
-    def _layout(tensor: Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]:
+    def _layout(tensor: Tensor) -> tuple[Any, ...]:
         return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
 
     def holds(self) -> bool:

@@ -1,0 +1,37 @@
+# `make demo` and `make test` do everything on a fresh machine: Python 3.10+, a C++ compiler, a package registry.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CPP := csrc/*.h csrc/*.cpp csrc/*.cu
+
+.PHONY: demo test lint format bench gpu clean
+
+demo: .venv/.ready  ## trains a small segmentation model, its EMA validated at no copy (two minutes)
+	$(BIN)/fastema train --demo
+
+test: .venv/.ready  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready  ## format, lint and types, as CI holds them
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: .venv/.ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: .venv/.ready  ## what an update costs here
+	$(BIN)/python -m bench.update --quick
+
+clean:
+	rm -rf .venv build dist *.egg-info fastema/_C*.so fastema/_build_record.json
+
+# torch first and pinned: the build needs it there, and an unpinned one is gigabytes of CUDA packages.
+.venv/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt torch setuptools ninja
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,dev]"
+	touch $@
