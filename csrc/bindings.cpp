@@ -25,11 +25,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .value("avx512", Isa::kAvx512);
 
   py::class_<Plan>(module, "Plan")
-      .def(py::init<Tensors, Tensors, const std::vector<bool>&, const Tensors&>(), py::arg("shadows"), py::arg("lives"),
-           py::arg("copies"), py::arg("views"))
-      .def("update", &Plan::update, py::arg("weight"), py::arg("guard"), py::arg("found_inf") = py::none(),
-           py::call_guard<py::gil_scoped_release>())
-      .def("exchange", &Plan::exchange, py::call_guard<py::gil_scoped_release>())
+      .def(py::init<std::vector<Tensors>, Tensors, const std::vector<bool>&, const Tensors&>(), py::arg("shadows"),
+           py::arg("lives"), py::arg("copies"), py::arg("views"))
+      .def("update", &Plan::update, py::arg("weights"), py::arg("guard"), py::arg("skip") = py::none(),
+           py::arg("device_weights") = py::none(), py::call_guard<py::gil_scoped_release>())
+      .def("exchange", &Plan::exchange, py::arg("which"), py::call_guard<py::gil_scoped_release>())
       .def("nonfinite_count", &Plan::nonfinite_count)
       .def("chunk_count", &Plan::chunk_count)
       .def("set_isa", &Plan::set_isa);

@@ -2,6 +2,9 @@
 //
 // A segment is a contiguous run of elements, live and shadow, under one rule. A chunk is a piece of a segment that
 // one thread (CPU) or one block (GPU) takes as a whole. The chunk list is built once and read at every step.
+//
+// Several shadows of one model (several decays) are averaged in one read of the live weights. Their chunks have the
+// same cuts: chunk i of shadow k is chunks[k * count + i], and differs from chunk i only in its shadow pointer.
 #pragma once
 
 #include <cstdint>
@@ -74,11 +77,16 @@ inline std::vector<Chunk> cut(const std::vector<Segment>& segments, int64_t chun
   return chunks;
 }
 
+constexpr int kMaxShadows = 8;  // of one launch; more take several
+
 // What one update needs beside the chunks.
 struct UpdateArgs {
-  double weight;           // 1 - decay, in double
-  bool guard;              // keep the shadow where the live value is NaN or infinite
-  const float* found_inf;  // device scalar, or null: a non-zero value skips the update
+  int shadows;                   // 1 .. kMaxShadows
+  double weights[kMaxShadows];   // 1 - decay of each, in double
+  const double* device_weights;  // or null: [shadows], read instead of `weights` when the update runs
+  const float* skip;             // or null: a non-zero value skips the update when it runs
+  bool guard;                    // keep the shadow where the live value is NaN or infinite
+  bool count_kept;               // count those elements (once for all shadows)
 };
 
 }  // namespace fastema

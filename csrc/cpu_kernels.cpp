@@ -48,68 +48,73 @@ EMA_FN void convert_chunk(const Chunk& chunk) {
 }
 
 template <class Shadow, class Live>
-EMA_FN int64_t run_chunk(const Chunk& chunk, const UpdateArgs& args) {
+EMA_FN int64_t run_chunk(const Chunk& chunk, double weight, bool guard) {
   if (chunk.kind >= kConvert) {
     convert_chunk<Shadow, Live>(chunk);
     return 0;
   }
-  return args.guard ? average_chunk<true, Shadow, Live>(chunk, args.weight)
-                    : average_chunk<false, Shadow, Live>(chunk, args.weight);
+  return guard ? average_chunk<true, Shadow, Live>(chunk, weight) : average_chunk<false, Shadow, Live>(chunk, weight);
 }
 
 template <class Shadow>
-EMA_FN int64_t run_chunk_into(const Chunk& chunk, const UpdateArgs& args) {
+EMA_FN int64_t run_chunk_into(const Chunk& chunk, double weight, bool guard) {
   switch (static_cast<Dtype>(chunk.kind % 4)) {
     case Dtype::kFloat32:
-      return run_chunk<Shadow, float>(chunk, args);
+      return run_chunk<Shadow, float>(chunk, weight, guard);
     case Dtype::kFloat64:
-      return run_chunk<Shadow, double>(chunk, args);
+      return run_chunk<Shadow, double>(chunk, weight, guard);
     case Dtype::kBFloat16:
-      return run_chunk<Shadow, BFloat16>(chunk, args);
+      return run_chunk<Shadow, BFloat16>(chunk, weight, guard);
     default:
-      return run_chunk<Shadow, Float16>(chunk, args);
+      return run_chunk<Shadow, Float16>(chunk, weight, guard);
   }
 }
 
-EMA_FN int64_t run_chunks(const Chunk* chunk, const Chunk* end, const UpdateArgs& args) {
+EMA_FN int64_t run_any_chunk(const Chunk& chunk, double weight, bool guard) {
+  if (chunk.kind == kCopyBytes) {
+    std::memcpy(chunk.shadow, chunk.live, chunk.count);
+    return 0;
+  }
+  switch (static_cast<Dtype>(chunk.kind % 16 / 4)) {
+    case Dtype::kFloat32:
+      return run_chunk_into<float>(chunk, weight, guard);
+    case Dtype::kFloat64:
+      return run_chunk_into<double>(chunk, weight, guard);
+    case Dtype::kBFloat16:
+      return run_chunk_into<BFloat16>(chunk, weight, guard);
+    default:
+      return run_chunk_into<Float16>(chunk, weight, guard);
+  }
+}
+
+// Chunks [begin, end) of args.shadows shadows, whose lists lie `count` apart. All shadows of a chunk in a row: its live
+// values are read from memory once and then from the cache.
+EMA_FN int64_t run_chunks(const Chunk* chunks, int64_t count, int64_t begin, int64_t end, const UpdateArgs& args) {
   int64_t kept = 0;
-  for (; chunk != end; ++chunk) {
-    if (chunk->kind == kCopyBytes) {
-      std::memcpy(chunk->shadow, chunk->live, chunk->count);
-      continue;
-    }
-    switch (static_cast<Dtype>(chunk->kind % 16 / 4)) {
-      case Dtype::kFloat32:
-        kept += run_chunk_into<float>(*chunk, args);
-        break;
-      case Dtype::kFloat64:
-        kept += run_chunk_into<double>(*chunk, args);
-        break;
-      case Dtype::kBFloat16:
-        kept += run_chunk_into<BFloat16>(*chunk, args);
-        break;
-      default:
-        kept += run_chunk_into<Float16>(*chunk, args);
+  for (int64_t i = begin; i < end; ++i) {
+    for (int k = 0; k < args.shadows; ++k) {
+      const int64_t kept_here = run_any_chunk(chunks[k * count + i], args.weights[k], args.guard);
+      if (k == 0) kept += kept_here;  // an element is counted once for all shadows
     }
   }
   return kept;
 }
 
-using RunChunks = int64_t (*)(const Chunk*, const Chunk*, const UpdateArgs&);
+using RunChunks = int64_t (*)(const Chunk*, int64_t, int64_t, int64_t, const UpdateArgs&);
 
-int64_t run_chunks_baseline(const Chunk* begin, const Chunk* end, const UpdateArgs& args) {
-  return run_chunks(begin, end, args);
+int64_t run_chunks_baseline(const Chunk* chunks, int64_t count, int64_t begin, int64_t end, const UpdateArgs& args) {
+  return run_chunks(chunks, count, begin, end, args);
 }
 
 #if FASTEMA_X86_VARIANTS
-__attribute__((target("avx2,fma,bmi2"))) int64_t run_chunks_avx2(const Chunk* begin, const Chunk* end,
-                                                                 const UpdateArgs& args) {
-  return run_chunks(begin, end, args);
+__attribute__((target("avx2,fma,bmi2"))) int64_t run_chunks_avx2(const Chunk* chunks, int64_t count, int64_t begin,
+                                                                 int64_t end, const UpdateArgs& args) {
+  return run_chunks(chunks, count, begin, end, args);
 }
 
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2"))) int64_t
-run_chunks_avx512(const Chunk* begin, const Chunk* end, const UpdateArgs& args) {
-  return run_chunks(begin, end, args);
+run_chunks_avx512(const Chunk* chunks, int64_t count, int64_t begin, int64_t end, const UpdateArgs& args) {
+  return run_chunks(chunks, count, begin, end, args);
 }
 #endif
 
@@ -154,9 +159,8 @@ constexpr int64_t kSerialBytes = 128 * 1024;
 // Calls run(begin, end) on contiguous ranges of chunks that move about equally many bytes, and sums what it returns.
 template <class Run>
 int64_t share_out(const CpuChunks& work, int threads, Run run) {
-  const Chunk* chunks = work.chunks.data();
   const int64_t total = work.bytes_before.back();
-  if (threads <= 1 || total < kSerialBytes) return run(chunks, chunks + work.chunks.size());
+  if (threads <= 1 || total < kSerialBytes) return run(int64_t{0}, work.count);
   int64_t sum = 0;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : sum)
   for (int thread = 0; thread < threads; ++thread) {
@@ -165,19 +169,21 @@ int64_t share_out(const CpuChunks& work, int threads, Run run) {
       const int64_t bytes = static_cast<int64_t>(static_cast<__int128>(total) * index / threads);
       return std::lower_bound(work.bytes_before.begin(), work.bytes_before.end(), bytes) - work.bytes_before.begin();
     };
-    sum += run(chunks + first_at(thread), chunks + first_at(thread + 1));
+    sum += run(first_at(thread), first_at(thread + 1));
   }
   return sum;
 }
 
 }  // namespace
 
-CpuChunks::CpuChunks(std::vector<Chunk> list) : chunks(std::move(list)) {
-  bytes_before.reserve(chunks.size() + 1);
+CpuChunks::CpuChunks(std::vector<Chunk> list, int shadows)
+    : chunks(std::move(list)), count(static_cast<int64_t>(chunks.size()) / shadows) {
+  bytes_before.reserve(count + 1);
   bytes_before.push_back(0);
-  for (const Chunk& chunk : chunks) {
-    // The shadow is read and written.
-    const int64_t bytes = chunk.count * (2 * shadow_bytes(chunk.kind) + live_bytes(chunk.kind));
+  for (int64_t i = 0; i < count; ++i) {
+    const Chunk& chunk = chunks[i];
+    // Every shadow is read and written, the live tensor read once.
+    const int64_t bytes = chunk.count * (2 * shadows * shadow_bytes(chunk.kind) + live_bytes(chunk.kind));
     bytes_before.push_back(bytes_before.back() + bytes);
   }
 }
@@ -197,14 +203,17 @@ Isa best_isa() {
 
 const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline"; }
 
-int64_t update_on_cpu(const CpuChunks& work, const UpdateArgs& args, int threads, Isa isa) {
+int64_t update_on_cpu(const CpuChunks& work, int first, const UpdateArgs& args, int threads, Isa isa) {
   const RunChunks run = run_chunks_for(std::min(isa, supported_isa()));
-  return share_out(work, threads, [&](const Chunk* begin, const Chunk* end) { return run(begin, end, args); });
+  const Chunk* chunks = work.chunks.data() + first * work.count;
+  return share_out(work, threads,
+                   [&](int64_t begin, int64_t end) { return run(chunks, work.count, begin, end, args); });
 }
 
-void exchange_on_cpu(const CpuChunks& work, int threads) {
-  share_out(work, threads, [](const Chunk* begin, const Chunk* end) {
-    std::for_each(begin, end, exchange_chunk);
+void exchange_on_cpu(const CpuChunks& work, int shadow, int threads) {
+  const Chunk* chunks = work.chunks.data() + shadow * work.count;
+  share_out(work, threads, [&](int64_t begin, int64_t end) {
+    std::for_each(chunks + begin, chunks + end, exchange_chunk);
     return int64_t{0};
   });
 }

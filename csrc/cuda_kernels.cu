@@ -11,7 +11,9 @@ namespace fastema {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kResidentBlocksPerMultiprocessor = 4;  // 1,024 threads: the register budget is 64 a thread
+// 3 x 256 threads with 128 bytes in flight each are 96 KiB a multiprocessor, three times what hides the latency of an
+// H100's memory; it leaves 80 registers a thread, so that no dtype pair spills.
+constexpr int kResidentBlocksPerMultiprocessor = 3;
 
 // kCount elements that are moved as a whole: 16-byte accesses where the pointer allows them.
 template <class T, int kCount>
@@ -30,32 +32,38 @@ __device__ bool is_aligned(const T* pointer) {
   return (reinterpret_cast<uintptr_t>(pointer) & 15u) == 0;
 }
 
-// Elements of the shadow's dtype and of the live dtype, one rule: an average ...
+// What a block does to an element, one of three rules. `shadow(k)` comes before the elements of shadow k.
 template <bool kGuard, class Shadow, class Live>
 struct Average {
-  Weight<Opmath<Shadow>> weight;
+  const UpdateArgs& args;
+  Weight<Opmath<Shadow>> weight{0.0};
   unsigned int kept = 0;
+  bool counts = false;
 
-  __device__ explicit Average(double weight_of_live) : weight(weight_of_live) {}
+  __device__ explicit Average(const UpdateArgs& update_args) : args(update_args) {}
+  __device__ void shadow(int k) {
+    weight = Weight<Opmath<Shadow>>(args.device_weights != nullptr ? args.device_weights[k] : args.weights[k]);
+    counts = k == 0 && args.count_kept;  // an element is counted once for all shadows
+  }
   __device__ Shadow operator()(Shadow shadow, Live live) {
     const Shadow result = averaged_element(shadow, live, weight);
     if constexpr (kGuard) {
       const bool keep = is_kept<Shadow>(live);
-      kept += keep;
+      kept += keep && counts;
       return keep ? shadow : result;
     }
     return result;
   }
 };
 
-// ... or a converting copy.
 template <class Shadow, class Live>
 struct Convert {
+  __device__ void shadow(int) {}
   __device__ Shadow operator()(Shadow, Live live) { return converted_element<Shadow>(live); }
 };
 
-// ... or a copy of bytes.
 struct CopyBytes {
+  __device__ void shadow(int) {}
   __device__ uint8_t operator()(uint8_t, uint8_t live) { return live; }
 };
 
@@ -71,108 +79,158 @@ __device__ Pack<Live, kCount> load_live(const Live* live) {
   }
 }
 
-// The aligned body: `vectors` packs of kCount elements.
+// The shadows of one chunk: their chunks lie `count` apart in the table.
+template <class Shadow>
+struct ShadowPointers {
+  const Chunk* chunk;
+  int64_t count;
+  uint32_t offset;  // elements
+
+  __device__ Shadow* operator[](int k) const { return static_cast<Shadow*>(chunk[k * count].shadow) + offset; }
+};
+
+// kInFlight packs of kCount elements per thread, kThreads packs apart: live is read once for all shadows.
 template <int kCount, int kInFlight, bool kLiveAligned, class Shadow, class Live, class Rule>
-__device__ void run_vectors(Shadow* shadow, const Live* live, uint32_t vectors, Rule& rule) {
+__device__ __forceinline__ void run_packs(ShadowPointers<Shadow> shadows, int first, int last, const Live* live,
+                                          uint32_t index, Rule& rule) {
   using ShadowPack = Pack<Shadow, kCount>;
-  using LivePack = Pack<Live, kCount>;
-  ShadowPack* shadow_packs = reinterpret_cast<ShadowPack*>(shadow);
-  const uint32_t full = vectors / (kThreads * kInFlight) * (kThreads * kInFlight);
-  for (uint32_t first = threadIdx.x; first < full; first += kThreads * kInFlight) {
-    ShadowPack shadows[kInFlight];
-    LivePack lives[kInFlight];
+  Pack<Live, kCount> lives[kInFlight];
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      shadows[k] = shadow_packs[first + k * kThreads];
-      lives[k] = load_live<kCount, kLiveAligned>(live + static_cast<int64_t>(first + k * kThreads) * kCount);
-    }
+  for (int n = 0; n < kInFlight; ++n) {
+    lives[n] = load_live<kCount, kLiveAligned>(live + static_cast<int64_t>(index + n * kThreads) * kCount);
+  }
+#pragma unroll 1
+  for (int k = first; k < last; ++k) {
+    rule.shadow(k);
+    ShadowPack* packs = reinterpret_cast<ShadowPack*>(shadows[k]) + index;
+    ShadowPack values[kInFlight];
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
+    for (int n = 0; n < kInFlight; ++n) values[n] = packs[n * kThreads];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) shadows[k].values[i] = rule(shadows[k].values[i], lives[k].values[i]);
-      shadow_packs[first + k * kThreads] = shadows[k];
+    for (int n = 0; n < kInFlight; ++n) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[n].values[i] = rule(values[n].values[i], lives[n].values[i]);
+      packs[n * kThreads] = values[n];
     }
   }
-  for (uint32_t index = full + threadIdx.x; index < vectors; index += kThreads) {
-    ShadowPack shadow_pack = shadow_packs[index];
-    const LivePack live_pack = load_live<kCount, kLiveAligned>(live + static_cast<int64_t>(index) * kCount);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) shadow_pack.values[i] = rule(shadow_pack.values[i], live_pack.values[i]);
-    shadow_packs[index] = shadow_pack;
+}
+
+// The aligned body: `vectors` packs of kCount elements.
+template <int kCount, int kInFlight, bool kLiveAligned, class Shadow, class Live, class Rule>
+__device__ __forceinline__ void run_vectors(ShadowPointers<Shadow> shadows, int first, int last, const Live* live,
+                                            uint32_t vectors, Rule& rule) {
+  uint32_t index = threadIdx.x;
+  for (; index + (kInFlight - 1) * kThreads < vectors; index += kInFlight * kThreads) {
+    run_packs<kCount, kInFlight, kLiveAligned>(shadows, first, last, live, index, rule);
+  }
+  for (; index < vectors; index += kThreads) {
+    run_packs<kCount, 1, kLiveAligned>(shadows, first, last, live, index, rule);
   }
 }
 
 template <class Shadow, class Live, class Rule>
-__device__ void run_chunk(const Chunk& chunk, Rule& rule) {
+__device__ __forceinline__ void run_elements(ShadowPointers<Shadow> shadows, int first, int last, const Live* live,
+                                             uint32_t begin, uint32_t end, Rule& rule) {
+  for (uint32_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    const Live live_value = live[i];
+    for (int k = first; k < last; ++k) {
+      rule.shadow(k);
+      Shadow* shadow = shadows[k];
+      shadow[i] = rule(shadow[i], live_value);
+    }
+  }
+}
+
+// Shadows first .. last - 1 of one chunk, all of the same alignment.
+template <class Shadow, class Live, class Rule>
+__device__ __forceinline__ void run_shadows(const Chunk* chunk, int64_t count, int first, int last, Rule& rule) {
   constexpr int kNarrow = sizeof(Shadow) < sizeof(Live) ? sizeof(Shadow) : sizeof(Live);
   constexpr int kWide = sizeof(Shadow) < sizeof(Live) ? sizeof(Live) : sizeof(Shadow);
   // A pack is 16 bytes of the narrower operand and at most 32 of the wider. 16 elements are in flight a thread (4 of
-  // doubles): the most that 64 registers hold without spilling, with the guard, on every architecture compiled for.
+  // doubles): the most that 80 registers hold without spilling, with the guard, on every architecture compiled for.
   constexpr int kCount = 16 / kNarrow < 32 / kWide ? 16 / kNarrow : 32 / kWide;
   constexpr int kInFlight = (kWide == 8 ? 4 : 16) / kCount;
-  Shadow* shadow = static_cast<Shadow*>(chunk.shadow);
-  const Live* live = static_cast<const Live*>(chunk.live);
+  const uint32_t elements = chunk->count;
+  const Live* live = static_cast<const Live*>(chunk->live);
+  const ShadowPointers<Shadow> shadows{chunk, count, 0};
 
-  const uint32_t to_alignment = elements_to_alignment(shadow);
-  const uint32_t head = to_alignment < chunk.count ? to_alignment : chunk.count;
-  const uint32_t vectors = (chunk.count - head) / kCount;
-  const uint32_t tail = head + vectors * kCount;
+  const uint32_t to_alignment = elements_to_alignment(shadows[first]);
+  const uint32_t head = to_alignment < elements ? to_alignment : elements;
+  const uint32_t vectors = (elements - head) / kCount;
+  const ShadowPointers<Shadow> body{chunk, count, head};
 
-  for (uint32_t i = threadIdx.x; i < head; i += kThreads) shadow[i] = rule(shadow[i], live[i]);
+  run_elements(shadows, first, last, live, 0, head, rule);
   if (is_aligned(live + head)) {
-    run_vectors<kCount, kInFlight, true>(shadow + head, live + head, vectors, rule);
+    run_vectors<kCount, kInFlight, true>(body, first, last, live + head, vectors, rule);
   } else {  // this chunk's own misfortune: its shadow still moves in vectors
-    run_vectors<kCount, 1, false>(shadow + head, live + head, vectors, rule);
+    run_vectors<kCount, 1, false>(body, first, last, live + head, vectors, rule);
   }
-  for (uint32_t i = tail + threadIdx.x; i < chunk.count; i += kThreads) shadow[i] = rule(shadow[i], live[i]);
+  run_elements(shadows, first, last, live, head + vectors * kCount, elements, rule);
+}
+
+template <class Shadow, class Live, class Rule>
+__device__ __forceinline__ void run_chunk(const Chunk* chunk, int64_t count, int shadows, Rule& rule) {
+  bool alike = true;
+  for (int k = 1; k < shadows; ++k) {
+    const auto difference =
+        reinterpret_cast<uintptr_t>(chunk[k * count].shadow) ^ reinterpret_cast<uintptr_t>(chunk->shadow);
+    alike = alike && (difference & 15u) == 0;
+  }
+  const int together = alike ? shadows : 1;
+  for (int first = 0; first < shadows; first += together) {
+    run_shadows<Shadow, Live>(chunk, count, first, first + together, rule);
+  }
 }
 
 template <bool kGuard, class Shadow, class Live>
-__device__ void run_rule(const Chunk& chunk, double weight, unsigned long long* kept) {
-  if (chunk.kind >= kConvert) {
+__device__ __forceinline__ void run_rule(const Chunk* chunk, int64_t count, const UpdateArgs& args,
+                                         unsigned long long* kept) {
+  if (chunk->kind >= kConvert) {
     Convert<Shadow, Live> convert;
-    run_chunk<Shadow, Live>(chunk, convert);
+    run_chunk<Shadow, Live>(chunk, count, args.shadows, convert);
     return;
   }
-  Average<kGuard, Shadow, Live> average(weight);
-  run_chunk<Shadow, Live>(chunk, average);
+  Average<kGuard, Shadow, Live> average(args);
+  run_chunk<Shadow, Live>(chunk, count, args.shadows, average);
   if constexpr (kGuard) {
     if (average.kept != 0) atomicAdd(kept, static_cast<unsigned long long>(average.kept));  // rare by nature
   }
 }
 
 template <bool kGuard, class Shadow>
-__device__ void run_shadow(const Chunk& chunk, double weight, unsigned long long* kept) {
-  switch (static_cast<Dtype>(chunk.kind % 4)) {
+__device__ __forceinline__ void run_shadow(const Chunk* chunk, int64_t count, const UpdateArgs& args,
+                                           unsigned long long* kept) {
+  switch (static_cast<Dtype>(chunk->kind % 4)) {
     case Dtype::kFloat32:
-      return run_rule<kGuard, Shadow, float>(chunk, weight, kept);
+      return run_rule<kGuard, Shadow, float>(chunk, count, args, kept);
     case Dtype::kFloat64:
-      return run_rule<kGuard, Shadow, double>(chunk, weight, kept);
+      return run_rule<kGuard, Shadow, double>(chunk, count, args, kept);
     case Dtype::kBFloat16:
-      return run_rule<kGuard, Shadow, BFloat16>(chunk, weight, kept);
+      return run_rule<kGuard, Shadow, BFloat16>(chunk, count, args, kept);
     default:
-      return run_rule<kGuard, Shadow, Float16>(chunk, weight, kept);
+      return run_rule<kGuard, Shadow, Float16>(chunk, count, args, kept);
   }
 }
 
 template <bool kGuard>
 __global__ void __launch_bounds__(kThreads, kResidentBlocksPerMultiprocessor)
-    update_kernel(const Chunk* chunks, UpdateArgs args, unsigned long long* kept) {
-  if (args.found_inf != nullptr && *args.found_inf != 0.0f) return;
-  const Chunk chunk = chunks[blockIdx.x];
-  if (chunk.kind == kCopyBytes) {
+    update_kernel(const Chunk* chunks, int64_t count, const __grid_constant__ UpdateArgs args,
+                  unsigned long long* kept) {
+  if (args.skip != nullptr && *args.skip != 0.0f) return;
+  const Chunk* chunk = chunks + blockIdx.x;
+  if (chunk->kind == kCopyBytes) {
     CopyBytes copy;
-    return run_chunk<uint8_t, uint8_t>(chunk, copy);
+    return run_chunk<uint8_t, uint8_t>(chunk, count, args.shadows, copy);
   }
-  switch (static_cast<Dtype>(chunk.kind % 16 / 4)) {
+  switch (static_cast<Dtype>(chunk->kind % 16 / 4)) {
     case Dtype::kFloat32:
-      return run_shadow<kGuard, float>(chunk, args.weight, kept);
+      return run_shadow<kGuard, float>(chunk, count, args, kept);
     case Dtype::kFloat64:
-      return run_shadow<kGuard, double>(chunk, args.weight, kept);
+      return run_shadow<kGuard, double>(chunk, count, args, kept);
     case Dtype::kBFloat16:
-      return run_shadow<kGuard, BFloat16>(chunk, args.weight, kept);
+      return run_shadow<kGuard, BFloat16>(chunk, count, args, kept);
     default:
-      return run_shadow<kGuard, Float16>(chunk, args.weight, kept);
+      return run_shadow<kGuard, Float16>(chunk, count, args, kept);
   }
 }
 
@@ -239,7 +297,8 @@ CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& ar
   const CurrentDevice current(device);
   if (current.status() != cudaSuccess) return message(current.status());
   const auto kernel = args.guard ? update_kernel<true> : update_kernel<false>;
-  kernel<<<static_cast<unsigned int>(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(chunks, args, kept);
+  kernel<<<static_cast<unsigned int>(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(chunks, count, args,
+                                                                                               kept);
   return message(cudaGetLastError());
 }
 

@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -46,8 +47,8 @@ Kind kind_of(const at::Tensor& shadow, const at::Tensor& live, bool copy) {
 
 std::vector<Segment> segments_of(const std::vector<at::Tensor>& shadows, const std::vector<at::Tensor>& lives,
                                  const std::vector<bool>& copies, at::Device device) {
-  if (shadows.size() != lives.size() || shadows.size() != copies.size()) {
-    throw std::invalid_argument("shadows, lives and copies must have equal lengths");
+  if (shadows.size() != lives.size() || copies.size() != lives.size()) {
+    throw std::invalid_argument("every shadow, lives and copies must have equal lengths");
   }
   std::vector<Segment> segments;
   segments.reserve(shadows.size());
@@ -65,6 +66,17 @@ std::vector<Segment> segments_of(const std::vector<at::Tensor>& shadows, const s
     segments.push_back({shadow.mutable_data_ptr(), live.const_data_ptr(), count, kind});
   }
   return segments;
+}
+
+const void* scalars(const std::optional<at::Tensor>& tensor, at::ScalarType type, int64_t count, at::Device device,
+                    const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  if (tensor->scalar_type() != type || tensor->numel() != count || tensor->device() != device ||
+      !tensor->is_contiguous()) {
+    throw std::invalid_argument(std::string(name) + " must be " + std::to_string(count) + " " + c10::toString(type) +
+                                " on " + device.str());
+  }
+  return tensor->const_data_ptr();
 }
 
 #ifdef FASTEMA_WITH_CUDA
@@ -97,22 +109,31 @@ bool has_cuda() {
 #endif
 }
 
-Plan::Plan(std::vector<at::Tensor> shadows, std::vector<at::Tensor> lives, const std::vector<bool>& copies,
+Plan::Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor> lives, const std::vector<bool>& copies,
            const std::vector<at::Tensor>& views)
-    : shadows_(std::move(shadows)), lives_(std::move(lives)), isa_(best_isa()), work_({}) {
-  if (!shadows_.empty()) device_ = shadows_.front().device();
+    : shadows_(std::move(shadows)), lives_(std::move(lives)), isa_(best_isa()), work_({}, 1) {
+  if (shadows_.empty()) throw std::invalid_argument("a plan needs at least one shadow");
+  if (!lives_.empty()) device_ = lives_.front().device();
   if (!device_.is_cpu() && !device_.is_cuda()) {
     throw std::invalid_argument("the native backend runs on CPU and CUDA, the tensors are on " + device_.str());
   }
-  const std::vector<Segment> segments = segments_of(shadows_, lives_, copies, device_);
-  work_ = CpuChunks(cut(segments, chunk_size(segments, device_)));
-  for (size_t i = 0; i < shadows_.size(); ++i) {
-    same_dtypes_ = same_dtypes_ && shadows_[i].scalar_type() == lives_[i].scalar_type();
+  std::vector<Chunk> chunks;
+  for (const std::vector<at::Tensor>& shadow : shadows_) {
+    const std::vector<Segment> segments = segments_of(shadow, lives_, copies, device_);
+    const std::vector<Chunk> cuts = cut(segments, chunk_size(segments, device_));
+    chunks.insert(chunks.end(), cuts.begin(), cuts.end());
+    for (size_t i = 0; i < lives_.size(); ++i) {
+      same_dtypes_ = same_dtypes_ && shadow[i].scalar_type() == lives_[i].scalar_type();
+      if (shadow[i].scalar_type() != shadows_.front()[i].scalar_type()) {
+        throw std::invalid_argument("all shadows of a segment must have one dtype");
+      }
+    }
   }
+  work_ = CpuChunks(std::move(chunks), static_cast<int>(shadows_.size()));
   view_versions_.reserve(views.size());
   for (const at::Tensor& view : views) view_versions_.push_back(view.unsafeGetTensorImpl()->version_counter());
   if (device_.is_cuda()) {
-    const int64_t bytes = chunk_count() * static_cast<int64_t>(sizeof(Chunk));
+    const int64_t bytes = static_cast<int64_t>(work_.chunks.size() * sizeof(Chunk));
     const at::Tensor table = at::from_blob(work_.chunks.data(), {bytes}, at::TensorOptions().dtype(at::kByte));
     device_chunks_ = table.to(device_);
     device_kept_ = at::zeros({}, at::TensorOptions().dtype(at::kLong).device(device_));
@@ -124,36 +145,48 @@ void* Plan::current_stream() const {
   return c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
 }
 
-void Plan::update(double weight, bool guard, const std::optional<at::Tensor>& found_inf) {
-  UpdateArgs args{weight, guard, nullptr};
-  if (found_inf.has_value()) {
-    if (found_inf->scalar_type() != at::kFloat || found_inf->numel() != 1 || found_inf->device() != device_) {
-      throw std::invalid_argument("found_inf must be one float32 on " + device_.str());
-    }
-    args.found_inf = static_cast<const float*>(found_inf->const_data_ptr());
+void Plan::update(const std::vector<double>& weights, bool guard, const std::optional<at::Tensor>& skip,
+                  const std::optional<at::Tensor>& device_weights) {
+  const int shadows = static_cast<int>(shadows_.size());
+  if (weights.size() != shadows_.size()) {
+    throw std::invalid_argument("got " + std::to_string(weights.size()) + " weights for " + std::to_string(shadows) +
+                                " shadows");
   }
-  if (device_.is_cpu() && args.found_inf != nullptr && *args.found_inf != 0.0f) return;
+  UpdateArgs args{};
+  args.guard = guard;
+  args.skip = static_cast<const float*>(scalars(skip, at::kFloat, 1, device_, "skip"));
+  const auto* device = static_cast<const double*>(scalars(device_weights, at::kDouble, shadows, device_, "weights"));
+  if (device_.is_cpu() && args.skip != nullptr && *args.skip != 0.0f) return;
   for (const c10::VariableVersion& version : view_versions_) {
     c10::VariableVersion(version).bump();
   }
-  if (device_.is_cpu()) {
-    kept_on_cpu_ += update_on_cpu(work_, args, at::get_num_threads(), isa_);
-    return;
-  }
+  for (int first = 0; first < shadows; first += kMaxShadows) {
+    args.shadows = std::min(kMaxShadows, shadows - first);
+    args.count_kept = first == 0;
+    std::copy_n(weights.begin() + first, args.shadows, args.weights);
+    if (device_.is_cpu()) {
+      if (device != nullptr) std::copy_n(device + first, args.shadows, args.weights);
+      const int64_t kept = update_on_cpu(work_, first, args, at::get_num_threads(), isa_);
+      if (args.count_kept) kept_on_cpu_ += kept;
+      continue;
+    }
 #ifdef FASTEMA_WITH_CUDA
-  check(launch_update(static_cast<const Chunk*>(device_chunks_.const_data_ptr()), chunk_count(), args,
-                      static_cast<unsigned long long*>(device_kept_.mutable_data_ptr()), device_.index(),
-                      current_stream()),
-        "update");
+    args.device_weights = device == nullptr ? nullptr : device + first;
+    const Chunk* chunks = static_cast<const Chunk*>(device_chunks_.const_data_ptr()) + first * work_.count;
+    check(launch_update(chunks, work_.count, args, static_cast<unsigned long long*>(device_kept_.mutable_data_ptr()),
+                        device_.index(), current_stream()),
+          "update");
 #endif
+  }
 }
 
-void Plan::exchange() {
+void Plan::exchange(int which) {
+  if (which < 0 || which >= static_cast<int>(shadows_.size())) throw std::invalid_argument("no such shadow");
   if (!same_dtypes_) throw std::invalid_argument("contents of different dtypes cannot be exchanged exactly");
-  if (device_.is_cpu()) return exchange_on_cpu(work_, at::get_num_threads());
+  if (device_.is_cpu()) return exchange_on_cpu(work_, which, at::get_num_threads());
 #ifdef FASTEMA_WITH_CUDA
-  check(launch_exchange(static_cast<const Chunk*>(device_chunks_.const_data_ptr()), chunk_count(), device_.index(),
-                        current_stream()),
+  check(launch_exchange(static_cast<const Chunk*>(device_chunks_.const_data_ptr()) + which * work_.count, work_.count,
+                        device_.index(), current_stream()),
         "exchange");
 #endif
 }

@@ -14,31 +14,37 @@ namespace fastema {
 
 class Plan {
  public:
-  // One segment per index i: shadows[i] and lives[i] are 1-D, contiguous, of equal length and on one device.
-  // copies[i]: copied rather than averaged. `views`: the shadow tensors that users see, whose version counters an
-  // update bumps. Throws (std::invalid_argument) before anything is allocated.
-  Plan(std::vector<at::Tensor> shadows, std::vector<at::Tensor> lives, const std::vector<bool>& copies,
+  // One segment per index i, under K shadows: shadows[k][i] and lives[i] are 1-D, contiguous, of equal length and on
+  // one device; shadows[k][i] has the same dtype for every k. copies[i]: copied rather than averaged. `views`: the
+  // shadow tensors that users see, whose version counters an update bumps. Throws (std::invalid_argument) before
+  // anything is allocated.
+  Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor> lives, const std::vector<bool>& copies,
        const std::vector<at::Tensor>& views);
 
-  // shadow <- shadow + weight * (live - shadow), or a copy, for every segment, in one parallel region or one launch.
-  // found_inf: a float32 scalar on the plan's device; not zero: nothing happens.
-  void update(double weight, bool guard, const std::optional<at::Tensor>& found_inf);
+  // shadow <- shadow + weight * (live - shadow), or a copy, for every segment, in one parallel region or one launch
+  // (of up to kMaxShadows shadows).
+  //   weights         [K], 1 - decay each
+  //   skip            float32 scalar on the plan's device, or none: not zero when the update runs: nothing happens
+  //   device_weights  float64 [K] on the plan's device, or none: read instead of `weights` when the update runs
+  void update(const std::vector<double>& weights, bool guard, const std::optional<at::Tensor>& skip,
+              const std::optional<at::Tensor>& device_weights);
 
-  // Swaps the contents of every shadow and live segment; throws where their dtypes differ.
-  void exchange();
+  // Swaps the contents of live and of one shadow; throws where their dtypes differ.
+  void exchange(int which);
 
-  // How many elements the guard has kept so far. On a GPU this synchronises.
+  // How many elements the guard has kept so far, each counted once for all shadows. On a GPU this synchronises.
   int64_t nonfinite_count() const;
 
-  int64_t chunk_count() const { return static_cast<int64_t>(work_.chunks.size()); }
+  int64_t chunk_count() const { return work_.count; }
   void set_isa(Isa isa) { isa_ = isa; }  // for tests: at most what the machine has
 
  private:
   void* current_stream() const;
 
-  std::vector<at::Tensor> shadows_, lives_;  // held, so that the pointers in the chunks stay valid
-  at::Device device_ = at::kCPU;
+  std::vector<std::vector<at::Tensor>> shadows_;  // held, with lives_, so that the pointers in the chunks stay valid
+  std::vector<at::Tensor> lives_;
   std::vector<c10::VariableVersion> view_versions_;
+  at::Device device_ = at::kCPU;
   bool same_dtypes_ = true;
   Isa isa_;
   CpuChunks work_;

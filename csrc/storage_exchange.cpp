@@ -43,8 +43,9 @@ void StorageExchange::enter(uint32_t version_step) {
   for (const c10::Storage& storage : lives_) storage.mutable_data();
   for (const c10::Storage& storage : others_) storage.mutable_data();
   swap();
+  // First all are read: slices of one buffer share one counter.
+  for (size_t i = 0; i < counters_.size(); ++i) versions_[i] = counters_[i].current_version();
   for (size_t i = 0; i < counters_.size(); ++i) {
-    versions_[i] = counters_[i].current_version();
     counters_[i].set_version(static_cast<int64_t>(versions_[i] + version_step));
   }
   entered_ = true;

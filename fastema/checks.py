@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
@@ -13,13 +13,22 @@ _SHADOW_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _STALL_DECAY = 0.99
 
 
-def checked_decay(decay: float) -> float:
+def checked_decay(decay: object) -> float:
     """`decay` as a float in [0, 1]."""
     if isinstance(decay, bool) or not isinstance(decay, Real):
         raise ValueError(f"decay must be a number in [0, 1], got {decay!r}")
-    if not 0.0 <= decay <= 1.0:  # NaN fails too
+    if not 0.0 <= float(decay) <= 1.0:  # NaN fails too
         raise ValueError(f"decay must be in [0, 1], got {decay}")
     return float(decay)
+
+
+def checked_decays(decay: float | Sequence[float]) -> tuple[tuple[float, ...], bool]:
+    """The decays, and whether they came as a sequence."""
+    if isinstance(decay, Sequence) and not isinstance(decay, str):
+        if not decay:
+            raise ValueError("decay must be a number in [0, 1] or several of them, got an empty sequence")
+        return tuple(checked_decay(each) for each in decay), True
+    return (checked_decay(decay),), False
 
 
 def checked_count(name: str, value: int, at_least: int) -> int:

@@ -8,29 +8,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastema import backends
-from fastema.checks import (
-    checked_count,
-    checked_decay,
-    checked_device,
-    checked_shadow_dtype,
-    difference,
-    refuse_differences,
-)
-from fastema.policy import Buffers, Policy, Source, collect, named_tensors
+from fastema import backends, state
+from fastema.checks import checked_count, checked_decays, checked_device, checked_shadow_dtype
+from fastema.clock import DeviceClock
+from fastema.policy import Buffers, Policy, Source, collect
 from fastema.schedules import make_schedule
 from fastema.shadow import Shadow
 
 
 class LoadResult(NamedTuple):
-    """What `load_state_dict(strict=False)` found: as `nn.Module.load_state_dict` returns it."""
+    """What `load_state_dict(strict=False)` found, as `nn.Module.load_state_dict` returns it."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -55,7 +49,8 @@ class FastEMA:
 
     Args:
         model: the module whose parameters and buffers are averaged, or an iterable of (name, tensor).
-        decay: in [0, 1]; the average reaches back about 1 / (1 - decay) updates.
+        decay: in [0, 1]; the average reaches back about 1 / (1 - decay) updates. Several decays keep several averages
+            in one read of the weights; then `which` chooses, and numbers come as tuples.
         decay_type: the schedule: "constant", "threshold", "exp", "linear", "warmup", or any name registered in
             `fastema.schedules.EMA_DECAY_FUNCTIONS`.
         total_steps: optimizer steps of the whole training; "exp" and "linear" need it.
@@ -67,12 +62,14 @@ class FastEMA:
         dtype: the shadow's; None: float32 for bfloat16 and float16 weights, else the weights' own.
         device: the shadow's; None: where the weights are.
         nonfinite: "skip": an element whose live value is NaN or infinite keeps its shadow; "propagate".
+        capturable: keep step and weight in device memory, so that `update()` can be part of a captured CUDA graph.
         backend: "auto", "native" or "torch"; None: the environment variable FASTEMA_BACKEND, else "auto".
         **decay_args: for the schedule, e.g. `beta=15` for "exp".
 
     Raises:
         ValueError: an argument out of range, or a tensor that cannot be averaged; says which and what to do.
         TypeError: an argument that neither FastEMA nor the schedule takes.
+        RuntimeError: another FastEMA is applied to the model.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -91,7 +88,7 @@ class FastEMA:
     def __init__(
         self,
         model: Source,
-        decay: float = 0.999,
+        decay: float | Sequence[float] = 0.999,
         *,
         decay_type: str = "constant",
         total_steps: int | None = None,
@@ -102,10 +99,11 @@ class FastEMA:
         dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
         nonfinite: Literal["skip", "propagate"] = "skip",
+        capturable: bool = False,
         backend: str | None = None,
         **decay_args: Any,
     ) -> None:
-        self._decay = checked_decay(decay)
+        self._decays, self._several = checked_decays(decay)
         self._decay_type = decay_type
         self._total_steps = total_steps
         self._schedule = make_schedule(decay_type, total_steps, decay_args)
@@ -114,17 +112,19 @@ class FastEMA:
         if nonfinite not in ("skip", "propagate"):
             raise ValueError(f'nonfinite must be "skip" or "propagate", got {nonfinite!r}')
         self._guard = nonfinite == "skip"
-        self._dtype = checked_shadow_dtype(dtype, self._decay)
+        self._dtype = checked_shadow_dtype(dtype, max(self._decays))
         self._device = checked_device(device)
         self._buffers = buffers
         self._policy = policy
         self._backend = backends.default_name() if backend is None else backend
         self._source = model if isinstance(model, nn.Module) else [(name, tensor) for name, tensor in model]
+        self._capturable = capturable
         self._step = 0
         self._num_updates = 0
         self._nonfinite_before = 0  # counted by plans that were rebuilt since
         self._warned_nonfinite = False
         self._shadow = self._build_shadow()
+        self._clock = self._build_clock()
 
     @classmethod
     def from_params(cls, model: Source, ema_params: dict[str, Any], total_steps: int | None = None) -> FastEMA:
@@ -144,21 +144,32 @@ class FastEMA:
         Args:
             step: the number of optimizer steps so far, from 1, for the schedule; None: an own counter.
             found_inf: float32 scalar on the model's device, as torch's gradient scaler keeps it; where it is not 0, the
-                optimizer skipped its step and nothing is averaged.
+                optimizer skipped its step and nothing is averaged. On a GPU the kernel looks, and only with
+                `capturable=True` does the step not count either.
 
         Raises:
             RuntimeError: the EMA weights are applied; the model's structure, shapes, dtypes or devices changed.
         """
         self._refuse_while_applied("update()")
+        if self._clock is not None:
+            self._update_by_clock(self._clock, step, found_inf)
+            return
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
-            return  # on a GPU the kernel looks
+            return
         step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
         if step % self._update_every == 0:
-            weight = 1.0 - self.decay_at(step)
+            weights = [1.0 - decay for decay in self._decays_at(step)]
             self._ensure_current()
-            self._shadow.update(weight, self._guard, found_inf)
+            self._shadow.update(weights, self._guard, found_inf)
             self._num_updates += 1
         self._step = step
+
+    def _update_by_clock(self, clock: DeviceClock, step: int | None, found_inf: Tensor | None) -> None:
+        if step is not None:
+            raise ValueError("capturable=True counts its own steps on the device: call update() without step")
+        self._ensure_current()
+        skip = clock.advance(found_inf)
+        self._shadow.update([0.0] * len(self._decays), self._guard, skip, clock.weights)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> AttachedHandle:
         """Calls `update()` after every `optimizer.step()`; a step while the EMA is applied raises instead.
@@ -178,7 +189,7 @@ class FastEMA:
 
     # ---- the exchange ----
 
-    def apply_shadow(self, in_place: bool = False) -> None:
+    def apply_shadow(self, in_place: bool = False, which: int = 0) -> None:
         """Puts the averaged weights into the model, by exchanging storage pointers: no byte is copied or allocated.
 
         Every alias and view of the weights follows, also tensors of a `state_dict()` taken before. Weights of another
@@ -187,19 +198,21 @@ class FastEMA:
 
         Args:
             in_place: exchange the contents instead, for captured CUDA graphs, whose addresses must not move.
+            which: which of several averages.
 
         Raises:
             RuntimeError: already applied, or another FastEMA is applied to this model, or a CUDA graph is captured.
-            ValueError: `in_place` where it could not be undone exactly.
+            ValueError: `in_place` where it could not be undone exactly; no such average.
         """
         self._refuse_while_applied("apply_shadow()")
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "apply_shadow() during CUDA graph capture would bake the exchanged addresses into the graph"
+                "apply_shadow() during CUDA graph capture would bake the exchanged addresses into it: swap outside"
             )
+        self._checked_which(which)
         self._ensure_current()
         self._warn_about_nonfinite()
-        self._shadow.apply(in_place)
+        self._shadow.apply(which, in_place)
 
     def restore(self) -> None:
         """Takes the averaged weights out again: every live bit, and every version counter, is as before.
@@ -212,11 +225,11 @@ class FastEMA:
         self._shadow.restore()
 
     @contextmanager
-    def swapped(self, in_place: bool = False) -> Iterator[FastEMA]:
+    def swapped(self, in_place: bool = False, which: int = 0) -> Iterator[FastEMA]:
         """A block in which the model has the averaged weights; they leave it however the block ends."""
         self._refuse_while_applied("swapped()")
         try:
-            self.apply_shadow(in_place)
+            self.apply_shadow(in_place, which)
             yield self
         finally:
             if self.is_applied:
@@ -224,11 +237,10 @@ class FastEMA:
 
     @property
     def is_applied(self) -> bool:
-        """Whether the averaged weights are in the model now."""
+        """Whether averaged weights are in the model now."""
         return self._shadow.is_applied
 
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module | None = None) -> None:
+    def copy_to(self, model: nn.Module | None = None, which: int = 0) -> None:
         """Copies the averaged weights into the model, or into another one with the same names and shapes.
 
         Raises:
@@ -237,54 +249,39 @@ class FastEMA:
         """
         self._refuse_while_applied("copy_to()")
         self._ensure_current()
-        averages = self._averages_by_name()
-        targets = dict(named_tensors(self._source if model is None else model))
-        refuse_differences(
-            "copy_to() got a model that differs from the averaged one",
-            [
-                difference(name, average, targets[name], dtypes=False) if name in targets else f"{name!r} is missing"
-                for name, average in averages.items()
-            ],
-        )
-        for name, average in averages.items():
-            targets[name].copy_(average)
+        state.copy_averages(self._shadow, self._checked_which(which), self._source if model is None else model)
 
     # ---- numbers ----
 
     @property
-    def decay(self) -> float:
-        """The target decay."""
-        return self._decay
+    def decay(self) -> Any:
+        """The target decay, or the tuple of them."""
+        return self._one_or_all(self._decays)
 
     @property
     def num_updates(self) -> int:
-        """How many updates were averaged."""
-        return self._num_updates
+        """How many updates were averaged. With `capturable=True` this waits for the device."""
+        return self._num_updates if self._clock is None else int(self._clock.num_updates)
 
     @property
     def backend_name(self) -> str:
         """Who runs the updates: "native" or "torch"; several where devices differ."""
         return self._shadow.backend_name
 
-    def decay_at(self, step: int) -> float:
-        """The decay that an update at optimizer step `step` (from 1) uses.
+    def decay_at(self, step: int) -> Any:
+        """The decay that an update at optimizer step `step` (from 1) uses, or the tuple of them.
 
         Raises:
             ValueError: a schedule of your own returned a decay outside [0, 1].
         """
-        if step <= self._update_after_step:
-            return 0.0
-        decay = self._schedule(self._decay, step, self._total_steps)
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"decay_type {self._decay_type!r} gave decay {decay} at step {step}; it must be in [0, 1]")
-        return decay
+        return self._one_or_all(self._decays_at(step))
 
-    def window(self) -> float:
-        """How many updates the average reaches back: 1 / (1 - decay)."""
-        return math.inf if self._decay == 1.0 else 1.0 / (1.0 - self._decay)
+    def window(self) -> Any:
+        """How many updates the average reaches back: 1 / (1 - decay), or the tuple of them."""
+        return self._one_or_all([math.inf if decay == 1.0 else 1.0 / (1.0 - decay) for decay in self._decays])
 
-    def lag(self, updates_per_epoch: float) -> float:
-        """How many epochs the average reaches back.
+    def lag(self, updates_per_epoch: float) -> Any:
+        """How many epochs the average reaches back, or the tuple of them.
 
         Example:
             >>> round(FastEMA(torch.nn.Linear(2, 1), decay=0.9999).lag(updates_per_epoch=400), 6)
@@ -292,7 +289,8 @@ class FastEMA:
         """
         if not updates_per_epoch > 0:
             raise ValueError(f"updates_per_epoch must be positive, got {updates_per_epoch}")
-        return self.window() / updates_per_epoch
+        windows = self.window() if self._several else [self.window()]
+        return self._one_or_all([window / updates_per_epoch for window in windows])
 
     def nonfinite_count(self) -> int:
         """How many elements the guard has kept so far, because their live value was NaN or infinite.
@@ -311,23 +309,24 @@ class FastEMA:
 
         Returns:
             `step`, `num_updates`, `decay`, `decay_type`, and `shadow`: the averaged and copied tensors by name, without
-            buffers that `nn.Module.state_dict` leaves out and that are only copied anyway.
+            buffers that `nn.Module.state_dict` leaves out and that are only copied anyway. With several decays `decay`
+            and `shadow` are lists.
         """
         self._warn_about_nonfinite()
+        shadows = [state.averages_by_name(self._shadow, which, saved_only=True) for which in range(len(self._decays))]
         return {
-            "step": self._step,
-            "num_updates": self._num_updates,
-            "decay": self._decay,
+            "step": self._step if self._clock is None else int(self._clock.step),
+            "num_updates": self.num_updates,
+            "decay": list(self._decays) if self._several else self._decays[0],
             "decay_type": self._decay_type,
-            "shadow": self._averages_by_name(saved_only=True),
+            "shadow": shadows if self._several else shadows[0],
         }
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> LoadResult:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadResult:
         """Loads what `state_dict()` returned, by value.
 
         Args:
-            state: the state, of a FastEMA of the same model.
+            state_dict: the state, of a FastEMA of the same model.
             strict: names and dtypes must agree; False: load what fits, cast where dtypes differ.
 
         Raises:
@@ -335,96 +334,111 @@ class FastEMA:
             ValueError: not a state, or one of another model; lists the first differences. Nothing is changed.
         """
         self._refuse_while_applied("load_state_dict()")
-        missing_entries = {"step", "num_updates", "shadow"} - set(state)
-        if missing_entries:
-            raise ValueError(f"not a FastEMA state: it has no {', '.join(sorted(missing_entries))}")
+        absent = {"step", "num_updates", "shadow"} - set(state_dict)
+        if absent:
+            raise ValueError(f"not a FastEMA state: it has no {', '.join(sorted(absent))}")
         self._ensure_current()
-        saved: dict[str, Tensor] = state["shadow"]
-        own = self._averages_by_name(saved_only=True)
-        missing = [name for name in own if name not in saved]
-        unexpected = [name for name in saved if name not in own]
-        differences = [difference(name, own[name], saved[name], dtypes=strict) for name in own if name in saved]
-        if strict:
-            differences += [f"{name!r} is missing in the state" for name in missing]
-            differences += [f"{name!r} is in the state, not in the model" for name in unexpected]
-        refuse_differences("the state is of another model", differences)
-        for name, average in own.items():
-            if name in saved:
-                average.copy_(saved[name])
-        self._step = int(state["step"])
-        self._num_updates = int(state["num_updates"])
-        for key, mine in (("decay", self._decay), ("decay_type", self._decay_type)):
-            if state.get(key, mine) != mine:
+        saved = state_dict["shadow"]
+        missing, unexpected = state.load_averages(self._shadow, saved if isinstance(saved, list) else [saved], strict)
+        self._set_counters(int(state_dict["step"]), int(state_dict["num_updates"]))
+        mine = {"decay": list(self._decays) if self._several else self._decays[0], "decay_type": self._decay_type}
+        for key, value in mine.items():
+            if state_dict.get(key, value) != value:
                 warnings.warn(
-                    f"the loaded state was made with {key}={state[key]!r}; updates go on with {mine!r}", stacklevel=2
+                    f"the loaded state was made with {key}={state_dict[key]!r}; updates go on with {value!r}",
+                    stacklevel=2,
                 )
         return LoadResult(missing, unexpected)
 
-    def shadow_state_dict(self) -> dict[str, Any]:
+    def shadow_state_dict(self, which: int = 0) -> dict[str, Any]:
         """The averaged model under the model's own keys: `model.load_state_dict(it)` works.
 
         Averaged tensors come in the shadow's dtype, what is skipped as it is in the model. Tensors share memory with
         the EMA.
         """
-        averages = {_place(entry.tensor): average for entry, average in self._shadow.averages()}
-        if isinstance(self._source, nn.Module):
-            items: dict[str, Any] = self._source.state_dict()
-        else:
-            items = {name: tensor.detach() for name, tensor in self._source}
-        return {
-            key: averages.get(_place(value), value) if isinstance(value, Tensor) else value
-            for key, value in items.items()
-        }
+        return state.model_state(self._source, self._shadow, self._checked_which(which))
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the model comes along, and the copy averages the copied model."""
         self._refuse_while_applied("pickling or copying a FastEMA")
-        config = {key: value for key, value in self.__dict__.items() if key != "_shadow"}
+        config = {key: value for key, value in self.__dict__.items() if key not in ("_shadow", "_clock")}
         config["_nonfinite_before"] = self.nonfinite_count()
-        return {"config": config, "averages": self._averages_by_name()}
+        counters = (self._step, self._num_updates)
+        if self._clock is not None:
+            counters = (int(self._clock.step), int(self._clock.num_updates))
+        averages = [state.averages_by_name(self._shadow, which) for which in range(len(self._decays))]
+        return {"config": config, "counters": counters, "averages": averages}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state["config"])
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        self.__dict__.update(pickled["config"])
         self._shadow = self._build_shadow()
+        self._clock = self._build_clock()
+        self._set_counters(*pickled["counters"])
         with torch.no_grad():
-            for name, average in self._averages_by_name().items():
-                average.copy_(state["averages"][name])
+            for which, averages in enumerate(pickled["averages"]):
+                for name, average in state.averages_by_name(self._shadow, which).items():
+                    average.copy_(averages[name])
 
     def __repr__(self) -> str:
         return (
-            f"FastEMA(decay={self._decay}, decay_type={self._decay_type!r}, num_updates={self._num_updates}, "
+            f"FastEMA(decay={self.decay}, decay_type={self._decay_type!r}, num_updates={self.num_updates}, "
             f"tensors={len(self._shadow.managed)}, backend={self.backend_name!r})"
         )
 
     # ---- inside ----
 
-    def _averages_by_name(self, saved_only: bool = False) -> dict[str, Tensor]:
-        averages = self._shadow.averages()
-        return {
-            name: average for entry, average in averages if entry.is_saved or not saved_only for name in entry.names
-        }
-
     def _build_shadow(self) -> Shadow:
         managed = collect(self._source, self._buffers, self._policy)
         modules = list(self._source.modules()) if isinstance(self._source, nn.Module) else []
-        return Shadow(managed, self._dtype, self._device, self._backend, modules)
+        return Shadow(managed, len(self._decays), self._dtype, self._device, self._backend, modules)
+
+    def _build_clock(self) -> DeviceClock | None:
+        if not self._capturable:
+            return None
+        devices = {entry.tensor.device for entry in self._shadow.managed}
+        if len(devices) > 1 or (self._device is not None and self._device not in devices):
+            raise ValueError(f"capturable=True needs model and shadow on one device, got {sorted(map(str, devices))}")
+        (device,) = devices
+        if device.type != "cpu" and self.backend_name == "torch":
+            raise ValueError(
+                "capturable=True needs fastema's own kernels on a GPU: the torch backend waits for the device"
+            )
+        return DeviceClock(
+            self._decays_at, list(self._decays), self._schedule, self._total_steps, self._update_every, device
+        )
+
+    def _decays_at(self, step: int) -> list[float]:
+        if step <= self._update_after_step:
+            return [0.0] * len(self._decays)
+        decays = [self._schedule(decay, step, self._total_steps) for decay in self._decays]
+        for decay in decays:
+            if not 0.0 <= decay <= 1.0:
+                raise ValueError(
+                    f"decay_type {self._decay_type!r} gave decay {decay} at step {step}; it must be in [0, 1]"
+                )
+        return decays
+
+    def _one_or_all(self, values: Sequence[float]) -> Any:
+        return tuple(values) if self._several else values[0]
+
+    def _checked_which(self, which: int) -> int:
+        if checked_count("which", which, at_least=0) >= len(self._decays):
+            raise ValueError(f"which must be below {len(self._decays)}, the number of averages; got {which}")
+        return which
+
+    def _set_counters(self, step: int, num_updates: int) -> None:
+        self._step, self._num_updates = step, num_updates
+        if self._clock is not None:
+            self._clock.step.fill_(step)
+            self._clock.num_updates.fill_(num_updates)
 
     def _ensure_current(self) -> None:
         """Rebuilds the plan where tensors were replaced or moved in memory; the average goes on."""
         if self._shadow.is_current():
             return
-        old, new = self._shadow, self._build_shadow()
-        was, now = old.averaged_by_name(), new.averaged_by_name()  # what is only copied may come, go and change
-        differences = [f"{name!r} is gone" for name in was if name not in now]
-        differences += [f"{name!r} is new" for name in now if name not in was]
-        for name, (entry, _) in now.items():
-            if name in was and was[name][0].layout != entry.layout:
-                differences.append(f"{name!r} is now {entry.layout}, was {was[name][0].layout}")
-        refuse_differences("the model changed since FastEMA was built; build a new one", differences, RuntimeError)
-        with torch.no_grad():
-            for name, (_, average) in now.items():
-                average.copy_(was[name][1])
-        self._nonfinite_before += old.nonfinite_count()
+        new = self._build_shadow()
+        state.carry_over(self._shadow, new)
+        self._nonfinite_before += self._shadow.nonfinite_count()
         self._shadow = new
 
     def _refuse_while_applied(self, what: str) -> None:
@@ -444,9 +458,3 @@ class FastEMA:
                 "itself has gone wrong",
                 stacklevel=3,
             )
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """What tells a tensor from every other, whichever alias of it is at hand."""
-    storage = tensor.untyped_storage()
-    return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype

@@ -46,9 +46,9 @@ def element_runs(tensor: Tensor) -> list[tuple[int, int]]:
         else:
             outer.append((stride, size))
         span += stride * (size - 1)
-    begins = torch.tensor([tensor.storage_offset()])
+    begins = torch.tensor([tensor.storage_offset()], device="cpu")
     for stride, size in outer:
-        begins = (begins[:, None] + stride * torch.arange(size)).flatten()
+        begins = (begins[:, None] + stride * torch.arange(size, device="cpu")).flatten()
     return [(begin, begin + dense) for begin in begins.sort().values.tolist()]
 
 

@@ -29,6 +29,8 @@ class IDecayFunction(ABC):
 
     #: Whether the schedule is undefined without `total_steps`.
     needs_total_steps: bool = False
+    #: Whether the decay stays at the target once it has reached it.
+    settles: bool = False
 
     @abstractmethod
     def __call__(self, decay: float, step: int, total_steps: int | None) -> float:
@@ -44,12 +46,16 @@ class IDecayFunction(ABC):
 class ConstantDecay(IDecayFunction):
     """`decay`, always."""
 
+    settles = True
+
     def __call__(self, decay: float, step: int, total_steps: int | None) -> float:
         return decay
 
 
 class ThresholdDecay(IDecayFunction):
     """`min(decay, (1 + step) / (10 + step))`: the warm-up of TensorFlow's ExponentialMovingAverage(num_updates=...)."""
+
+    settles = True
 
     def __call__(self, decay: float, step: int, total_steps: int | None) -> float:
         return min(decay, (1 + step) / (10 + step))
@@ -59,6 +65,7 @@ class ExpDecay(IDecayFunction):
     """`decay * (1 - exp(-beta * step / total_steps))`, as in super-gradients and YOLO."""
 
     needs_total_steps = True
+    settles = True
 
     def __init__(self, beta: float = 15.0) -> None:
         if not beta > 0:
@@ -74,6 +81,7 @@ class LinearDecay(IDecayFunction):
     """`decay * step / total_steps`; `decay` from the last step on."""
 
     needs_total_steps = True
+    settles = True
 
     def __call__(self, decay: float, step: int, total_steps: int | None) -> float:
         assert total_steps is not None
@@ -85,6 +93,8 @@ class WarmupDecay(IDecayFunction):
 
     power 2/3 for runs of a million steps and more, 3/4 to reach 0.999 in 10,000 steps (crowsonkb/k-diffusion).
     """
+
+    settles = True
 
     def __init__(self, inv_gamma: float = 1.0, power: float = 2 / 3) -> None:
         if not (inv_gamma > 0 and power > 0):

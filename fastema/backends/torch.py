@@ -28,42 +28,57 @@ class Plan:
     """shadow <- shadow + weight * (live - shadow) for every segment. See csrc/plan.h for the arguments."""
 
     def __init__(
-        self, shadows: Sequence[Tensor], lives: Sequence[Tensor], copies: Sequence[bool], views: Sequence[Tensor]
+        self,
+        shadows: Sequence[Sequence[Tensor]],
+        lives: Sequence[Tensor],
+        copies: Sequence[bool],
+        views: Sequence[Tensor],
     ) -> None:
-        self._segments = list(zip(shadows, lives, copies, strict=True))
+        self._shadows = [list(zip(shadow, lives, copies, strict=True)) for shadow in shadows]
         self._views = list(views)
         self._kept: Tensor | int = 0
 
     @torch.no_grad()
-    def update(self, weight: float, guard: bool, found_inf: Tensor | None = None) -> None:
-        if found_inf is not None and bool(found_inf):  # on a GPU this waits; the kernels do not
+    def update(
+        self,
+        weights: Sequence[float],
+        guard: bool,
+        skip: Tensor | None = None,
+        device_weights: Tensor | None = None,
+    ) -> None:
+        if skip is not None and bool(skip):  # on a GPU this waits; the kernels do not
             return
-        for shadow, live, copy in self._segments:
-            if copy:
-                shadow.copy_(live)
-            else:
-                self._average(shadow, live, weight, guard)
+        if device_weights is not None:
+            weights = device_weights.tolist()
+        for which, (segments, weight) in enumerate(zip(self._shadows, weights, strict=True)):
+            for shadow, live, copy in segments:
+                if copy:
+                    shadow.copy_(live)
+                else:
+                    self._average(shadow, live, weight, guard, counts=which == 0)
         torch.autograd.graph.increment_version(self._views)
 
-    def _average(self, shadow: Tensor, live: Tensor, weight: float, guard: bool) -> None:
+    def _average(self, shadow: Tensor, live: Tensor, weight: float, guard: bool, counts: bool) -> None:
         opmath = torch.float64 if shadow.dtype == torch.float64 else torch.float32
         old, new = shadow.to(opmath), live.to(shadow.device, opmath)
         result = torch.lerp(old, new, weight)
         if guard:
             finite = new.isfinite()
             result = torch.where(finite, result, old)
-            self._kept = self._kept + (finite.numel() - finite.count_nonzero())
+            if counts:  # an element is counted once for all shadows
+                self._kept = self._kept + (finite.numel() - finite.count_nonzero())
         shadow.copy_(result)
 
     def nonfinite_count(self) -> int:
         return int(self._kept)
 
     @torch.no_grad()
-    def exchange(self) -> None:
-        """Swaps the contents of every shadow and live segment, a block at a time."""
-        if any(shadow.dtype != live.dtype for shadow, live, _ in self._segments):
+    def exchange(self, which: int) -> None:
+        """Swaps the contents of live and of one shadow, a block at a time."""
+        segments = self._shadows[which]
+        if any(shadow.dtype != live.dtype for shadow, live, _ in segments):
             raise ValueError("contents of different dtypes cannot be exchanged exactly")
-        for shadow, live, _ in self._segments:
+        for shadow, live, _ in segments:
             _exchange_contents(shadow.view(torch.uint8), live.view(torch.uint8))
 
 
@@ -81,8 +96,9 @@ def _exchange_contents(first: Tensor, second: Tensor) -> None:
 class ContentsExchange:
     """Live and shadow change places by their contents: addresses stay, as captured CUDA graphs need it."""
 
-    def __init__(self, plans: Sequence[Any], managed: Sequence[Tensor]) -> None:
+    def __init__(self, plans: Sequence[Any], which: int, managed: Sequence[Tensor]) -> None:
         self._plans = list(plans)  # of any backend
+        self._which = which
         # Inference tensors carry no counter, and no graph refers to them.
         self._managed = tuple(tensor for tensor in managed if not tensor.is_inference())
         self._versions: tuple[int, ...] = ()
@@ -109,7 +125,7 @@ class ContentsExchange:
 
     def _swap(self) -> None:
         for plan in self._plans:
-            plan.exchange()
+            plan.exchange(self._which)
 
     def _set_versions(self, versions: tuple[int, ...]) -> None:
         torch._C._autograd._unsafe_set_version_counter(self._managed, versions)
@@ -119,7 +135,7 @@ class StorageExchange(ContentsExchange):
     """Live and shadow change places by the pointers of their storages. See csrc/storage_exchange.h."""
 
     def __init__(self, lives: Sequence[Tensor], others: Sequence[Tensor], managed: Sequence[Tensor]) -> None:
-        super().__init__([], managed)
+        super().__init__([], 0, managed)
         self._pairs = list(zip(lives, others, strict=True))
 
     def _check(self) -> None:
