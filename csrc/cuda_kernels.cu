@@ -7,6 +7,10 @@
 #include "cuda_kernels.h"
 #include "ema_math.h"
 
+#ifndef FASTEMA_LAUNCH  // the tests run this source on the host with a launch of their own
+#define FASTEMA_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+#endif
+
 namespace fastema {
 namespace {
 
@@ -297,8 +301,8 @@ CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& ar
   const CurrentDevice current(device);
   if (current.status() != cudaSuccess) return message(current.status());
   const auto kernel = args.guard ? update_kernel<true> : update_kernel<false>;
-  kernel<<<static_cast<unsigned int>(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(chunks, count, args,
-                                                                                               kept);
+  FASTEMA_LAUNCH(kernel, static_cast<unsigned int>(count), kThreads, static_cast<cudaStream_t>(stream), chunks, count,
+                 args, kept);
   return message(cudaGetLastError());
 }
 
@@ -306,7 +310,8 @@ CudaError launch_exchange(const Chunk* chunks, int64_t count, int device, void* 
   if (count == 0) return nullptr;
   const CurrentDevice current(device);
   if (current.status() != cudaSuccess) return message(current.status());
-  exchange_kernel<<<static_cast<unsigned int>(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(chunks);
+  FASTEMA_LAUNCH(exchange_kernel, static_cast<unsigned int>(count), kThreads, static_cast<cudaStream_t>(stream),
+                 chunks);
   return message(cudaGetLastError());
 }
 

@@ -7,6 +7,11 @@
 #include <utility>
 
 namespace fastema {
+namespace {
+
+constexpr size_t kAhead = 8;  // after a training step these objects are out of the cache: let the misses overlap
+
+}  // namespace
 
 StorageExchange::StorageExchange(const std::vector<at::Tensor>& lives, const std::vector<at::Tensor>& others,
                                  const std::vector<at::Tensor>& managed) {
@@ -22,6 +27,10 @@ StorageExchange::StorageExchange(const std::vector<at::Tensor>& lives, const std
 
 void StorageExchange::swap() noexcept {
   for (size_t i = 0; i < lives_.size(); ++i) {
+    if (i + kAhead < lives_.size()) {
+      __builtin_prefetch(lives_[i + kAhead].unsafeGetStorageImpl(), 1);
+      __builtin_prefetch(others_[i + kAhead].unsafeGetStorageImpl(), 1);
+    }
     c10::StorageImpl* live = lives_[i].unsafeGetStorageImpl();
     c10::StorageImpl* other = others_[i].unsafeGetStorageImpl();
     c10::DataPtr pointer = live->set_data_ptr(c10::DataPtr());
@@ -32,6 +41,10 @@ void StorageExchange::swap() noexcept {
 void StorageExchange::enter(uint32_t version_step) {
   if (entered_) throw std::logic_error("the exchange is already entered");
   for (size_t i = 0; i < lives_.size(); ++i) {
+    if (i + kAhead < lives_.size()) {
+      __builtin_prefetch(lives_[i + kAhead].unsafeGetStorageImpl(), 1);
+      __builtin_prefetch(others_[i + kAhead].unsafeGetStorageImpl(), 1);
+    }
     const c10::Storage &live = lives_[i], &other = others_[i];
     if (live.nbytes() != other.nbytes() || live.device() != other.device()) {
       throw std::invalid_argument("storages of " + std::to_string(live.nbytes()) + " bytes on " + live.device().str() +

@@ -1,47 +1,72 @@
 #include "watch.h"
 
+#include <c10/core/StorageImpl.h>
+
+#include <algorithm>
 #include <utility>
 
 namespace fastema {
 namespace {
 
-// The address of the first element; unlike data_ptr() it never throws, not even for storage that was freed.
-const void* first_element(const at::Tensor& tensor) {
-  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  const char* base = static_cast<const char*>(impl->storage().data());
-  return base + impl->storage_offset() * static_cast<int64_t>(impl->itemsize());
+constexpr size_t kAhead = 8;  // how many objects ahead to ask for, so that their cache misses overlap
+
+// The storage of a tensor; unlike data_ptr() this never throws, not even for storage that was freed.
+const c10::StorageImpl* storage_of(const c10::TensorImpl* tensor) {
+  return tensor->unsafe_storage().unsafeGetStorageImpl();
 }
+
+bool same(at::IntArrayRef now, const int64_t* then) { return std::equal(now.begin(), now.end(), then); }
 
 }  // namespace
 
-Watch::Watch(const std::vector<pybind11::dict>& dicts, std::vector<at::Tensor> tensors) : tensors_(std::move(tensors)) {
-  slots_.reserve(dicts.size());
-  for (const pybind11::dict& dict : dicts) {
-    Slots slots{dict, {}};
-    for (const auto& item : dict) slots.values.push_back(pybind11::reinterpret_borrow<pybind11::object>(item.second));
-    slots_.push_back(std::move(slots));
+Watch::Watch(const std::vector<pybind11::dict>& dicts, std::vector<at::Tensor> tensors)
+    : dicts_(dicts), tensors_(std::move(tensors)) {
+  for (const pybind11::dict& dict : dicts_) {
+    for (const auto& item : dict) values_.push_back(pybind11::reinterpret_borrow<pybind11::object>(item.second));
+    slots_.push_back({dict.ptr(), values_.size()});
   }
-  memory_.reserve(tensors_.size());
+  for (const pybind11::object& value : values_) value_addresses_.push_back(value.ptr());
   for (const at::Tensor& tensor : tensors_) {
-    memory_.push_back({first_element(tensor), tensor.sizes().vec(), tensor.strides().vec()});
+    const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+    const c10::StorageImpl* storage = storage_of(impl);
+    for (const at::IntArrayRef dimensions : {impl->sizes(), impl->strides()}) {
+      dimensions_.insert(dimensions_.end(), dimensions.begin(), dimensions.end());
+    }
+    memory_.push_back({impl, storage, storage->data(), impl->storage_offset(), dimensions_.size()});
   }
 }
 
 bool Watch::holds() const {
-  for (const Slots& slots : slots_) {
-    if (PyDict_Size(slots.dict.ptr()) != static_cast<Py_ssize_t>(slots.values.size())) return false;
+  size_t begin = 0;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (i + kAhead < slots_.size()) __builtin_prefetch(slots_[i + kAhead].dict);
+    const Slots& slots = slots_[i];
+    if (PyDict_Size(slots.dict) != static_cast<Py_ssize_t>(slots.end - begin)) return false;
     PyObject *key, *value;
     Py_ssize_t position = 0;
-    for (size_t i = 0; PyDict_Next(slots.dict.ptr(), &position, &key, &value); ++i) {
-      if (value != slots.values[i].ptr()) return false;
+    for (; begin < slots.end; ++begin) {
+      if (!PyDict_Next(slots.dict, &position, &key, &value) || value != value_addresses_[begin]) return false;
     }
   }
-  for (size_t i = 0; i < tensors_.size(); ++i) {
+  begin = 0;
+  for (size_t i = 0; i < memory_.size(); ++i) {
+    if (i + kAhead < memory_.size()) {
+      const char* tensor = reinterpret_cast<const char*>(memory_[i + kAhead].tensor);
+      __builtin_prefetch(tensor);
+      __builtin_prefetch(tensor + 64);
+      __builtin_prefetch(tensor + 128);
+      __builtin_prefetch(memory_[i + kAhead].storage);
+    }
     const Memory& memory = memory_[i];
-    if (first_element(tensors_[i]) != memory.data || tensors_[i].sizes() != at::IntArrayRef(memory.sizes) ||
-        tensors_[i].strides() != at::IntArrayRef(memory.strides)) {
+    const size_t dimensions = (memory.end - begin) / 2;
+    const c10::TensorImpl* tensor = memory.tensor;
+    if (storage_of(tensor) != memory.storage || memory.storage->data() != memory.data ||
+        tensor->storage_offset() != memory.offset || static_cast<size_t>(tensor->dim()) != dimensions ||
+        !same(tensor->sizes(), dimensions_.data() + begin) ||
+        !same(tensor->strides(), dimensions_.data() + begin + dimensions)) {
       return false;
     }
+    begin = memory.end;
   }
   return true;
 }

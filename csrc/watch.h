@@ -18,18 +18,27 @@ class Watch {
   bool holds() const;
 
  private:
+  // Everything in flat arrays: after a training step the model's own objects are out of the cache, and every
+  // indirection of ours would be one more miss.
   struct Slots {
-    pybind11::dict dict;
-    std::vector<pybind11::object> values;  // held, so that a new object cannot take a dead one's address
+    PyObject* dict;
+    size_t end;  // its values are values_[previous end, end)
   };
   struct Memory {
-    const void* data;
-    std::vector<int64_t> sizes, strides;
+    const c10::TensorImpl* tensor;
+    const c10::StorageImpl* storage;
+    const void* data;  // of the storage
+    int64_t offset;    // elements
+    size_t end;        // its sizes and strides are dimensions_[previous end, end)
   };
 
-  std::vector<Slots> slots_;
+  std::vector<pybind11::dict> dicts_;  // held, with every value, so that a new object cannot take a dead one's address
+  std::vector<pybind11::object> values_;
   std::vector<at::Tensor> tensors_;
-  std::vector<Memory> memory_;  // [tensors_]
+  std::vector<Slots> slots_;                // [dicts_]
+  std::vector<PyObject*> value_addresses_;  // [values_]
+  std::vector<Memory> memory_;              // [tensors_]
+  std::vector<int64_t> dimensions_;
 };
 
 }  // namespace fastema

@@ -68,6 +68,8 @@ def checked_device(device: torch.device | str | int | None) -> torch.device | No
 
 def difference(name: str, expected: Tensor, got: Tensor, dtypes: bool) -> str | None:
     """How `got` differs in shape, or in dtype, if that counts; None where it does not."""
+    if not isinstance(got, Tensor):
+        return f"{name!r} is a {type(got).__name__}, not a tensor"
     if expected.shape != got.shape:
         return f"{name!r} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     if dtypes and expected.dtype != got.dtype:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastema import backends, state
 from fastema.checks import checked_count, checked_decays, checked_device, checked_shadow_dtype
 from fastema.clock import DeviceClock
-from fastema.policy import Buffers, Policy, Source, collect
+from fastema.policy import Buffers, Policy, Source, checked_source, collect
 from fastema.schedules import make_schedule
 from fastema.shadow import Shadow
 
@@ -117,7 +117,7 @@ class FastEMA:
         self._buffers = buffers
         self._policy = policy
         self._backend = backends.default_name() if backend is None else backend
-        self._source = model if isinstance(model, nn.Module) else [(name, tensor) for name, tensor in model]
+        self._source = checked_source(model)
         self._capturable = capturable
         self._step = 0
         self._num_updates = 0
@@ -334,12 +334,16 @@ class FastEMA:
             ValueError: not a state, or one of another model; lists the first differences. Nothing is changed.
         """
         self._refuse_while_applied("load_state_dict()")
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"not a FastEMA state: it is a {type(state_dict).__name__}, not a dict")
         absent = {"step", "num_updates", "shadow"} - set(state_dict)
         if absent:
             raise ValueError(f"not a FastEMA state: it has no {', '.join(sorted(absent))}")
+        saved = state_dict["shadow"] if isinstance(state_dict["shadow"], list) else [state_dict["shadow"]]
+        if not all(isinstance(averages, dict) for averages in saved):
+            raise ValueError("not a FastEMA state: its shadow does not hold tensors by name")
         self._ensure_current()
-        saved = state_dict["shadow"]
-        missing, unexpected = state.load_averages(self._shadow, saved if isinstance(saved, list) else [saved], strict)
+        missing, unexpected = state.load_averages(self._shadow, saved, strict)
         self._set_counters(int(state_dict["step"]), int(state_dict["num_updates"]))
         mine = {"decay": list(self._decays) if self._several else self._decays[0], "decay_type": self._decay_type}
         for key, value in mine.items():

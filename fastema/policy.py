@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,9 @@ class Managed:
     layout: str = field(init=False)  # as it was found: `tensor.data = ...` changes it later
 
     def __post_init__(self) -> None:
-        self.layout = f"{tuple(self.tensor.shape)} {self.tensor.dtype} on {self.tensor.device}"
+        lazy = isinstance(self.tensor, nn.parameter.UninitializedTensorMixin)  # has no shape, and is skipped or refused
+        shape = "?" if lazy else tuple(self.tensor.shape)
+        self.layout = f"{shape} {self.tensor.dtype} on {self.tensor.device}"
 
     @property
     def name(self) -> str:
@@ -58,6 +60,24 @@ class _Slot:
     module: nn.Module | None
     is_buffer: bool
     persistent: bool
+
+
+def checked_source(source: Source) -> Source:
+    """`source`, pairs as a list.
+
+    Raises:
+        TypeError: it is neither a module nor pairs of name and tensor.
+    """
+    if isinstance(source, nn.Module):
+        return source
+    items: list[Any] = list(source) if isinstance(source, Iterable) and not isinstance(source, Tensor) else [source]
+    for item in items:
+        if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)):
+            raise TypeError(
+                "FastEMA needs a module, or pairs of name and tensor such as model.named_parameters(); got "
+                f"{type(source).__name__} with a {type(item).__name__}"
+            )
+    return [(name, tensor) for name, tensor in items]
 
 
 def clean_name(name: str) -> str:
@@ -122,6 +142,8 @@ def _refuse_unmanageable(slot: _Slot) -> None:
         reason = "is on the meta device: materialise the model (to_empty() and initialise) before building FastEMA"
     elif is_traceable_wrapper_subclass(tensor):
         reason = f"is a {type(tensor).__name__}, a wrapper without storage of its own"
+    elif tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+        reason = "has no memory behind it: its storage was freed"
     if reason is not None:
         raise ValueError(f"{slot.name!r} {reason}. A policy that returns 'skip' for it leaves it alone.")
 
@@ -136,9 +158,12 @@ def collect(source: Source, buffers: Buffers = "auto", policy: Policy | None = N
     if buffers not in get_args(Buffers):
         raise ValueError(f"buffers must be one of {get_args(Buffers)}, got {buffers!r}")
     found: dict[int, Managed] = {}
+    by_name: dict[str, Tensor] = {}
     for slot in _slots(source):
         if not isinstance(slot.tensor, Tensor):
             raise TypeError(f"{slot.name!r} is a {type(slot.tensor).__name__}, not a tensor")
+        if by_name.setdefault(slot.name, slot.tensor) is not slot.tensor:
+            raise ValueError(f"two tensors are named {slot.name!r}: a state could hold only one of them")
         rule = _rule_for(slot, buffers, policy)
         if rule != "skip":
             _refuse_unmanageable(slot)

@@ -1,0 +1,92 @@
+"""The test matrix as data, and the small models and comparisons that several rooms use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: (shadow, live)
+DTYPE_PAIRS = tuple((shadow, live) for shadow in FLOATS for live in FLOATS)
+#: Around the widths of vectors, the smallest and the largest chunk.
+SIZES = (0, 1, 3, 4, 5, 15, 16, 17, 1023, 1024, 1025, 16383, 16384, 16385)
+#: In elements: 1, 2 and 3 leave no vector aligned.
+OFFSETS = (0, 1, 2, 3)
+#: 0 keeps, 1 copies; from 0.5 on the rule is computed from the live end.
+WEIGHTS = (0.0, 1e-12, 1e-4, 0.1, 0.4999999, 0.5, 0.75, 0.999, 1.0)
+COPIED_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+#: Name -> a tensor of this layout with room for any dtype.
+LAYOUTS: dict[str, Callable[[torch.dtype], Tensor]] = {
+    "contiguous": lambda dtype: values(6, 35, dtype=dtype),
+    "transposed": lambda dtype: values(7, 9, dtype=dtype).t(),
+    "permuted": lambda dtype: values(2, 3, 5, 7, dtype=dtype).permute(3, 0, 2, 1),
+    "channels_last": lambda dtype: values(4, 3, 5, 7, dtype=dtype).to(memory_format=torch.channels_last),
+    "columns": lambda dtype: values(5, 11, dtype=dtype)[:, 3:8],
+    "every_other": lambda dtype: values(31, dtype=dtype)[::2],
+    "rows_at_odd_offset": lambda dtype: values(5, 7, dtype=dtype)[1:4],
+    "zero_dim": lambda dtype: values(1, dtype=dtype)[0],
+    "empty": lambda dtype: values(0, 4, dtype=dtype),
+    "one_element": lambda dtype: values(1, 1, dtype=dtype),
+    "odd": lambda dtype: values(1021, dtype=dtype),
+}
+
+
+def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Normal numbers over four orders of magnitude, positive and negative."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
+    scale = torch.randint(-2, 3, shape, generator=generator).double()
+    numbers = numbers * 10.0**scale
+    if dtype.is_complex:
+        return torch.complex(numbers, torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    if dtype == torch.bool:
+        return numbers > 0
+    return numbers.to(dtype)
+
+
+def move(tensors: Iterable[Tensor], seed: int) -> None:
+    """What a training step does: every tensor gets other values, in place, each once."""
+    seen: set[int] = set()
+    with torch.no_grad():
+        for tensor in tensors:
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if tensor.dtype == torch.bool:
+                tensor.logical_not_()
+            elif tensor.is_floating_point() or tensor.is_complex():
+                tensor.mul_(0.9).add_(values(*tensor.shape, dtype=tensor.dtype, seed=seed + len(seen)), alpha=0.25)
+            else:
+                tensor.add_(1)
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def train(model: nn.Module, seed: int = 1) -> None:
+    """One step of `move` for all of a model."""
+    move(tensors_of(model), seed)
+
+
+def raw(tensor: Tensor) -> bytes:
+    """The bits of a tensor's elements."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.numel() == 0:
+        return b""
+    return tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    """Every parameter and buffer, bit for bit."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: raw(tensor) for name, tensor in named}
+
+
+def small_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+    """Linear and convolution-free batch norm: parameters, running statistics and an integer counter."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)).to(dtype)
