@@ -1,0 +1,289 @@
+"""Checkpoints with `net` and `ema_net`, written atomically and read without running code.
+
+A save goes to a temporary file in the same folder, is flushed to the disk and then renamed over the old file: a
+process killed at any moment leaves either the old checkpoint or the new one, never a part. A load only ever
+unpickles tensors and plain Python values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import socket
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import nn
+
+StrPath: TypeAlias = str | os.PathLike[str]
+
+# How many differences an error lists before it says "and N more".
+_SHOWN = 5
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, read or used; the message says which file, why, and what to do."""
+
+
+class AveragedWeights(Protocol):
+    """What `save_checkpoint` needs of an EMA; `fastema.FastEMA` has it."""
+
+    @property
+    def is_applied(self) -> bool: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def shadow_state_dict(self) -> dict[str, Any]: ...
+
+
+def save_checkpoint(
+    path: StrPath,
+    *,
+    net: nn.Module,
+    ema: AveragedWeights | None = None,
+    optimizer: Any = None,
+    **extra: Any,
+) -> None:
+    """Writes a checkpoint atomically: `path` holds the old content or the new, whatever happens.
+
+    Args:
+        path: the file to write; its folder must exist. A symbolic link is followed.
+        net: the model; its `state_dict()` is stored as `net`.
+        ema: stored twice, at no cost on the disk, since the tensors are shared: `ema_net`, the averaged model
+            under the model's own keys, and `ema`, the state that resumes it exactly.
+        optimizer: stored as `optimizer`.
+        **extra: stored under their names: through `.state_dict()` where they have one, else as they are. Only tensors
+            and plain Python values, since `load_checkpoint` accepts nothing else.
+
+    Raises:
+        RuntimeError: the EMA weights are applied: `net` would then be the averaged weights.
+        ValueError: a name in `extra` is one that the checkpoint uses itself.
+        TypeError: a value is of a type that `load_checkpoint` would refuse; nothing is written.
+        CheckpointError: the file cannot be written; what was at `path` before is untouched.
+    """
+    if ema is not None and ema.is_applied:
+        raise RuntimeError(
+            "save_checkpoint() while the EMA weights are applied: `net` would hold the averaged weights and the "
+            "trained ones would be lost; call restore(), or leave the swapped() block, first"
+        )
+    if "ema_net" in extra:
+        raise ValueError("'ema_net' is written from ema=...: pass the EMA itself, or another name")
+    content: dict[str, Any] = {"net": _state_of(net)}
+    if ema is not None:
+        content["ema_net"] = ema.shadow_state_dict()
+        content["ema"] = ema.state_dict()
+    if optimizer is not None:
+        content["optimizer"] = _state_of(optimizer)
+    content.update((name, _state_of(value)) for name, value in extra.items())
+
+    target = Path(os.path.realpath(path))
+    try:
+        with _replacing(target) as temporary:
+            _write(content, temporary)
+            _check_loadable(temporary, target)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"cannot write the checkpoint {target}: {_write_failure(error)}; what was there before is untouched"
+        ) from error
+
+
+def load_checkpoint(path: StrPath) -> dict[str, Any]:
+    """Reads a checkpoint to the CPU. Nothing in the file can run code: only tensors and plain values are unpickled.
+
+    Raises:
+        CheckpointError: the file is missing, no checkpoint, cut short, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint at {path}: {_nearby(path)}")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, not a checkpoint: {_checkpoints_in(path)}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    # torch's readers raise whatever the damage leads to: RuntimeError, EOFError, ValueError, KeyError, OSError, ...
+    # Their texts are kept as the cause only: they advise weights_only=False, which is what must not be done here.
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+            raise CheckpointError(
+                f"{path} was refused: besides weights it holds objects that only running code could rebuild. "
+                "If you trust where it comes from, load it yourself and save its state_dict again"
+            ) from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint, or is cut short ({path.stat().st_size:,} bytes); nothing in it was run. "
+            f"Take another one: {_checkpoints_in(path.parent, but=path)}"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict with 'net'")
+    return content
+
+
+def load_weights(model: nn.Module, source: StrPath | Mapping[str, Any], prefer: str = "ema") -> str:
+    """Loads weights into a model: the averaged ones where there are any, else the trained ones.
+
+    The names may carry the prefixes of `torch.compile` (`_orig_mod.`) and of `DistributedDataParallel` (`module.`) on
+    either side. Everything is compared before the first tensor is written: after an error the model is as it was.
+
+    Args:
+        model: receives the weights.
+        source: the checkpoint's path, or what `load_checkpoint` returned.
+        prefer: "ema" takes `ema_net` if there is one, else `net`; "net" takes `net`.
+
+    Returns:
+        Which one was taken: "ema_net" or "net".
+
+    Raises:
+        ValueError: `prefer` is neither "ema" nor "net".
+        CheckpointError: the file is not readable, has no such weights, or they are not this model's.
+    """
+    if prefer not in ("ema", "net"):
+        raise ValueError(f"prefer must be 'ema' or 'net', got {prefer!r}")
+    if isinstance(source, Mapping):
+        content, origin = source, "the checkpoint"
+    else:
+        content, origin = load_checkpoint(source), str(source)
+    taken = "ema_net" if prefer == "ema" and "ema_net" in content else "net"
+    weights = content.get(taken)
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(
+            f"{origin} has no weights under {taken!r}; it has {_listed([repr(name) for name in content])}. "
+            "A bare state_dict is loaded with model.load_state_dict(...)"
+        )
+    model.load_state_dict(_matched(model, weights, f"{taken!r} of {origin}"), strict=True)
+    return taken
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _state_of(value: Any) -> Any:
+    return value.state_dict() if callable(getattr(value, "state_dict", None)) else value
+
+
+def _write(content: dict[str, Any], temporary: Path) -> None:
+    # os.open rather than tempfile: the checkpoint gets the permissions that the user's umask asks for, not 0600.
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_failure(error: BaseException) -> str:
+    """The operating system's words. torch's writer covers a full disk with an error of its own, "unexpected pos"."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return str(error) if cause is None else cause.strerror or str(cause)
+
+
+def _check_loadable(temporary: Path, target: Path) -> None:
+    """A checkpoint that can be written but never read again is found now, not after the training."""
+    refused = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
+    if refused:
+        raise TypeError(
+            f"not written to {target}: load_checkpoint() would refuse {_listed(sorted(refused))}. "
+            "Save tensors and plain Python values (int, float, str, list, dict) only"
+        )
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `target`, which takes its place on success and vanishes on any error."""
+    host = socket.gethostname()
+    _remove_leftovers(target, host)
+    temporary = target.with_name(f".{target.name}.{host}-{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        yield temporary
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _remove_leftovers(target: Path, host: str) -> None:
+    """Removes what processes of this machine left behind that were killed in the middle of a save."""
+    for leftover in target.parent.glob(f".{target.name}.{host}-*.tmp"):
+        process = leftover.name.removesuffix(".tmp").rpartition("-")[2]
+        if process.isdecimal() and not _is_alive(int(process)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable. Some file systems cannot; the file is whole on those too."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _matched(model: nn.Module, weights: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The checkpoint's weights under the model's own names; raises before anything is written if they do not fit."""
+    own = model.state_dict()
+    if own.keys() != weights.keys():
+        own_plain, weights_plain = _without_wrappers(own), _without_wrappers(weights)
+        own_names = {plain: name for name, plain in own_plain.items()}
+        renamed = {own_names.get(plain, name): weights[name] for name, plain in weights_plain.items()}
+    else:
+        renamed = dict(weights)
+    differences = [f"{name}: only in the model" for name in own if name not in renamed]
+    differences += [f"{name}: only in the checkpoint" for name in renamed if name not in own]
+    for name, value in own.items():
+        given = renamed.get(name, value)
+        if isinstance(value, torch.Tensor) and not nn.parameter.is_lazy(value):
+            if not isinstance(given, torch.Tensor):
+                differences.append(f"{name}: a {type(given).__name__} in the checkpoint, a tensor in the model")
+            elif given.shape != value.shape:
+                differences.append(f"{name}: {list(given.shape)} in the checkpoint, {list(value.shape)} in the model")
+    if differences:
+        raise CheckpointError(
+            f"{origin} does not fit this model ({len(differences)} differences): {_listed(differences, '; ')}. "
+            "Nothing was loaded; build the model as it was when the checkpoint was written"
+        )
+    return renamed
+
+
+def _without_wrappers(names: Mapping[str, Any]) -> dict[str, str]:
+    """Every name → the name without what `torch.compile` and `DistributedDataParallel` put into it."""
+    plain = {name: ".".join(part for part in name.split(".") if part != "_orig_mod") for name in names}
+    # DDP wraps a whole model: `module.` is a wrapper only where every name begins with it.
+    while plain and all(name.startswith("module.") for name in plain.values()):
+        plain = {name: short.removeprefix("module.") for name, short in plain.items()}
+    return plain
+
+
+def _nearby(path: Path) -> str:
+    return _checkpoints_in(path.parent) if path.parent.is_dir() else f"the folder {path.parent} does not exist"
+
+
+def _checkpoints_in(folder: Path, but: Path | None = None) -> str:
+    found = sorted(file.name for file in folder.glob("*.pth") if file != but)
+    if not found:
+        return f"there is no {'other ' if but else ''}*.pth in {folder}"
+    return f"in {folder} there is {_listed(found)}"
+
+
+def _listed(items: list[str], separator: str = ", ") -> str:
+    more = len(items) - _SHOWN
+    return separator.join(items[:_SHOWN]) + (f"{separator}and {more} more" if more > 0 else "")

@@ -1,0 +1,92 @@
+"""The `fastema` command: `train` and `info`.
+
+Errors that the user can put right are one line on stderr and exit status 2; a traceback is for our own mistakes.
+Only argparse and the flags are imported here: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+
+from fastema.segmentation.errors import UserError
+from fastema.segmentation.train_command import add_train_arguments, run_train
+
+_INTERRUPTED = 130  # what a shell reports for Ctrl-C: 128 + SIGINT
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except UserError as error:
+        print(f"fastema: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(["fastema: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastema", description="Exponential moving averages of model weights, at the speed of memory."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train a segmentation model and validate its EMA at no copy",
+        description="Trains a segmentation model; with --use-ema, base and EMA are validated after every epoch.",
+    )
+    add_train_arguments(train)
+    train.set_defaults(run=run_train)
+    info = commands.add_parser(
+        "info",
+        help="versions, and which backends are usable here",
+        description="Prints versions, which backends are built and usable, and why one is not.",
+    )
+    info.set_defaults(run=_print_info)
+    return parser
+
+
+def _print_info(_: argparse.Namespace) -> None:
+    import torch
+
+    import fastema
+    from fastema import backends
+
+    versions = {"fastema": fastema.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions["triton"] = _triton_version()
+    versions["cuda"] = _cuda()
+    for name, version in versions.items():
+        print(f"{name:<8} {version}")
+    lines = backends.report()
+    width = max(len(backend.name) for backend in lines)
+    print("backends")
+    for backend in lines:
+        print(f"  {backend.name:<{width}}  {'usable' if backend.usable else 'not usable'}: {backend.detail}")
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return "torch was built without it"
+    if not torch.cuda.is_available():
+        return f"{torch.version.cuda}, but no usable device"
+    return f"{torch.version.cuda}, {torch.cuda.get_device_name()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
