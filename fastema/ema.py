@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastema import backends, state
+from fastema import backends, compiled, state
 from fastema.checks import checked_count, checked_decays, checked_device, checked_shadow_dtype
 from fastema.clock import DeviceClock
 from fastema.policy import Buffers, Policy, Source, checked_source, collect
@@ -125,6 +126,7 @@ class FastEMA:
         self._warned_nonfinite = False
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
+        self._handle = compiled.register(self)
 
     @classmethod
     def from_params(cls, model: Source, ema_params: dict[str, Any], total_steps: int | None = None) -> FastEMA:
@@ -150,26 +152,35 @@ class FastEMA:
         Raises:
             RuntimeError: the EMA weights are applied; the model's structure, shapes, dtypes or devices changed.
         """
+        if torch.compiler.is_compiling():
+            compiled.update(*self._shadow.operands(), self._handle, step, found_inf)
+            return
         self._refuse_while_applied("update()")
+        self._ensure_current()
+        self._advance(step, found_inf, self._shadow.update)
+
+    def _update_operands(
+        self, shadows: list[Tensor], lives: list[Tensor], step: int | None, found_inf: Tensor | None
+    ) -> None:
+        """`update()` for `fastema.compiled`, on what stands in for the shadows and the weights in its graph."""
+        self._refuse_while_applied("update()")
+        self._advance(step, found_inf, partial(self._shadow.update_operands, shadows, lives))
+
+    def _advance(self, step: int | None, found_inf: Tensor | None, average: Callable[..., None]) -> None:
+        """Counts the step, and has `average` called with the weights where one is due."""
         if self._clock is not None:
-            self._update_by_clock(self._clock, step, found_inf)
+            if step is not None:
+                raise ValueError("capturable=True counts its own steps on the device: call update() without step")
+            skip = self._clock.advance(found_inf)
+            average([0.0] * len(self._decays), self._guard, skip, self._clock.weights)
             return
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
             return
         step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
         if step % self._update_every == 0:
-            weights = [1.0 - decay for decay in self._decays_at(step)]
-            self._ensure_current()
-            self._shadow.update(weights, self._guard, found_inf)
+            average([1.0 - decay for decay in self._decays_at(step)], self._guard, found_inf)
             self._num_updates += 1
         self._step = step
-
-    def _update_by_clock(self, clock: DeviceClock, step: int | None, found_inf: Tensor | None) -> None:
-        if step is not None:
-            raise ValueError("capturable=True counts its own steps on the device: call update() without step")
-        self._ensure_current()
-        skip = clock.advance(found_inf)
-        self._shadow.update([0.0] * len(self._decays), self._guard, skip, clock.weights)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> AttachedHandle:
         """Calls `update()` after every `optimizer.step()`; a step while the EMA is applied raises instead.
@@ -365,7 +376,7 @@ class FastEMA:
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the model comes along, and the copy averages the copied model."""
         self._refuse_while_applied("pickling or copying a FastEMA")
-        config = {key: value for key, value in self.__dict__.items() if key not in ("_shadow", "_clock")}
+        config = {key: value for key, value in self.__dict__.items() if key not in ("_shadow", "_clock", "_handle")}
         config["_nonfinite_before"] = self.nonfinite_count()
         counters = (self._step, self._num_updates)
         if self._clock is not None:
@@ -377,6 +388,7 @@ class FastEMA:
         self.__dict__.update(pickled["config"])
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
+        self._handle = compiled.register(self)
         self._set_counters(*pickled["counters"])
         with torch.no_grad():
             for which, averages in enumerate(pickled["averages"]):

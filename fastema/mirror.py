@@ -69,6 +69,9 @@ class Mirror:
             ]
             for storage in self._storages
         ]  # [count][runs]
+        self.whole_shadows = [flat(storage, 0, storage.nbytes()) for storage in self._storages]  # [count]
+        covered = sum(run.end - run.begin for run in self.runs)
+        self.overlaps = covered != sum(entry.tensor.numel() * entry.tensor.dtype.itemsize for entry in entries)
 
     def _scaled(self, live_bytes: int) -> int:
         """Where a byte of the live storage is in a shadow."""

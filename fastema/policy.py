@@ -39,7 +39,7 @@ class Managed:
     layout: str = field(init=False)  # as it was found: `tensor.data = ...` changes it later
 
     def __post_init__(self) -> None:
-        lazy = isinstance(self.tensor, nn.parameter.UninitializedTensorMixin)  # has no shape, and is skipped or refused
+        lazy = nn.parameter.is_lazy(self.tensor)  # has no shape, and is skipped or refused
         shape = "?" if lazy else tuple(self.tensor.shape)
         self.layout = f"{shape} {self.tensor.dtype} on {self.tensor.device}"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema import backends
-from fastema.backends.torch import ContentsExchange
+from fastema.backends import torch as plain_torch
 from fastema.mirror import Mirror, StandIn, flat
 from fastema.policy import Managed
 
@@ -63,6 +63,7 @@ class Shadow:
         self._which = 0  # the shadow it exchanges
         self._by_pointer: dict[int, tuple[Any, list[StandIn]]] = {}  # built at the first use of a shadow
         self._exchange_count = 0
+        self._kept_elsewhere = 0  # by updates of stand-ins
 
     # ---- building ----
 
@@ -81,6 +82,8 @@ class Shadow:
             for which in range(self.count)
         ]
         self._is_direct = [mirror.is_direct for mirror in owners]
+        index_of = {id(mirror): index for index, mirror in enumerate(self._mirrors)}
+        self._owner_indices = [index_of[id(mirror)] for mirror in owners]
         self.is_on_cpu = all(mirror.live.device.type == mirror.device.type == "cpu" for mirror in self._mirrors)
         self._plan(backend)
         for mirror in self._mirrors:
@@ -122,7 +125,48 @@ class Shadow:
             plan.update(weights, guard, skip, device_weights)
 
     def nonfinite_count(self) -> int:
-        return sum(plan.nonfinite_count() for plan in self.plans)
+        return self._kept_elsewhere + sum(plan.nonfinite_count() for plan in self.plans)
+
+    # ---- the same in a compiled graph, which may keep the tensors elsewhere for now ----
+
+    def operands(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What an update changes, every shadow storage as a whole: [count * storages]; and the tensors it reads."""
+        return [flat for mirror in self._mirrors for flat in mirror.whole_shadows], self._tensors
+
+    def update_operands(
+        self,
+        shadows: list[Tensor],
+        lives: list[Tensor],
+        weights: list[float],
+        guard: bool,
+        skip: Tensor | None = None,
+        device_weights: Tensor | None = None,
+    ) -> None:
+        """`update()` on `operands()` or on stand-ins for them, of the same shapes.
+
+        Raises:
+            RuntimeError: managed tensors overlap, which stand-ins cannot show.
+        """
+        own_shadows, own_lives = self.operands()
+        own = [tensor.data_ptr() for tensor in (*own_shadows, *own_lives)]
+        if own == [tensor.data_ptr() for tensor in (*shadows, *lives)]:
+            self.update(weights, guard, skip, device_weights)
+            return
+        if any(mirror.overlaps for mirror in self._mirrors):
+            raise RuntimeError("tensors of the model overlap in memory: call update() outside the compiled function")
+        targets: list[list[Tensor]] = []
+        for which, views in enumerate(self._views):
+            storages = [shadows[index * self.count + which] for index in range(len(self._mirrors))]
+            targets.append(
+                [
+                    storages[owner].view(view.dtype).as_strided(view.shape, view.stride(), view.storage_offset())
+                    for owner, view in zip(self._owner_indices, views, strict=True)
+                ]
+            )
+        copies = [entry.rule == "copy" for entry in self.managed]
+        plan = plain_torch.Plan(targets, lives, copies, [])
+        plan.update(weights, guard, skip, device_weights)
+        self._kept_elsewhere += plan.nonfinite_count()
 
     # ---- the exchange ----
 
@@ -161,7 +205,7 @@ class Shadow:
                 "weights could not be put back exactly: use apply_shadow() without it, or give FastEMA the model's own "
                 "dtype and device"
             )
-        return ContentsExchange(self.plans, which, self._tensors), []
+        return plain_torch.ContentsExchange(self.plans, which, self._tensors), []
 
     def _pointer_exchange(self, which: int) -> tuple[Any, list[StandIn]]:
         if which not in self._by_pointer:
