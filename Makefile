@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := csrc/*.h csrc/*.cpp csrc/*.cu
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test lint format bench gpu sanitize clean
 
 demo: .venv/.ready  ## trains a small segmentation model, its EMA validated at no copy (two minutes)
 	$(BIN)/fastema train --dataset-path synthetic --checkpoint-dir runs/demo --backbone tf_efficientnet_lite0 \
@@ -26,6 +26,12 @@ format: .venv/.ready
 
 bench: .venv/.ready  ## what an update costs here
 	$(BIN)/python -m bench.update --quick
+
+gpu:  ## on a machine with a GPU: build, GPU tests, memcheck and benchmarks, with the Python that has CUDA torch
+	PYTHON=$(PYTHON) bench/gpu.sh
+
+sanitize: .venv/.ready  ## the extension's tests under AddressSanitizer and UBSan
+	tests/sanitize.sh address,undefined
 
 clean:
 	rm -rf .venv build dist *.egg-info fastema/_C*.so fastema/_build_record.json

@@ -6,6 +6,7 @@ The install never fails for want of a compiler, of CUDA or of ninja: it builds l
     FASTEMA_CUDA=0|1       leave the CUDA kernels out, or fail if they cannot be built (default: when torch is a CUDA
                            build and a toolkit is found; a GPU need not be present)
     TORCH_CUDA_ARCH_LIST   as for every torch extension, e.g. "8.0;9.0+PTX"
+    FASTEMA_SANITIZE       for `make sanitize`: a value of the compiler's -fsanitize, e.g. "address,undefined"
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 CPP_FLAGS = [
     "-O3",
-    "-fopenmp",
     "-fvisibility=hidden",
     "-ffp-contract=off",
     "-fno-math-errno",
@@ -105,13 +105,16 @@ def build_arguments() -> dict:
         warn(f"torch could not be imported while building ({error}); install torch first, then --no-build-isolation")
         return {}
 
+    kinds = os.environ.get("FASTEMA_SANITIZE")
+    sanitize = ["-g", "-fno-omit-frame-pointer", f"-fsanitize={kinds}"] if kinds else []
+    openmp = [] if kinds == "thread" or sys.platform == "darwin" else ["-fopenmp"]
     sources = ["bindings.cpp", "cpu_kernels.cpp", "plan.cpp", "storage_exchange.cpp", "watch.cpp"]
     extension = CppExtension(
         "fastema._C",
         [f"csrc/{name}" for name in sources],
         depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir())],
-        extra_compile_args=CPP_FLAGS,
-        extra_link_args=["-fopenmp"],
+        extra_compile_args=[*CPP_FLAGS, *openmp, *sanitize],
+        extra_link_args=[*openmp, *sanitize],
     )
 
     class Build(BuildExtension):

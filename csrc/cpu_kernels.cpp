@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
+#include <thread>
 #include <utility>
 
 #include "ema_math.h"
@@ -156,22 +158,39 @@ void exchange_chunk(const Chunk& chunk) {
 // Below this a parallel region costs more than it gains.
 constexpr int64_t kSerialBytes = 128 * 1024;
 
+// Runs work(0) .. work(threads - 1) at the same time and sums what they return.
+template <class Work>
+int64_t in_parallel(int threads, Work work) {
+#if defined(_OPENMP)
+  int64_t sum = 0;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : sum)
+  for (int thread = 0; thread < threads; ++thread) sum += work(thread);
+  return sum;
+#else  // a compiler without OpenMP; and ThreadSanitizer, which cannot see how gcc's OpenMP synchronises
+  std::vector<int64_t> results(threads);
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < threads; ++thread) {
+    others.emplace_back([&, thread] { results[thread] = work(thread); });
+  }
+  results[0] = work(0);
+  for (std::thread& other : others) other.join();
+  return std::accumulate(results.begin(), results.end(), int64_t{0});
+#endif
+}
+
 // Calls run(begin, end) on contiguous ranges of chunks that move about equally many bytes, and sums what it returns.
 template <class Run>
 int64_t share_out(const CpuChunks& work, int threads, Run run) {
   const int64_t total = work.bytes_before.back();
   if (threads <= 1 || total < kSerialBytes) return run(int64_t{0}, work.count);
-  int64_t sum = 0;
-#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : sum)
-  for (int thread = 0; thread < threads; ++thread) {
+  return in_parallel(threads, [&](int thread) {
     // 128-bit product: total * thread overflows for nobody.
     const auto first_at = [&](int index) {
       const int64_t bytes = static_cast<int64_t>(static_cast<__int128>(total) * index / threads);
       return std::lower_bound(work.bytes_before.begin(), work.bytes_before.end(), bytes) - work.bytes_before.begin();
     };
-    sum += run(first_at(thread), first_at(thread + 1));
-  }
-  return sum;
+    return run(first_at(thread), first_at(thread + 1));
+  });
 }
 
 }  // namespace

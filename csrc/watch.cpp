@@ -32,7 +32,7 @@ Watch::Watch(const std::vector<pybind11::dict>& dicts, std::vector<at::Tensor> t
     for (const at::IntArrayRef dimensions : {impl->sizes(), impl->strides()}) {
       dimensions_.insert(dimensions_.end(), dimensions.begin(), dimensions.end());
     }
-    memory_.push_back({impl, storage, storage->data(), impl->storage_offset(), dimensions_.size()});
+    memory_.push_back({impl, storage, storage->data(), impl->storage_offset(), impl->dtype(), dimensions_.size()});
   }
 }
 
@@ -61,8 +61,8 @@ bool Watch::holds() const {
     const size_t dimensions = (memory.end - begin) / 2;
     const c10::TensorImpl* tensor = memory.tensor;
     if (storage_of(tensor) != memory.storage || memory.storage->data() != memory.data ||
-        tensor->storage_offset() != memory.offset || static_cast<size_t>(tensor->dim()) != dimensions ||
-        !same(tensor->sizes(), dimensions_.data() + begin) ||
+        tensor->storage_offset() != memory.offset || tensor->dtype() != memory.dtype ||
+        static_cast<size_t>(tensor->dim()) != dimensions || !same(tensor->sizes(), dimensions_.data() + begin) ||
         !same(tensor->strides(), dimensions_.data() + begin + dimensions)) {
       return false;
     }

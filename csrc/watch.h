@@ -29,7 +29,8 @@ class Watch {
     const c10::StorageImpl* storage;
     const void* data;  // of the storage
     int64_t offset;    // elements
-    size_t end;        // its sizes and strides are dimensions_[previous end, end)
+    caffe2::TypeMeta dtype;
+    size_t end;  // its sizes and strides are dimensions_[previous end, end)
   };
 
   std::vector<pybind11::dict> dicts_;  // held, with every value, so that a new object cannot take a dead one's address

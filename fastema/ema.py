@@ -62,9 +62,10 @@ class FastEMA:
         policy: `(name, tensor, module) -> "average" | "copy" | "skip" | None` decides per tensor; None: the default.
         dtype: the shadow's; None: float32 for bfloat16 and float16 weights, else the weights' own.
         device: the shadow's; None: where the weights are.
-        nonfinite: "skip": an element whose live value is NaN or infinite keeps its shadow; "propagate".
+        nonfinite: "skip": an element whose live value is NaN or infinite keeps its shadow; "propagate". What is NaN
+            already when FastEMA is built stays so.
         capturable: keep step and weight in device memory, so that `update()` can be part of a captured CUDA graph.
-        backend: "auto", "native" or "torch"; None: the environment variable FASTEMA_BACKEND, else "auto".
+        backend: "auto", "native", "triton" or "torch"; None: the environment variable FASTEMA_BACKEND, else "auto".
         **decay_args: for the schedule, e.g. `beta=15` for "exp".
 
     Raises:
@@ -168,6 +169,8 @@ class FastEMA:
 
     def _advance(self, step: int | None, found_inf: Tensor | None, average: Callable[..., None]) -> None:
         """Counts the step, and has `average` called with the weights where one is due."""
+        if found_inf is not None and not isinstance(found_inf, Tensor):
+            raise TypeError(f"found_inf must be a float32 scalar tensor or None, got {found_inf!r}")
         if self._clock is not None:
             if step is not None:
                 raise ValueError("capturable=True counts its own steps on the device: call update() without step")
@@ -205,7 +208,9 @@ class FastEMA:
 
         Every alias and view of the weights follows, also tensors of a `state_dict()` taken before. Weights of another
         dtype than the shadow (bfloat16 live, float32 shadow) are cast once into scratch memory, freed by `restore()`.
-        A backward through a graph recorded before raises until `restore()`.
+        A backward through a graph recorded before raises until `restore()`. What is written to the model now, such as
+        BatchNorm statistics by a forward in train mode, is written to the average. NumPy arrays of weights hold raw
+        addresses and do not follow.
 
         Args:
             in_place: exchange the contents instead, for captured CUDA graphs, whose addresses must not move.
@@ -276,7 +281,7 @@ class FastEMA:
 
     @property
     def backend_name(self) -> str:
-        """Who runs the updates: "native" or "torch"; several where devices differ."""
+        """Who runs the updates: "native", "triton" or "torch"; several where devices differ."""
         return self._shadow.backend_name
 
     def decay_at(self, step: int) -> Any:

@@ -1,4 +1,4 @@
-"""`ema.update()` inside a compiled step neither breaks the graph nor gets lost, and gives the bits of the eager path."""
+"""`ema.update()` inside a compiled step: the graph does not break, nothing gets lost, the bits are the eager path's."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import torch  # its libraries must be loaded before fastema._C
 NAME = "native"
 
 _C: Any
+_import_error: str | None = None
 try:
     _C = importlib.import_module("fastema._C")
 except ImportError as error:

@@ -161,7 +161,8 @@ class Watch:
 
     @staticmethod
     def _layout(tensor: Tensor) -> tuple[Any, ...]:
-        return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+        storage = tensor.untyped_storage().data_ptr()
+        return storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
     def holds(self) -> bool:
         for slots, values in self._slots:
