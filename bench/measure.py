@@ -67,7 +67,7 @@ class Record:
     """One implementation on one case. None: does not apply, or was not measured.
 
     Args:
-        bench: "copy", "update", "host" or "swap".
+        bench: "copy", "update", "host", "several" or "swap".
         impl: the implementation, in the words of the table; `backend`: whose kernels it runs.
         tensors, params: of the model; shadows: how many averages of it.
         median_us, p10_us, p90_us, min_us, host_us: see `Timing`.

@@ -20,6 +20,8 @@ from fastema import FastEMA
 DECAY = 0.999
 #: Of the float32 averages from one computed in float64, for values around 1.
 TOLERANCE = 2e-6
+FOUR_AT_ONCE = "fastema, four decays"
+FOUR_SINGLES = "fastema, four times one"
 OURS = "fastema"
 
 Result = TypeVar("Result")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,108 +19,26 @@ import torch
 from torch import nn
 
 from bench import cases, peers
-from bench.cases import REAL_NET_NAMES, Case, Unavailable, build_model
+from bench.cases import Case, Unavailable, build_model
+from bench.figures import Figure, figures
 from bench.measure import (
     Budget,
     Cache,
-    Clock,
+    Call,
     Record,
-    Timing,
     cache_bytes,
     clock_for,
-    device_name,
     environment,
     rounds_until_cold,
     take_turns,
-    versions,
 )
-from bench.peers import COPY, OURS, Contender, Peer
+from bench.peers import COPY, FOUR_AT_ONCE, FOUR_SINGLES, OURS, Contender, Peer
+from bench.session import CACHE_WORDS, Group, Session
 from bench.table import duration, number, print_table, size
-from fastema import backends
+from fastema import FastEMA
 
 _OBJECT_BYTES = 1024  # of a tensor's own objects in Python and C++, roughly
 _MOST_COPIES = 32  # models a contender rotates over: building them takes time
-_CACHE_WORDS = {
-    "warm": "warm: the same model again and again",
-    "cold": "cold: rotating over models that together exceed the cache",
-}
-
-
-@dataclass(frozen=True)
-class Group:
-    """One table: a case, who runs it, in which cache.
-
-    Args:
-        bench: "update", or "host": the same call where there is nothing to move.
-        make_case: builds the case; may raise `Unavailable`.
-        peers: who.
-        cache: of large cases the two are the same; "cold" then.
-        note: a line under the table.
-    """
-
-    bench: str
-    make_case: Callable[[], Case]
-    peers: Sequence[Peer]
-    cache: Cache
-    budget: Budget
-    note: str = ""
-
-
-@dataclass
-class Session:
-    """One run: the machine, and what was found so far."""
-
-    device: torch.device
-    clock: Clock
-    copy_gbps: float = float("nan")
-    records: list[Record] = field(default_factory=list)
-    unavailable: list[dict[str, str]] = field(default_factory=list)
-
-    def miss(self, bench: str, case: str, impl: str, reason: object) -> None:
-        self.unavailable.append({"bench": bench, "case": case, "impl": impl, "reason": str(reason)})
-
-    def record(self, group: tuple[str, Case, Cache], impl: str, backend: str, timing: Timing, **more: Any) -> Record:
-        bench, case, cache = group
-        floor: int | None = more.get("bytes_floor")
-        gbps = floor / timing.median_us / 1e3 if floor and bench != "host" else None
-        # What lies in a cache has no share of the memory's bandwidth.
-        share = gbps / self.copy_gbps if gbps is not None and cache == "cold" and bench != "copy" else None
-        if backend == "auto":
-            backend = "native" if backends.native.why_unusable(self.device.type) is None else "torch"
-        record = Record(
-            bench=bench,
-            case=case.name,
-            impl=impl,
-            backend=backend,
-            device=device_name(self.device),
-            dtype_shadow=str(case.shadow_dtype).removeprefix("torch."),
-            dtype_live=str(case.live_dtype).removeprefix("torch."),
-            tensors=case.tensors,
-            params=case.params,
-            shadows=1,
-            median_us=timing.median_us,
-            p10_us=timing.p10_us,
-            p90_us=timing.p90_us,
-            host_us=timing.median_us if bench == "host" and timing.host_us is None else timing.host_us,
-            bytes_floor=floor,
-            gbps=gbps,
-            copy_share=share,
-            launches=more.get("launches"),
-            extra_bytes=more.get("extra_bytes"),
-            versions=versions(),
-            min_us=timing.min_us,
-            samples=timing.samples,
-            cache=cache,
-        )
-        self.records.append(record)
-        return record
-
-    def median(self, bench: str, case: str, impl: str, cache: Cache) -> float | None:
-        """Of a record of this run; None where there is none."""
-        for record in self.records:
-            if (record.bench, record.case, record.impl, record.cache) == (bench, case, impl, cache):
-                return record.median_us
-        return None
 
 
 # ---- measuring ----
@@ -176,7 +94,7 @@ def measure_update(session: Session, group: Group) -> None:
         }
         key = (group.bench, case, group.cache)
         records.append(session.record(key, peer.name, peer.backend, timings[peer.name], **more))
-    title = f"{group.bench}: {case.name}, {_dtypes(case)}, {_CACHE_WORDS[group.cache]}"
+    title = f"{group.bench}: {case.name}, {_dtypes(case)}, {CACHE_WORDS[group.cache]}"
     print_records(title, records, missed, group.note)
 
 
@@ -204,6 +122,30 @@ class _Models:
     def nudge(self) -> None:
         for model in self._models:
             peers.nudge(model)
+
+
+def measure_several(session: Session, case: Case, budget: Budget) -> None:
+    """Four averages of one model: in one read of its weights, and one after the other."""
+    model = build_model(case, session.device)
+    decays = (0.9, 0.99, 0.999, 0.9999)
+    together = FastEMA(model, decay=decays)
+    apart = [FastEMA(model, decay=decay) for decay in decays]
+    peers.nudge(model)
+
+    def one_after_the_other() -> None:
+        for ema in apart:
+            ema.update()
+
+    calls: dict[str, list[Call]] = {FOUR_AT_ONCE: [together.update], FOUR_SINGLES: [one_after_the_other]}
+    timings = take_turns(calls, session.clock, "cold", budget)
+    floors = {FOUR_AT_ONCE: (4 + 8 * 4) * case.params, FOUR_SINGLES: 4 * 12 * case.params}
+    records = [
+        session.record(
+            ("several", case, "cold"), name, "auto", timings[name], bytes_floor=floors[name], extra_bytes=0, shadows=4
+        )
+        for name in calls
+    ]
+    print_records(f"several: {case.name}, {_dtypes(case)}: four decays", records, [])
 
 
 def measure_swap(session: Session, case: Case, budget: Budget) -> None:
@@ -288,10 +230,12 @@ def _mixed_list_f16() -> Case:
 
 def run(
     groups: Iterable[Group],
+    several_case: Case,
     swap_case: Case,
     device: torch.device,
     copy_elements: int = 64_000_000,
     copy_budget: Budget = Budget(1.5),  # noqa: B008  # frozen
+    several_budget: Budget = Budget(3),  # noqa: B008
     swap_budget: Budget = Budget(2),  # noqa: B008
 ) -> Session:
     """Measures everything, table by table."""
@@ -299,111 +243,9 @@ def run(
     measure_copy(session, copy_elements, copy_budget)
     for group in groups:
         measure_update(session, group)
+    measure_several(session, several_case, several_budget)
     measure_swap(session, swap_case, swap_budget)
     return session
-
-
-# ---- figures ----
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure, what it should be, and what it was. `reached`: None without a target, or a measurement."""
-
-    figure: str
-    target: str
-    measured: str
-    reached: bool | None
-
-
-def figures(session: Session) -> list[Figure]:
-    """What the core was built for; the definitions are the names, all medians of this run."""
-    small, one, host = cases.small_tensors().name, cases.one_large_tensor().name, cases.one_element_tensors().name
-    mixed = [cases.mixed_one_tensor().name, cases.mixed_list().name]
-    swap = cases.validation_list().name
-    figures = []
-    for cache in _CACHE_WORDS:
-        ratio = _ratio(session, "update", small, [peers.MULTI_FN.name], cache)
-        figures.append(_at_least(f"update() {small} vs AveragedModel (ema multi fn), {cache}", 20, ratio))
-    # "Not slower" leaves 3 % to the noise.
-    ratio = _ratio(session, "update", one, [peers.FOREACH.name], "cold")
-    figures.append(_at_least(f"update() {one} vs torch._foreach_lerp_", 0.97, ratio, digits=3))
-    everything = [peer.name for peer in (*peers.MIXED_DTYPES, peers.COMPILED) if peer.name != OURS]
-    shipped = [peer.name for peer in peers.MIXED_DTYPES if peer.from_a_library and peer.name != OURS]
-    for case in mixed:
-        ratio = _ratio(session, "update", case, everything, "cold")
-        figures.append(_at_least(f"update() {case} vs the best torch way of all", 4, ratio))
-        ratio = _ratio(session, "update", case, shipped, "cold")
-        figures.append(
-            _at_least("  the same vs the best of these that a library ships or a user writes in a line", None, ratio)
-        )
-    for cache in _CACHE_WORDS:
-        figures.append(
-            _under(
-                f"host part of update(), 600 tensors, {cache}",
-                30 if cache == "warm" else None,
-                _our_median(session, "host", host, cache),
-            )
-        )
-    ways = [peer.name for peer in peers.SWAPS[1:]]
-    for cache in _CACHE_WORDS:
-        median = _our_median(session, "swap", swap, cache)
-        figures.append(_under(f"apply_shadow() + restore(), 1,000 tensors, {cache}", 200, median))
-        ratio = _ratio(session, "swap", swap, ways[:2], cache)
-        figures.append(_at_least("  the same vs clone + copy + copy of 25 M floats", 100, ratio))
-        ratio = _ratio(session, "swap", swap, ways[2:], cache)
-        figures.append(_at_least("  the same vs three copies through kept memory", None, ratio))
-    figures += _real_net_figures(session)
-    return figures
-
-
-def _real_net_figures(session: Session) -> list[Figure]:
-    """Of a full run: an update costs what copying the model costs, and the peers cost more."""
-    measured = {record.case for record in session.records}
-    targets = [
-        (COPY, 1 / 1.05, "a mere copy of the model"),
-        (peers.FOREACH, 1.05, "torch._foreach_lerp_"),
-        (peers.MULTI_FN, 1.2, "AveragedModel (ema multi fn)"),
-        (peers.TIMM, 1.2, "timm ModelEmaV3"),
-        (peers.AVG_FN, 6.0, "AveragedModel (ema avg fn)"),
-    ]
-    figures = []
-    for case in REAL_NET_NAMES:
-        for peer, target, words in targets if case in measured else []:
-            ratio = _ratio(session, "update", case, [peer.name], "cold")
-            figures.append(_at_least(f"update() {case} vs {words}", round(target, 2), ratio, digits=2))
-    return figures
-
-
-def _our_median(session: Session, bench: str, case: str, cache: str) -> float | None:
-    return session.median(bench, case, OURS, "warm" if cache == "warm" else "cold")
-
-
-def _ratio(session: Session, bench: str, case: str, others: Iterable[str], cache: str) -> tuple[float, str] | None:
-    """How many times as long the fastest of the others takes, and who that is."""
-    ours = _our_median(session, bench, case, cache)
-    found = [(session.median(bench, case, name, "warm" if cache == "warm" else "cold"), name) for name in others]
-    measured = [(median, name) for median, name in found if median is not None]
-    if ours is None or not measured:
-        return None
-    median, name = min(measured)
-    return median / ours, name if len(found) > 1 else ""
-
-
-def _at_least(figure: str, target: float | None, ratio: tuple[float, str] | None, digits: int = 1) -> Figure:
-    wanted = "" if target is None else f">= {target:g} x"
-    if ratio is None:
-        return Figure(figure, wanted, "not measured", None)
-    factor, who = ratio
-    reached = None if target is None else factor >= target
-    return Figure(figure, wanted, f"{factor:.{digits}f} x" + (f" ({who})" if who else ""), reached)
-
-
-def _under(figure: str, target: float | None, median: float | None) -> Figure:
-    wanted = "" if target is None else f"< {target:g} us"
-    if median is None:
-        return Figure(figure, wanted, "not measured", None)
-    return Figure(figure, wanted, duration(median), None if target is None else median < target)
 
 
 # ---- printing ----
@@ -490,10 +332,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_environment(found)
     session = run(
         plan(parsed.quick, parsed.seconds),
+        cases.one_large_tensor(),
         cases.validation_list(),
         device,
         copy_elements=64_000_000 if device.type == "cpu" else 1_000_000_000,
         copy_budget=Budget(1.5 * parsed.seconds),
+        several_budget=Budget(3 * parsed.seconds),
         swap_budget=Budget(2 * parsed.seconds),
     )
     all_figures = figures(session)

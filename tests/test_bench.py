@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import bench
-from bench import cases, measure, peers, table, update
+from bench import cases, figures, measure, peers, table, update
 from bench.cases import Case, Unavailable, build_model
 from bench.measure import Budget, CpuClock
+from bench.session import Group, Session
 
 CPU = torch.device("cpu")
 TINY = Budget(0.0, least=2, most=2)
@@ -146,23 +147,25 @@ def test_peak_memory_of_a_call_is_seen() -> None:
 
 def test_a_tiny_run_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     groups = [
-        update.Group("update", tiny, (peers.NATIVE, peers.FOREACH, peers.COPY), "warm", TINY),
-        update.Group("update", tiny_mixed, (peers.NATIVE, peers.MULTI_FN), "cold", TINY),
-        update.Group("host", tiny, (peers.NATIVE, peers.PLAIN), "cold", TINY),
+        Group("update", tiny, (peers.NATIVE, peers.FOREACH, peers.COPY), "warm", TINY),
+        Group("update", tiny_mixed, (peers.NATIVE, peers.MULTI_FN), "cold", TINY),
+        Group("host", tiny, (peers.NATIVE, peers.PLAIN), "cold", TINY),
     ]
-    session = update.run(groups, tiny(), CPU, copy_elements=1000, copy_budget=TINY, swap_budget=TINY)
-    figures = update.figures(session)
-    update.print_figures(figures)
+    session = update.run(
+        groups, tiny(), tiny(), CPU, copy_elements=1000, copy_budget=TINY, several_budget=TINY, swap_budget=TINY
+    )
+    found = figures.figures(session)
+    update.print_figures(found)
     printed = capsys.readouterr().out
     assert printed.index("copy:") < printed.index("update:") < printed.index("swap:") < printed.index("figures")
     assert "not measured: AveragedModel, ema multi fn: RuntimeError" in printed
-    assert {figure.reached for figure in figures} == {None}  # none of these cases is one of the figures'
+    assert {figure.reached for figure in found} == {None}  # none of these cases is one of the figures'
 
-    whole = json.loads(update.to_json(session, measure.environment(CPU), figures))
+    whole = json.loads(update.to_json(session, measure.environment(CPU), found))
     assert {"date", "device", "cores", "threads", "load", "versions"} <= set(whole["environment"])
     records = whole["records"]
     assert records[0]["bench"] == "copy"
-    assert {record["bench"] for record in records} == {"copy", "update", "host", "swap"}
+    assert {record["bench"] for record in records} == {"copy", "update", "host", "several", "swap"}
     for record in records:
         assert set(record) >= ISSUE_FIELDS
         assert record["launches"] is None
@@ -173,12 +176,12 @@ def test_a_tiny_run_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_figures_say_reached_or_not() -> None:
-    session = update.Session(CPU, CpuClock())
+    session = Session(CPU, CpuClock())
     timings = {peers.OURS: 10.0, peers.FOREACH.name: 9.0}
     for impl, median in timings.items():
         timing = measure.Timing(median, median, median, median, 1)
         session.record(("update", cases.one_large_tensor(), "cold"), impl, "torch", timing)
-    figure = next(one for one in update.figures(session) if "_foreach_lerp_" in one.figure)
+    figure = next(one for one in figures.figures(session) if "_foreach_lerp_" in one.figure)
     assert (figure.measured, figure.reached) == ("0.900 x", False)
 
 

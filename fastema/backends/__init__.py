@@ -1,13 +1,14 @@
 """The backends: who runs an update. One small contract, one module each.
 
 A backend is a module with
-    NAME                                         "native", "torch"
+    NAME                                         "native", "triton", "torch"
     why_unusable(device_type)                    None, or the reason why it cannot run there
     describe(device_type)                        what runs there
     Plan(shadows, lives, copies, views)          see csrc/plan.h
     StorageExchange(lives, others, managed)      see csrc/storage_exchange.h
     Watch(dicts, tensors)                        see csrc/watch.h
-and the C++ classes of `native` and the Python ones of `torch` are twins, held to the same tests.
+and the C++ classes of `native` and the Python ones of `torch` are twins, held to the same tests. `triton` has a Plan
+alone, and takes the rest from `host`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
-from fastema.backends import native
+from fastema.backends import native, triton
 from fastema.backends import torch as plain_torch
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "torch": plain_torch}
+BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "torch": plain_torch}
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class BackendReport:
 def report() -> list[BackendReport]:
     """Which backends can run here, on what, and why one cannot."""
     lines = []
-    for name, device_type in (("native", "cpu"), ("native", "cuda"), ("torch", "cpu"), ("torch", "cuda")):
-        backend = BACKENDS[name]
-        reason = backend.why_unusable(device_type)
-        detail = reason if reason is not None else backend.describe(device_type)
-        lines.append(BackendReport(f"{name} ({device_type})", reason is None, detail))
+    for name, backend in BACKENDS.items():
+        for device_type in ("cpu", "cuda"):
+            reason = backend.why_unusable(device_type)
+            detail = reason if reason is not None else backend.describe(device_type)
+            lines.append(BackendReport(f"{name} ({device_type})", reason is None, detail))
     return lines
 
 
@@ -49,7 +50,7 @@ def default_name() -> str:
 
 
 def select(name: str, device_type: str) -> ModuleType:
-    """The backend for tensors on `device_type`.
+    """The backend for tensors on `device_type`; "auto": native, else on CUDA triton, else torch.
 
     Raises:
         ValueError: an unknown name, or a backend asked for by name that cannot run there.
@@ -58,6 +59,11 @@ def select(name: str, device_type: str) -> ModuleType:
         reason = native.why_unusable(device_type)
         if reason is None:
             return native
+        if device_type == "cuda":
+            no_triton = triton.why_unusable(device_type)
+            if no_triton is None:
+                return triton
+            reason = f"{reason}; {no_triton}"
         _warn_once(f"fastema runs its torch backend on {device_type}, slower than its own kernels: {reason}")
         return plain_torch
     if name not in BACKENDS:

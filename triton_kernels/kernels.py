@@ -1,0 +1,269 @@
+"""One program a chunk, in one launch for every mix of dtypes and rules: full tiles -> masked vectors -> scalar tail.
+
+The twin of csrc/ema_math.h and csrc/cuda_kernels.cu: the same rule with the same roundings. The chunk table lies in
+device memory and holds addresses as integers. A pointer made of an integer is of unknown alignment to Triton, and every
+access through it would be 32 bits wide; the host knows which chunks are aligned, and only those get the hint, because a
+false one is a fault.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Formats and kinds are numbered as in csrc/chunks.h: kind = rule + 4 * shadow format + live format.
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+CONVERT, COPY_BYTES = tl.constexpr(16), tl.constexpr(32)
+#: What is in memory. bfloat16 is narrowed by integers, as in ema_math.h: one rule for every chip, and Triton's
+#: interpreter, whose own conversion truncates.
+STORED = tl.constexpr((tl.float32, tl.float64, tl.uint16, tl.float16))
+
+#: Of one launch; more take several. The weights are arguments of the kernel.
+MAX_SHADOWS = 4
+THREADS = 256  # 8 warps, as the launches ask for
+#: A row of the chunk table, int64: live address, elements (bytes for COPY_BYTES), variant, bytes, shadow addresses;
+#: variant = 2 * kind + 1 where all its addresses are multiples of 16, else 2 * kind.
+COUNT, VARIANT, BYTES, SHADOWS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+EXCHANGE_TILE = tl.constexpr(8192)  # bytes: 32 a thread of each side
+UNHINTED_TILE = tl.constexpr(4 * THREADS)
+
+
+def tile_elements(variant: int) -> int:
+    """Elements of a tile, so that 32 bytes a thread of the wider operand are in flight (16 of a copy).
+
+    That leaves 40 to 56 registers a thread: five or six blocks a multiprocessor, of which each has 16 KiB in flight.
+    Chunks without the hint take what does not raise the registers of all.
+    """
+    kind, is_aligned = divmod(variant, 2)
+    if not is_aligned:
+        return UNHINTED_TILE.value
+    if kind == COPY_BYTES.value:
+        return 16 * THREADS
+    return (4 if FLOAT64.value in (kind % 16 // 4, kind % 4) else 8) * THREADS
+
+
+# ---- one element: csrc/ema_math.h ----
+
+
+@triton.jit
+def _widened(stored, FORMAT: tl.constexpr, OP: tl.constexpr):
+    """The value in opmath; exact but for a float64 seen in float32."""
+    if FORMAT == BFLOAT16:
+        stored = (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return stored.to(OP)
+
+
+@triton.jit
+def _narrowed(value, FORMAT: tl.constexpr):
+    """What is stored; to nearest even. 16-bit formats go through float32, as they do in C++."""
+    if FORMAT == FLOAT64:
+        stored = value.to(tl.float64)
+    elif FORMAT == FLOAT32:
+        stored = value.to(tl.float32)
+    elif FORMAT == FLOAT16:
+        stored = value.to(tl.float32).to(tl.float16)
+    else:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        stored = tl.where(is_nan, 0x7FC0, rounded).to(tl.uint16)
+    return stored
+
+
+@triton.jit
+def _is_finite(value):
+    if value.dtype == tl.float64:
+        finite = (value.to(tl.int64, bitcast=True) & 0x7FF0000000000000) != 0x7FF0000000000000
+    else:
+        finite = (value.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
+    return finite
+
+
+@triton.jit
+def _averaged(old, new, weight, OP: tl.constexpr):
+    """old + weight * (new - old) in one fused multiply-add; from weight 0.5 on from the live end. weight: float64."""
+    rounded = weight.to(OP)
+    from_live = rounded >= 0.5
+    coefficient = tl.where(from_live, rounded - 1.0, rounded)
+    difference = new - old
+    return tl.fma(tl.zeros_like(difference) + coefficient, difference, tl.where(from_live, new, old))
+
+
+# ---- one tile, one chunk ----
+
+
+@triton.jit
+def _address(row, column, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(row + column).to(tl.pointer_type(ELEMENT))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _update_tile(shadows, live, weights, offsets, mask, kept, KIND: tl.constexpr, K: tl.constexpr, GUARD: tl.constexpr):
+    """One tile under one rule: live is read once for all shadows. Returns `kept` with what the guard kept added."""
+    stored_live = tl.load(live + offsets, mask=mask)
+    if KIND == COPY_BYTES:
+        for k in tl.static_range(K):
+            tl.store(shadows[k] + offsets, stored_live, mask=mask)
+    else:
+        SHADOW: tl.constexpr = KIND % 16 // 4
+        LIVE: tl.constexpr = KIND % 4
+        if KIND >= CONVERT:
+            WIDE: tl.constexpr = tl.float64 if SHADOW == FLOAT64 or LIVE == FLOAT64 else tl.float32
+            converted = _narrowed(_widened(stored_live, LIVE, WIDE), SHADOW)
+            for k in tl.static_range(K):
+                tl.store(shadows[k] + offsets, converted, mask=mask)
+        else:
+            OP: tl.constexpr = tl.float64 if SHADOW == FLOAT64 else tl.float32
+            new = _widened(stored_live, LIVE, OP)
+            finite = _is_finite(new)
+            for k in tl.static_range(K):
+                pointers = shadows[k] + offsets
+                stored = tl.load(pointers, mask=mask)
+                result = _narrowed(_averaged(_widened(stored, SHADOW, OP), new, weights[k], OP), SHADOW)
+                if GUARD:
+                    result = tl.where(finite, result, stored)
+                tl.store(pointers, result, mask=mask)
+            if GUARD:
+                if mask is None:
+                    kept += (~finite).to(tl.int32)
+                else:
+                    kept += (~finite & mask).to(tl.int32)
+    return kept
+
+
+@triton.jit
+def _update_chunk(
+    row,
+    weights,
+    kept_total,
+    KIND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+    K: tl.constexpr,
+    GUARD: tl.constexpr,
+    COUNT_KEPT: tl.constexpr,
+):
+    count = tl.load(row + COUNT).to(tl.int32)
+    LIVE: tl.constexpr = tl.uint8 if KIND == COPY_BYTES else STORED[KIND % 4]
+    SHADOW: tl.constexpr = tl.uint8 if KIND == COPY_BYTES else STORED[KIND % 16 // 4]
+    live = _address(row, 0, LIVE, ALIGNED)
+    shadows = ()
+    for k in tl.static_range(K):
+        shadows = shadows + (_address(row, SHADOWS + k, SHADOW, ALIGNED),)  # noqa: RUF005 (Triton has no unpacking)
+    lanes = tl.arange(0, TILE)
+    kept = tl.zeros([TILE], tl.int32)
+    if ALIGNED:
+        full = count // TILE
+        for tile in range(full):
+            kept = _update_tile(shadows, live, weights, tile * TILE + lanes, None, kept, KIND, K, GUARD)
+        if full * TILE < count:
+            # A mask that is constant over 16 elements leaves the accesses 16 bytes wide; then come the last 15 at most.
+            vectors = tl.multiple_of(count // 16 * 16, 16)
+            offsets = full * TILE + lanes
+            kept = _update_tile(shadows, live, weights, offsets, offsets < vectors, kept, KIND, K, GUARD)
+            if vectors < count:
+                last = vectors + tl.arange(0, 16)
+                rest = tl.zeros([16], tl.int32)
+                rest = _update_tile(shadows, live, weights, last, last < count, rest, KIND, K, GUARD)
+                if GUARD and COUNT_KEPT and KIND < CONVERT:
+                    _add_kept(kept_total, rest)
+    else:
+        for tile in range(tl.cdiv(count, TILE)):
+            offsets = tile * TILE + lanes
+            kept = _update_tile(shadows, live, weights, offsets, offsets < count, kept, KIND, K, GUARD)
+    if GUARD and COUNT_KEPT and KIND < CONVERT:
+        _add_kept(kept_total, kept)
+
+
+@triton.jit
+def _add_kept(kept_total, kept):
+    here = tl.sum(kept, 0)
+    if here != 0:  # rare by nature
+        tl.atomic_add(kept_total, here.to(tl.int64))
+
+
+# ---- the kernels ----
+
+
+@triton.jit(do_not_specialize=["kept_total", "skip", "device_weights", "bits0", "bits1", "bits2", "bits3"])
+def update(
+    table,  # int64 [chunks, SHADOWS + K]
+    kept_total,  # int64 scalar: what the guard kept so far
+    skip,  # float32 scalar, or None: not zero: nothing happens
+    device_weights,  # float64 [K], or None: read instead of the four
+    bits0: tl.int64,  # 1 - decay of each shadow, the bits of a float64: a Python float would arrive as float32
+    bits1: tl.int64,
+    bits2: tl.int64,
+    bits3: tl.int64,
+    VARIANTS: tl.constexpr,  # what is in the table
+    TILES: tl.constexpr,  # and the tile of each
+    K: tl.constexpr,
+    GUARD: tl.constexpr,
+    COUNT_KEPT: tl.constexpr,  # an element is counted once for all shadows
+):
+    """Averages or copies every chunk of the table."""
+    wanted = True if skip is None else tl.load(skip) == 0.0
+    if wanted:
+        row = table + tl.program_id(0).to(tl.int64) * (SHADOWS + K)
+        variant = tl.load(row + VARIANT)
+        bits = (bits0, bits1, bits2, bits3)
+        weights = ()
+        for k in tl.static_range(K):
+            if device_weights is None:
+                weights = weights + (bits[k].to(tl.int64).to(tl.float64, bitcast=True),)  # noqa: RUF005
+            else:
+                weights = weights + (tl.load(device_weights + k),)  # noqa: RUF005
+        for i in tl.static_range(len(VARIANTS)):
+            if variant == VARIANTS[i]:
+                _update_chunk(
+                    row, weights, kept_total, VARIANTS[i] // 2, VARIANTS[i] % 2, TILES[i], K, GUARD, COUNT_KEPT
+                )
+
+
+@triton.jit
+def _exchange_tile(first, second, offsets, mask):
+    held = tl.load(first + offsets, mask=mask)
+    other = tl.load(second + offsets, mask=mask)
+    tl.store(first + offsets, other, mask=mask)
+    tl.store(second + offsets, held, mask=mask)
+
+
+@triton.jit
+def _exchange_chunk(row, which, ALIGNED: tl.constexpr):
+    live = _address(row, 0, tl.uint8, ALIGNED)
+    shadow = _address(row, SHADOWS + which, tl.uint8, ALIGNED)
+    count = tl.load(row + BYTES).to(tl.int32)
+    if ALIGNED:
+        lanes = tl.arange(0, EXCHANGE_TILE)
+        full = count // EXCHANGE_TILE
+        for tile in range(full):
+            _exchange_tile(shadow, live, tile * EXCHANGE_TILE + lanes, None)
+        vectors = tl.multiple_of(count // 16 * 16, 16)
+        offsets = full * EXCHANGE_TILE + lanes
+        _exchange_tile(shadow, live, offsets, offsets < vectors)
+        last = vectors + tl.arange(0, 16)
+        _exchange_tile(shadow, live, last, last < count)
+    else:
+        for tile in range(tl.cdiv(count, UNHINTED_TILE)):
+            offsets = tile * UNHINTED_TILE + tl.arange(0, UNHINTED_TILE)
+            _exchange_tile(shadow, live, offsets, offsets < count)
+
+
+@triton.jit(do_not_specialize=["which"])
+def exchange(
+    table,  # int64 [chunks, SHADOWS + K]
+    which: tl.int64,  # the shadow
+    K: tl.constexpr,
+):
+    """Live and one shadow change places, bit for bit."""
+    row = table + tl.program_id(0).to(tl.int64) * (SHADOWS + K)
+    if tl.load(row + VARIANT) % 2 == 1:
+        _exchange_chunk(row, which, True)
+    else:
+        _exchange_chunk(row, which, False)
+
+
+INTERPRETED = not isinstance(update, triton.JITFunction)
