@@ -30,8 +30,9 @@ bench: .venv/.ready  ## what an update costs here
 gpu:  ## on a machine with a GPU: build, GPU tests, memcheck and benchmarks, with the Python that has CUDA torch
 	PYTHON=$(PYTHON) bench/gpu.sh
 
-sanitize: .venv/.ready  ## the extension's tests under AddressSanitizer and UBSan
+sanitize: .venv/.ready  ## the extension's tests under AddressSanitizer and UBSan, then under ThreadSanitizer
 	tests/sanitize.sh address,undefined
+	tests/sanitize.sh thread
 
 clean:
 	rm -rf .venv build dist *.egg-info fastema/_C*.so fastema/_build_record.json

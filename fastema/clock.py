@@ -6,12 +6,10 @@ of the eager path, works for every schedule that settles or has an end, and cost
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from fastema.schedules import IDecayFunction
+from fastema.decays import Decays
 
 _MOST_ROWS = 1 << 22  # 32 MiB for one decay
 
@@ -20,10 +18,7 @@ class DeviceClock:
     """Counts optimizer steps on the device and looks their weights up.
 
     Args:
-        decays_at: the decays at a step, from 1.
-        decays: the target decays, [K].
-        schedule: tells whether the decays stay at the target once they are there.
-        total_steps: of the training; the table of a schedule that does not settle ends there.
+        decays: targets and schedule; the table of one that does not settle ends at its total_steps.
         update_every: as in FastEMA.
         device: where the model is.
 
@@ -31,25 +26,19 @@ class DeviceClock:
         ValueError: the table would have no end.
     """
 
-    def __init__(
-        self,
-        decays_at: Callable[[int], list[float]],
-        decays: list[float],
-        schedule: IDecayFunction,
-        total_steps: int | None,
-        update_every: int,
-        device: torch.device,
-    ) -> None:
-        if not schedule.settles and total_steps is None:
+    def __init__(self, decays: Decays, update_every: int, device: torch.device) -> None:
+        settles, last = decays.schedule.settles, decays.total_steps
+        if not settles and last is None:
+            name = type(decays.schedule).__name__
             raise ValueError(
-                f"capturable=True needs total_steps with {type(schedule).__name__}: the schedule does not say that "
-                "it settles at the decay"
+                f"capturable=True needs total_steps with {name}: the schedule does not say that it settles at the decay"
             )
+        targets = list(decays.targets)
         rows: list[list[float]] = []
-        while not rows or (rows[-1] != decays if schedule.settles else len(rows) < (total_steps or 0)):
+        while not rows or (rows[-1] != targets if settles else len(rows) < (last or 0)):
             if len(rows) == _MOST_ROWS:
                 raise ValueError(f"capturable=True: the schedule has not reached its decay after {_MOST_ROWS} steps")
-            rows.append(decays_at(len(rows) + 1))
+            rows.append(decays.at(len(rows) + 1))
         with torch.inference_mode(False):
             self._table = (1.0 - torch.tensor(rows, dtype=torch.float64)).to(device)  # [rows, K]
             self._update_every = update_every

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastema.ema import FastEMA
+UpdateOperands = Callable[[list[Tensor], list[Tensor], "int | None", "Tensor | None"], None]
 
 _handles = itertools.count(1)
-_emas: weakref.WeakValueDictionary[int, FastEMA] = weakref.WeakValueDictionary()
+_updates: dict[int, weakref.WeakMethod[UpdateOperands]] = {}
 
 
-def register(ema: FastEMA) -> int:
-    """A number by which the op finds `ema`."""
+def register(update_operands: UpdateOperands) -> int:
+    """A number by which the op finds the bound method to call; it does not keep its object alive."""
     handle = next(_handles)
-    _emas[handle] = ema
+    _updates[handle] = weakref.WeakMethod(update_operands, lambda _: _updates.pop(handle, None))
     return handle
 
 
@@ -33,10 +31,10 @@ def update(
     shadows: Sequence[Tensor], lives: Sequence[Tensor], handle: int, step: int | None, found_inf: Tensor | None
 ) -> None:
     """FastEMA.update() on what its `Shadow.operands()` are in the graph; `handle` finds the FastEMA."""
-    ema = _emas.get(handle)
-    if ema is None:
+    update_operands = _updates[handle]() if handle in _updates else None
+    if update_operands is None:
         raise RuntimeError("the FastEMA that was compiled into this graph no longer exists")
-    ema._update_operands(list(shadows), list(lives), step, found_inf)
+    update_operands(list(shadows), list(lives), step, found_inf)
 
 
 @update.register_fake

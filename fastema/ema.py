@@ -6,7 +6,6 @@ one kernel over all of them, and validation of the averaged model exchanges the 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fastema import backends, compiled, state
-from fastema.checks import checked_count, checked_decays, checked_device, checked_shadow_dtype
+from fastema.checks import checked_count, checked_device, checked_shadow_dtype
 from fastema.clock import DeviceClock
+from fastema.decays import Decays
 from fastema.policy import Buffers, Policy, Source, checked_source, collect
-from fastema.schedules import make_schedule
 from fastema.shadow import Shadow
 
 
@@ -105,16 +104,12 @@ class FastEMA:
         backend: str | None = None,
         **decay_args: Any,
     ) -> None:
-        self._decays, self._several = checked_decays(decay)
-        self._decay_type = decay_type
-        self._total_steps = total_steps
-        self._schedule = make_schedule(decay_type, total_steps, decay_args)
+        self._decays = Decays(decay, decay_type, total_steps, update_after_step, decay_args)
         self._update_every = checked_count("update_every", update_every, at_least=1)
-        self._update_after_step = checked_count("update_after_step", update_after_step, at_least=0)
         if nonfinite not in ("skip", "propagate"):
             raise ValueError(f'nonfinite must be "skip" or "propagate", got {nonfinite!r}')
         self._guard = nonfinite == "skip"
-        self._dtype = checked_shadow_dtype(dtype, max(self._decays))
+        self._dtype = checked_shadow_dtype(dtype, max(self._decays.targets))
         self._device = checked_device(device)
         self._buffers = buffers
         self._policy = policy
@@ -127,7 +122,7 @@ class FastEMA:
         self._warned_nonfinite = False
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
-        self._handle = compiled.register(self)
+        self._handle = compiled.register(self._update_operands)
 
     @classmethod
     def from_params(cls, model: Source, ema_params: dict[str, Any], total_steps: int | None = None) -> FastEMA:
@@ -181,7 +176,7 @@ class FastEMA:
             return
         step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
         if step % self._update_every == 0:
-            average([1.0 - decay for decay in self._decays_at(step)], self._guard, found_inf)
+            average([1.0 - decay for decay in self._decays.at(step)], self._guard, found_inf)
             self._num_updates += 1
         self._step = step
 
@@ -272,7 +267,7 @@ class FastEMA:
     @property
     def decay(self) -> Any:
         """The target decay, or the tuple of them."""
-        return self._one_or_all(self._decays)
+        return self._decays.one_or_all(self._decays.targets)
 
     @property
     def num_updates(self) -> int:
@@ -290,11 +285,11 @@ class FastEMA:
         Raises:
             ValueError: a schedule of your own returned a decay outside [0, 1].
         """
-        return self._one_or_all(self._decays_at(step))
+        return self._decays.one_or_all(self._decays.at(step))
 
     def window(self) -> Any:
         """How many updates the average reaches back: 1 / (1 - decay), or the tuple of them."""
-        return self._one_or_all([math.inf if decay == 1.0 else 1.0 / (1.0 - decay) for decay in self._decays])
+        return self._decays.one_or_all(self._decays.windows())
 
     def lag(self, updates_per_epoch: float) -> Any:
         """How many epochs the average reaches back, or the tuple of them.
@@ -305,8 +300,7 @@ class FastEMA:
         """
         if not updates_per_epoch > 0:
             raise ValueError(f"updates_per_epoch must be positive, got {updates_per_epoch}")
-        windows = self.window() if self._several else [self.window()]
-        return self._one_or_all([window / updates_per_epoch for window in windows])
+        return self._decays.one_or_all([window / updates_per_epoch for window in self._decays.windows()])
 
     def nonfinite_count(self) -> int:
         """How many elements the guard has kept so far, because their live value was NaN or infinite.
@@ -333,9 +327,8 @@ class FastEMA:
         return {
             "step": self._step if self._clock is None else int(self._clock.step),
             "num_updates": self.num_updates,
-            "decay": list(self._decays) if self._several else self._decays[0],
-            "decay_type": self._decay_type,
-            "shadow": shadows if self._several else shadows[0],
+            **self._decays.config(),
+            "shadow": shadows if self._decays.several else shadows[0],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadResult:
@@ -361,8 +354,7 @@ class FastEMA:
         self._ensure_current()
         missing, unexpected = state.load_averages(self._shadow, saved, strict)
         self._set_counters(int(state_dict["step"]), int(state_dict["num_updates"]))
-        mine = {"decay": list(self._decays) if self._several else self._decays[0], "decay_type": self._decay_type}
-        for key, value in mine.items():
+        for key, value in self._decays.config().items():
             if state_dict.get(key, value) != value:
                 warnings.warn(
                     f"the loaded state was made with {key}={state_dict[key]!r}; updates go on with {value!r}",
@@ -393,7 +385,7 @@ class FastEMA:
         self.__dict__.update(pickled["config"])
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
-        self._handle = compiled.register(self)
+        self._handle = compiled.register(self._update_operands)
         self._set_counters(*pickled["counters"])
         with torch.no_grad():
             for which, averages in enumerate(pickled["averages"]):
@@ -402,7 +394,7 @@ class FastEMA:
 
     def __repr__(self) -> str:
         return (
-            f"FastEMA(decay={self.decay}, decay_type={self._decay_type!r}, num_updates={self.num_updates}, "
+            f"FastEMA(decay={self.decay}, decay_type={self._decays.type!r}, num_updates={self.num_updates}, "
             f"tensors={len(self._shadow.managed)}, backend={self.backend_name!r})"
         )
 
@@ -424,23 +416,7 @@ class FastEMA:
             raise ValueError(
                 "capturable=True needs fastema's own kernels on a GPU: the torch backend waits for the device"
             )
-        return DeviceClock(
-            self._decays_at, list(self._decays), self._schedule, self._total_steps, self._update_every, device
-        )
-
-    def _decays_at(self, step: int) -> list[float]:
-        if step <= self._update_after_step:
-            return [0.0] * len(self._decays)
-        decays = [self._schedule(decay, step, self._total_steps) for decay in self._decays]
-        for decay in decays:
-            if not 0.0 <= decay <= 1.0:
-                raise ValueError(
-                    f"decay_type {self._decay_type!r} gave decay {decay} at step {step}; it must be in [0, 1]"
-                )
-        return decays
-
-    def _one_or_all(self, values: Sequence[float]) -> Any:
-        return tuple(values) if self._several else values[0]
+        return DeviceClock(self._decays, self._update_every, device)
 
     def _checked_which(self, which: int) -> int:
         if checked_count("which", which, at_least=0) >= len(self._decays):

@@ -332,3 +332,13 @@ def test_every_layout_through_fastema(
     outside = torch.ones_like(storage, dtype=torch.bool)
     outside.as_strided(live.shape, live.stride(), live.storage_offset()).fill_(False)
     assert raw(storage[outside]) == raw(around[outside])
+
+
+@pytest.mark.parametrize("count", [1, 2, 600, 10_000])
+def test_any_number_of_tensors(backend: str, count: int) -> None:
+    sizes = [1 + (number * 7) % 23 for number in range(count)]
+    lives = [values(size, seed=number) for number, size in enumerate(sizes)]
+    shadows = [values(size, seed=count + number) for number, size in enumerate(sizes)]
+    old, new = exact(torch.cat(shadows)), exact(torch.cat(lives))
+    backends.BACKENDS[backend].Plan([shadows], lives, [False] * count, []).update([0.25], True)
+    assert_within(torch.cat(shadows), averaged(old, new, 0.25), tolerance(old, new, torch.float32))
