@@ -95,6 +95,13 @@ def compile_cuda(build_folder: Path) -> tuple[Path, Path]:
     return target, home
 
 
+def torch_version() -> tuple[int, int]:
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def build_arguments() -> dict:
     """The extension and its build command; nothing where torch is missing."""
     try:
@@ -136,6 +143,10 @@ def build_arguments() -> dict:
                 extension.extra_objects.append(str(target))
                 extension.library_dirs.append(str(home / "lib64"))
                 extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+                if torch_version() < (2, 11):  # its streams do not tell their handle without torch's CUDA headers
+                    extension.define_macros.append(("FASTEMA_STREAM_FROM_C10_CUDA", None))
+                    extension.include_dirs.append(str(home / "include"))
+                    extension.libraries.append("c10_cuda")
             except NoCuda as reason:
                 if forced:
                     raise SystemExit(f"fastema: FASTEMA_CUDA=1, but {reason}") from None

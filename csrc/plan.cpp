@@ -11,6 +11,9 @@
 #include <string>
 #include <utility>
 
+#ifdef FASTEMA_STREAM_FROM_C10_CUDA
+#include <c10/cuda/CUDAStream.h>
+#endif
 #ifdef FASTEMA_WITH_CUDA
 #include "cuda_kernels.h"
 #endif
@@ -140,10 +143,16 @@ Plan::Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor>
   }
 }
 
+#ifdef FASTEMA_WITH_CUDA
 void* Plan::current_stream() const {
-  // The stream through c10's device guard: no CUDA header of torch, so this compiles against CPU-only torch too.
-  return c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
+  const c10::Stream stream = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_);
+#ifdef FASTEMA_STREAM_FROM_C10_CUDA  // torch before 2.11
+  return c10::cuda::CUDAStream(c10::cuda::CUDAStream::UNCHECKED, stream).stream();
+#else  // no CUDA header of torch, so that this compiles against CPU-only torch too
+  return stream.native_handle();
+#endif
 }
+#endif
 
 void Plan::update(const std::vector<double>& weights, bool guard, const std::optional<at::Tensor>& skip,
                   const std::optional<at::Tensor>& device_weights) {

@@ -26,7 +26,11 @@ def register(update_operands: UpdateOperands) -> int:
     return handle
 
 
-@torch.library.custom_op("fastema::update", mutates_args=("shadows",))
+@torch.library.custom_op(
+    "fastema::update",
+    mutates_args=("shadows",),
+    schema="(Tensor(a!)[] shadows, Tensor[] lives, int handle, int? step, Tensor? found_inf) -> ()",
+)
 def update(
     shadows: Sequence[Tensor], lives: Sequence[Tensor], handle: int, step: int | None, found_inf: Tensor | None
 ) -> None:

@@ -83,6 +83,7 @@ class Plan:
 
 
 _EXCHANGE_BLOCK = 1 << 20  # bytes held twice while contents change places
+_SETS_SEVERAL_VERSIONS = not torch.__version__.startswith("2.6.")
 _SWAPS_POINTERS = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # torch 2.13 has it, 2.11 does not
 
 
@@ -128,7 +129,11 @@ class ContentsExchange:
             plan.exchange(self._which)
 
     def _set_versions(self, versions: tuple[int, ...]) -> None:
-        torch._C._autograd._unsafe_set_version_counter(self._managed, versions)
+        if _SETS_SEVERAL_VERSIONS:
+            torch._C._autograd._unsafe_set_version_counter(self._managed, versions)
+            return
+        for tensor, version in zip(self._managed, versions, strict=True):
+            torch._C._autograd._unsafe_set_version_counter(tensor, version)  # type: ignore[arg-type]
 
 
 class StorageExchange(ContentsExchange):
