@@ -180,12 +180,21 @@ class FastEMA:
             self._num_updates += 1
         self._step = step
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> AttachedHandle:
+    def attach(self, *optimizers: torch.optim.Optimizer) -> AttachedHandle:
         """Calls `update()` after every `optimizer.step()`; a step while the EMA is applied raises instead.
+
+        Only steps that happen count: not those that a gradient scaler or Accelerate leaves out, and one with a closure
+        counts once.
+
+        Args:
+            *optimizers: one; or several that step in turn, then the EMA is updated when the last of them has stepped.
+                Attached one by one, each of them would update it. Accelerate's wrapper is seen through.
 
         Returns:
             A handle; `handle.remove()` ends it.
         """
+        if not optimizers:
+            raise TypeError("attach() needs an optimizer")
 
         def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             self._refuse_while_applied("optimizer.step()")
@@ -194,7 +203,9 @@ class FastEMA:
             # A gradient scaler leaves its verdict on optimizers that skip the step themselves (fused ones).
             self.update(found_inf=getattr(optimizer, "found_inf", None))
 
-        return AttachedHandle(optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after))
+        inner = [_without_wrappers(optimizer) for optimizer in optimizers]
+        handles = [optimizer.register_step_pre_hook(before) for optimizer in inner]
+        return AttachedHandle(*handles, inner[-1].register_step_post_hook(after))
 
     # ---- the exchange ----
 
@@ -455,3 +466,10 @@ class FastEMA:
                 "itself has gone wrong",
                 stacklevel=3,
             )
+
+
+def _without_wrappers(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that really steps. Accelerate's wrapper is an Optimizer by name, but runs no hooks of its own."""
+    while not hasattr(optimizer, "_optimizer_step_post_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -1,0 +1,98 @@
+"""What the adapters for timm and diffusers share: a FastEMA whose averages are somebody's own tensors.
+
+Those classes hold their averages as ordinary tensors (a module's, or a list), are handed the live weights with every
+call, and have their own formula for the decay. Here such averages become views of a FastEMA's shadow, so that one
+kernel updates them where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from fastema.ema import FastEMA
+from fastema.mirror import shadow_dtype
+from fastema.policy import Policy, Source
+from fastema.state import averages_by_name
+
+
+class BoundEMA:
+    """A FastEMA of `source` that is given the decay with every update, and lets NaN through as its originals do.
+
+    Args:
+        source: as FastEMA takes it.
+        decay: the highest it will be given.
+        policy, dtype, device: FastEMA's.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        decay: float,
+        policy: Policy,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        self.source = source
+        self._ema = FastEMA(source, decay, policy=policy, dtype=dtype, device=device, nonfinite="propagate")
+        self._shadow = self._ema._shadow
+
+    def averages(self) -> dict[str, Tensor]:
+        """By name; they share memory with the EMA. Right while swapped in, too."""
+        return averages_by_name(self._ema._shadow, 0)
+
+    def update(self, decay: float) -> bool:
+        """Averages `source` as it is now.
+
+        Returns:
+            Whether the live weights had moved in memory, so that the averages are other tensors now.
+        """
+        self._ema._decays.targets = (decay,)  # the schedule is "constant"
+        self._ema.update()
+        moved = self._ema._shadow is not self._shadow
+        self._shadow = self._ema._shadow
+        return moved
+
+    def swapped(self) -> AbstractContextManager[FastEMA]:
+        """A block in which the averages are in the live tensors."""
+        return self._ema.swapped()
+
+    @property
+    def is_applied(self) -> bool:
+        return self._ema.is_applied
+
+
+def shadow_like(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[torch.dtype | None, torch.device | None]:
+    """What FastEMA must be given as dtype and device, so that its shadow is like averages that exist already.
+
+    Averages in 16 bits are widened to float32, in which they move.
+
+    Args:
+        pairs: live tensor and its average, of all that is averaged.
+
+    Raises:
+        ValueError: no one dtype or device does for all.
+    """
+    known = [(live, average, shadow_dtype(average.dtype, None)) for live, average in pairs]
+    dtype, device = None, None
+    if any(wanted != shadow_dtype(live.dtype, None) for live, _, wanted in known):
+        dtypes = {wanted for _, _, wanted in known}
+        if len(dtypes) > 1:
+            raise ValueError(f"the averages are in several dtypes ({_listed(dtypes)}): convert them to one")
+        (dtype,) = dtypes
+    if any(average.device != live.device for live, average, _ in known):
+        devices = {average.device for _, average, _ in known}
+        if len(devices) > 1:
+            raise ValueError(
+                f"the averages are on several devices ({_listed(devices)}), and not where the weights are: move them "
+                "to one"
+            )
+        (device,) = devices
+    return dtype, device
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(sorted(map(str, values)))

@@ -1,0 +1,255 @@
+"""timm's `ModelEmaV3` over FastEMA: the same constructor, methods and state, one kernel an update, no second model.
+
+    from fastema.integrations.timm import ModelEmaV3       # was: from timm.utils import ModelEmaV3
+
+`module` is a copy of the model whose tensors *are* FastEMA's shadow: it costs Python objects, but no memory beyond the
+average itself, and is always up to date. timm itself is not needed.
+
+Differences from timm:
+
+- bfloat16 and float16 weights are averaged in float32 unless `dtype` says otherwise, so `module` is then a float32
+  model. timm keeps 16 bits: bfloat16 with stochastic rounding, float16 standing still.
+- Tied weights are averaged once a step; timm averages them once for each of their names.
+- Weights in another dtype than the average are averaged with lerp too; timm takes `mul_`, `add_` there.
+- A `decay` outside [0, 1] is refused.
+- It keeps the model alive that it averages, and expects it, or a wrapper around it, in `update()`. With another model
+  of the same structure it goes on with that one, as timm does, after building its plan anew.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastema import backends
+from fastema.checks import difference, refuse_differences
+from fastema.integrations.bound import BoundEMA, shadow_like
+from fastema.mirror import shadow_dtype
+from fastema.policy import AVERAGED_DTYPES, Policy, Rule, Source, named_tensors
+
+
+class ModelEmaV3(nn.Module):
+    """An exponential moving average of everything in the model's `state_dict()`, with timm's names.
+
+    Args:
+        model: built after the weights are loaded; a wrapper (DDP, torch.compile) may come later.
+        decay: of the average.
+        min_decay: the least, while warming up.
+        update_after_step: up to this step, `update(model, step)` copies.
+        use_warmup: take `1 - (1 + step / warmup_gamma) ** -warmup_power` where that is less than `decay`.
+        warmup_gamma, warmup_power: of the warm-up.
+        device: the average's; None: where the model is.
+        dtype: the average's; None: the model's own, float32 for 16-bit weights.
+        stochastic_rounding, stochastic_rounding_seed, foreach: taken and kept for timm's sake. Nothing is rounded to 16
+            bits here, and there is one way of updating.
+        exclude_buffers: copy the buffers instead of averaging them.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> ema = ModelEmaV3(model, decay=0.9)
+        >>> with torch.no_grad():
+        ...     _ = model.bias.add_(1.0)
+        >>> ema.update(model)
+        >>> round(model.bias.item() - ema.module.bias.item(), 4)
+        0.9
+        >>> list(ema.state_dict())
+        ['module.weight', 'module.bias']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float = 0.9999,
+        min_decay: float = 0.0,
+        update_after_step: int = 0,
+        use_warmup: bool = False,
+        warmup_gamma: float = 1.0,
+        warmup_power: float = 2 / 3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = True,
+        stochastic_rounding_seed: int = 0,
+        foreach: bool = True,
+        exclude_buffers: bool = False,
+    ) -> None:
+        super().__init__()
+        self.decay = decay
+        self.min_decay = min_decay
+        self.update_after_step = update_after_step
+        self.use_warmup = use_warmup
+        self.warmup_gamma = warmup_gamma
+        self.warmup_power = warmup_power
+        self.foreach = foreach
+        self.device = device
+        self.dtype = dtype
+        self.stochastic_rounding = stochastic_rounding
+        self.stochastic_rounding_seed = stochastic_rounding_seed
+        self.exclude_buffers = exclude_buffers
+        self._excludes_now = exclude_buffers  # what the plan was built for
+        bound = BoundEMA(model, decay, _policy(exclude_buffers, dtype), dtype, device)
+        self._bound: BoundEMA | None = bound
+        self.module = _copy_around(model, bound.averages(), dtype, device)
+        self.module.eval()
+        self._by_hand: frozenset[str] = frozenset()
+        self._watch: Any = None
+        self._look_after(bound)
+
+    def get_decay(self, step: int | None = None) -> float:
+        """The decay of an update at optimizer step `step`, counted from 0; None: no warm-up."""
+        if step is None:
+            return self.decay
+        step = max(0, step - self.update_after_step - 1)
+        if step <= 0:
+            return 0.0
+        if not self.use_warmup:
+            return self.decay
+        decay = 1 - (1 + step / self.warmup_gamma) ** -self.warmup_power
+        return max(min(decay, self.decay), self.min_decay)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int | None = None) -> None:
+        """Averages the model's weights as they are now. Call it once per optimizer step.
+
+        Raises:
+            ValueError: another structure than the averaged model's; lists the first differences.
+            RuntimeError: shapes, dtypes or devices of the model changed.
+        """
+        decay = self.get_decay(step)
+        if self.exclude_buffers:
+            self.apply_update_no_buffers_(model, decay)
+        else:
+            self.apply_update_(model, decay)
+
+    @torch.no_grad()
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Averages parameters and buffers."""
+        self._average(model, decay, exclude_buffers=False)
+
+    @torch.no_grad()
+    def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
+        """Averages parameters, copies buffers."""
+        self._average(model, decay, exclude_buffers=True)
+
+    @torch.no_grad()
+    def set(self, model: nn.Module) -> None:
+        """Makes the average a copy of the model."""
+        # Not an update of weight 1: that could not overwrite a NaN.
+        for average, live in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+            average.copy_(live)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the averaged model."""
+        return self.module(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle holds the average, not the model; its next update() binds it.
+        return {**self.__dict__, "_bound": None, "_watch": None}
+
+    # ---- inside ----
+
+    def _average(self, model: nn.Module, decay: float, exclude_buffers: bool) -> None:
+        bound = self._bound_to(model, exclude_buffers)
+        if bound.update(decay):
+            self._adopt(bound)
+        if self._by_hand:
+            for (name, live), average in self._pairs(bound.source):
+                if name in self._by_hand:
+                    average.copy_(live)
+
+    def _bound_to(self, model: nn.Module, exclude_buffers: bool) -> BoundEMA:
+        """The plan for this model, built anew if it is another one, or if the tensors of `module` were replaced."""
+        bound = self._bound
+        if (
+            bound is not None
+            and self._excludes_now == exclude_buffers
+            and self._watch.holds()
+            and any(part is bound.source for part in model.modules())  # itself, or inside a wrapper
+        ):
+            return bound
+        pairs = self._pairs(model)
+        refuse_differences(
+            "the model is not built like the averaged one",
+            [difference(name, average, live, dtypes=False) for (name, live), average in pairs],
+        )
+        dtype, device = shadow_like((live, average) for (_, live), average in pairs if isinstance(live, nn.Parameter))
+        bound = BoundEMA(model, self.decay, _policy(exclude_buffers, dtype), dtype, device)
+        averages = bound.averages()
+        for (name, _), average in pairs:
+            if name in averages:
+                averages[name].copy_(average)
+        self._bound, self._excludes_now = bound, exclude_buffers
+        self._adopt(bound)
+        return bound
+
+    def _adopt(self, bound: BoundEMA) -> None:
+        """Lets the module's tensors, which stay the same objects, be views of the shadow."""
+        averages = bound.averages()
+        for (name, _), average in self._pairs(bound.source):
+            if name in averages:
+                average.data = averages[name]
+        self._look_after(bound)
+
+    def _look_after(self, bound: BoundEMA) -> None:
+        """Notes what the updates will have to know."""
+        averages = bound.averages()
+        names = [name for name, _ in named_tensors(bound.source) if name not in averages]
+        # Otherwise these are buffers outside the state, which timm leaves as they were.
+        self._by_hand = frozenset(names if self._excludes_now else ())
+        dicts = [slots for part in self.module.modules() for slots in (part._parameters, part._buffers, part._modules)]
+        tensors = [tensor for _, tensor in named_tensors(self.module)]
+        self._watch = backends.host(backends.default_name()).Watch(dicts, tensors)
+
+    def _pairs(self, model: Source) -> list[tuple[tuple[str, Tensor], Tensor]]:
+        """Every live tensor, with its name, and its average: by position, as a wrapper changes names."""
+        lives = list(named_tensors(model))
+        averages = [tensor for _, tensor in named_tensors(self.module)]
+        if len(lives) != len(averages):
+            raise ValueError(
+                f"the model is not built like the averaged one: it has {len(lives)} parameters and buffers, the "
+                f"average has {len(averages)}"
+            )
+        return list(zip(lives, averages, strict=True))
+
+
+def _policy(exclude_buffers: bool, dtype: torch.dtype | None) -> Policy:
+    """What timm does with each tensor."""
+
+    def rule(name: str, tensor: Tensor, module: nn.Module | None) -> Rule:
+        leaf = name.rpartition(".")[2]
+        if module is not None and leaf in module._buffers:
+            if exclude_buffers:
+                # FastEMA copies within a dtype. Where the average's is another, this adapter copies.
+                return "copy" if _average_dtype(tensor, dtype) == tensor.dtype else "skip"
+            if leaf in module._non_persistent_buffers_set:
+                return "skip"  # timm averages what is in the state_dict
+        return "average" if _is_averaged(tensor) else "copy"
+
+    return rule
+
+
+def _is_averaged(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype in AVERAGED_DTYPES
+
+
+def _average_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return shadow_dtype(tensor.dtype, dtype) if _is_averaged(tensor) else tensor.dtype
+
+
+def _copy_around(
+    model: nn.Module, averages: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device | str | None
+) -> nn.Module:
+    """A deep copy of the model whose tensors are `averages`, by name; the few others are copied."""
+    # deepcopy() takes what its memo holds for a copy made before.
+    memo: dict[int, Any] = {
+        id(live): torch.Tensor._make_subclass(type(live), averages[name], live.requires_grad)
+        for name, live in named_tensors(model)
+        if name in averages
+    }
+    module = deepcopy(model, memo)
+    for name, tensor in named_tensors(module):
+        if name not in averages:
+            tensor.data = tensor.data.to(device=device, dtype=_average_dtype(tensor, dtype))
+    return module

@@ -1,0 +1,405 @@
+"""`FastEMATrainerCallback`: an average of the weights in the Hugging Face Trainer.
+
+How it is done, and why so:
+
+- **Updates hang on the torch optimizer's own step**, inside Accelerate's wrapper. The Trainer's `on_optimizer_step`
+  also fires where the gradient scaler skipped the step, and Accelerate notices a skip of unfused optimizers only.
+- **The callback is attached to its Trainer**, `callback.attach(trainer)`, since the Trainer tells its callbacks too
+  little: there is no event before an evaluation and none after an exception, and the checkpoint it resumes from is
+  not named. So four public methods of this one Trainer are wrapped: `train`, `evaluate`, `predict`, `save_model`. The
+  exchange surrounds an evaluation as a `with` block: whatever ends it, the trained weights are back.
+- **`evaluate` runs a second time**, with the averaged weights in the model and `_ema` in the metrics' prefix. That
+  run comes first and is hidden from the other callbacks, but for `on_log`; the metrics of both go to their one
+  `on_evaluate`, and are returned. So early stopping, `metric_for_best_model="eval_ema_loss"` and the choice of the
+  best checkpoint work with either. It leaves no trace in the random number generators: training goes on bit for
+  bit as without it.
+- **Whatever `save_model` writes gets the average beside it**, checkpoints included.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastema.checks import checked_count
+from fastema.ema import AttachedHandle, FastEMA
+from fastema.integrations.extras import require
+
+if TYPE_CHECKING:
+    import numpy as np
+    import safetensors
+    import safetensors.torch
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
+else:
+    TrainerCallback = require("transformers", "transformers").TrainerCallback
+    get_last_checkpoint = require("transformers.trainer_utils", "transformers").get_last_checkpoint
+    safetensors = require("safetensors", "transformers")
+    require("safetensors.torch", "transformers")
+    np = require("numpy", "transformers")
+
+#: The averaged weights under the model's own keys; of several averages, the others are in ema_1.safetensors, ...
+EMA_WEIGHTS = "ema.safetensors"
+#: The counters that the average resumes with.
+EMA_STATE = "ema.json"
+
+
+class FastEMATrainerCallback(TrainerCallback):
+    """Keeps an exponential moving average of the weights that a Hugging Face Trainer trains, and evaluates it.
+
+    With `evaluate="both"`, every metric of `trainer.evaluate` appears twice: `eval_loss` of the trained weights and
+    `eval_ema_loss` of the averaged ones; before the average has begun, both are the same. With `evaluate="ema"`
+    the averaged weights alone are evaluated, under the usual names.
+
+    Every checkpoint, and whatever else `trainer.save_model` writes, gets `ema.safetensors`, the averaged weights under
+    the model's own keys (`safetensors.torch.load_model(model, path)` loads them, tied weights included), and `ema.json`
+    with the counters. `trainer.train(resume_from_checkpoint=...)` takes both up exactly. With
+    `load_best_model_at_end=True` the average at the end is the one of the best checkpoint, as the model is.
+
+    A `trainer.train` that does not resume begins a new average, as a copy of the weights.
+
+    Args:
+        decay: as for `FastEMA`. With several decays the first is evaluated; all are saved.
+        start_step: the average begins, as a copy of the weights, once so many optimizer steps are done.
+        start_epoch: and not before so many epochs are done.
+        evaluate: "both", "ema" or "base".
+        predict: the weights that `trainer.predict` takes, "base" or "ema".
+        **ema_args: every keyword of `FastEMA`.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> callback = FastEMATrainerCallback(decay=0.999)  # then, with the Trainer at hand: callback.attach(trainer)
+        >>> callback.ema is None  # until training starts
+        True
+    """
+
+    def __init__(
+        self,
+        decay: Any = 0.999,
+        *,
+        start_step: int = 0,
+        start_epoch: float = 0,
+        evaluate: Literal["both", "ema", "base"] = "both",
+        predict: Literal["ema", "base"] = "base",
+        **ema_args: Any,
+    ) -> None:
+        self._start_step = checked_count("start_step", start_step, at_least=0)
+        if not start_epoch >= 0:
+            raise ValueError(f"start_epoch must not be negative, got {start_epoch!r}")
+        self._start_epoch = start_epoch
+        if evaluate not in ("both", "ema", "base"):
+            raise ValueError(f"evaluate must be one of 'both', 'ema', 'base'; got {evaluate!r}")
+        if predict not in ("ema", "base"):
+            raise ValueError(f"predict must be 'ema' or 'base', got {predict!r}")
+        self._evaluate_weights, self._predict_weights = evaluate, predict
+        self._ema_args = {"decay": decay, **ema_args}
+        # What FastEMA refuses is refused now, and not after the data has been prepared; but for what is said of the
+        # model itself and of its device, which are not known yet.
+        later = ("policy", "device", "backend", "capturable")
+        FastEMA([("", torch.zeros(1))], **{name: value for name, value in self._ema_args.items() if name not in later})
+        self._ema: FastEMA | None = None
+        self._trainer: Trainer | None = None
+        self._handle: AttachedHandle | None = None  # on the optimizer
+        self._resume_from: Path | None = None
+        self._joining: tuple[str, dict[str, float] | None] | None = None  # the prefix, and the average's metrics
+
+    @property
+    def ema(self) -> FastEMA | None:
+        """The average; None before it has begun."""
+        return self._ema
+
+    def ema_state_dict(self) -> dict[str, Any]:
+        """The averaged weights under the model's own keys: `model.load_state_dict(it)` works.
+
+        Raises:
+            RuntimeError: the average has not begun.
+        """
+        if self._ema is None:
+            raise RuntimeError("there is no average yet: it begins in trainer.train, at start_step and start_epoch")
+        return self._ema.shadow_state_dict()
+
+    def attach(self, trainer: Trainer) -> FastEMATrainerCallback:
+        """Adds the callback to the Trainer, unless it is there already, and wraps the four methods.
+
+        Returns:
+            The callback: `ema = FastEMATrainerCallback(decay=0.999).attach(trainer)`.
+
+        Raises:
+            RuntimeError: it is attached already, or the Trainer has another one.
+            ValueError: the Trainer shards the weights, or casts them in place for evaluation.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        if self._trainer is not None:
+            raise RuntimeError("this FastEMATrainerCallback is attached already: one Trainer, one callback")
+        if any(isinstance(other, FastEMATrainerCallback) for other in callbacks if other is not self):
+            raise RuntimeError("the Trainer has a FastEMATrainerCallback: give that one several decays instead")
+        if any(
+            getattr(trainer, name, False)
+            for name in ("is_fsdp_enabled", "is_deepspeed_enabled", "is_distributed_loading_by_transformers")
+        ):
+            raise ValueError(
+                "FastEMATrainerCallback does not work with FSDP and DeepSpeed: they shard the weights, and a "
+                "checkpoint would hold the average of one process's shards only"
+            )
+        averaged = (self._evaluate_weights, self._predict_weights) != ("base", "base")
+        if averaged and (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
+            raise ValueError(
+                "fp16_full_eval and bf16_full_eval replace the weights inside the evaluation, so that the trained ones "
+                "could not be put back: turn them off, or use evaluate='base', predict='base'"
+            )
+        # First in the row, so that all others see the average's metrics too.
+        trainer.callback_handler.callbacks = [self, *(other for other in callbacks if other is not self)]
+        for name, wrapper in (
+            ("train", self._train),
+            ("evaluate", self._evaluate),
+            ("predict", self._predict),
+            ("save_model", self._save_model),
+        ):
+            setattr(trainer, name, functools.partial(wrapper, getattr(trainer, name)))
+        self._trainer = trainer
+        return self
+
+    # ---- the Trainer's events ----
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Continues the average of the checkpoint, or forgets the one of an earlier training."""
+        if self._trainer is None:
+            raise RuntimeError(
+                "FastEMATrainerCallback is not attached: call callback.attach(trainer) once, after the Trainer is "
+                "built. The Trainer does not tell its callbacks what to evaluate and what to resume from"
+            )
+        self._detach()
+        self._ema = None
+        if self._resume_from is not None:
+            self._load(kwargs["model"], self._resume_from)
+            if self._ema is not None:
+                self._follow(kwargs["optimizer"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begins the average where the start is reached."""
+        if self._ema is None and state.global_step >= self._start_step and (state.epoch or 0) >= self._start_epoch:
+            self._ema = FastEMA(kwargs["model"], **self._ema_args)
+            self._follow(kwargs["optimizer"])
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Adds the average's metrics to the model's own, for all callbacks that come after this one."""
+        if self._joining is not None:
+            kwargs["metrics"].update(self._joined(kwargs["metrics"]))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the average of the best checkpoint where the Trainer took its weights."""
+        self._detach()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._ema = None
+            self._load(kwargs["model"], Path(state.best_model_checkpoint))
+
+    # ---- the Trainer's methods ----
+
+    def _train(self, train: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        assert self._trainer is not None
+        resume = resume_from_checkpoint
+        if resume is True:
+            resume = get_last_checkpoint(str(self._trainer.args.output_dir))
+        self._resume_from = Path(resume) if resume else None
+        try:
+            return train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._resume_from = None
+            self._detach()
+
+    def _evaluate(
+        self,
+        evaluate: Callable[..., dict[str, float]],
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> dict[str, float]:
+        """Evaluates the averaged weights, the trained ones, or both."""
+        assert self._trainer is not None
+        run = functools.partial(evaluate, eval_dataset, ignore_keys, **kwargs)
+        several = isinstance(self._trainer.eval_dataset if eval_dataset is None else eval_dataset, dict)
+        # Of several data sets, each comes here again by itself.
+        if several or self._evaluate_weights == "base":
+            return run(metric_key_prefix=metric_key_prefix)
+        if self._evaluate_weights == "ema":
+            with self._averaged("evaluate"):
+                return run(metric_key_prefix=metric_key_prefix)
+        if self._ema is None and not self._trainer.is_in_train:
+            return run(metric_key_prefix=metric_key_prefix)
+        averaged = None
+        if self._ema is not None:
+            with _same_random_numbers(), self._hidden(), self._averaged("evaluate"):
+                averaged = run(metric_key_prefix=_averaged_prefix(metric_key_prefix))
+        self._joining = (metric_key_prefix, averaged)
+        try:
+            metrics = run(metric_key_prefix=metric_key_prefix)
+            metrics.update(self._joined(metrics))
+        finally:
+            self._joining = None
+        return metrics
+
+    def _predict(self, predict: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._predict_weights == "base":
+            return predict(*args, **kwargs)
+        with self._averaged("predict"):
+            return predict(*args, **kwargs)
+
+    def _save_model(self, save: Callable[..., None], output_dir: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Saves the trained weights, also from inside an evaluation of the averaged ones, and those beside them."""
+        assert self._trainer is not None
+        swapped = self._ema is not None and self._ema.is_applied
+        if swapped:
+            assert self._ema is not None
+            self._ema.restore()
+        try:
+            save(output_dir, *args, **kwargs)
+            if self._ema is not None and self._trainer.args.should_save:
+                write_average(self._ema, Path(output_dir or str(self._trainer.args.output_dir)))
+        finally:
+            if swapped:
+                assert self._ema is not None
+                self._ema.apply_shadow()
+
+    # ---- inside ----
+
+    def _follow(self, optimizer: Any) -> None:
+        """Has the average updated at every step that really happens."""
+        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = optimizer.optimizer  # Accelerate's wrapper also "steps" where nothing happens
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"FastEMATrainerCallback needs a torch optimizer, the Trainer has {type(optimizer)!r}")
+        assert self._ema is not None
+        self._handle = self._ema.attach(optimizer)
+
+    def _detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _load(self, model: nn.Module, folder: Path) -> None:
+        """Builds the average that a checkpoint holds; where it holds none, there is none yet."""
+        if (folder / EMA_STATE).is_file():
+            ema = FastEMA(model, **self._ema_args)
+            read_average(ema, folder)
+            self._ema = ema
+
+    @contextmanager
+    def _averaged(self, what: str) -> Iterator[None]:
+        """A block in which the model has the averaged weights."""
+        assert self._trainer is not None
+        if self._ema is None:
+            if not self._trainer.is_in_train:
+                raise RuntimeError(
+                    f"trainer.{what} shall take the averaged weights, but there are none: call trainer.train first"
+                )
+            yield  # not begun: the average is the model
+            return
+        with self._ema.swapped():
+            yield
+
+    @contextmanager
+    def _hidden(self) -> Iterator[None]:
+        """A block in which an evaluation is only logged, and shown to no callback otherwise."""
+        assert self._trainer is not None
+        handler = self._trainer.callback_handler
+
+        def nothing(args: Any, state: Any, control: Any, *_: Any, **__: Any) -> Any:
+            return control
+
+        names = ("on_prediction_step", "on_evaluate")
+        vars(handler).update(dict.fromkeys(names, nothing))
+        try:
+            yield
+        finally:
+            for name in names:
+                del vars(handler)[name]
+
+    def _joined(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics of the average; before it has begun, the model's own under its names."""
+        assert self._joining is not None
+        prefix, averaged = self._joining
+        if averaged is not None:
+            return averaged
+        new = _averaged_prefix(prefix)
+        return {
+            f"{new}{name.removeprefix(prefix)}": value
+            for name, value in metrics.items()
+            if name.startswith(f"{prefix}_") and not name.startswith(f"{new}_")
+        }
+
+
+def write_average(ema: FastEMA, folder: Path) -> None:
+    """Writes `ema.safetensors`, loadable into the model without fastema, and `ema.json`."""
+    state = ema.state_dict()
+    shadows = state.pop("shadow")
+    count = len(shadows) if isinstance(shadows, list) else 1
+    for which in range(count):
+        # Of a tensor with several names one is written, and the metadata says which: as safetensors itself does it.
+        kept: dict[Any, str] = {}
+        tensors: dict[str, Tensor] = {}
+        metadata = {"format": "pt"}
+        # Averaged tensors that the model itself does not save are needed to resume.
+        own = shadows[which] if isinstance(shadows, list) else shadows
+        for name, value in {**own, **ema.shadow_state_dict(which)}.items():
+            if not isinstance(value, Tensor):
+                continue
+            first = kept.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
+            if first == name or value.numel() == 0:
+                tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            else:
+                metadata[name] = first
+        safetensors.torch.save_file(tensors, _weights_file(folder, which), metadata=metadata)
+    (folder / EMA_STATE).write_text(json.dumps(state, indent=2) + "\n")
+
+
+def read_average(ema: FastEMA, folder: Path) -> None:
+    """Loads what `write_average` wrote, by value.
+
+    Raises:
+        ValueError: it is the average of another model; lists the first differences. Nothing is changed.
+    """
+    state: dict[str, Any] = json.loads((folder / EMA_STATE).read_text())
+    own = ema.state_dict()["shadow"]
+    shadows = []
+    for which in range(len(state["decay"]) if isinstance(state["decay"], list) else 1):
+        wanted = (own[0] if isinstance(own, list) else own).keys()
+        with safetensors.safe_open(_weights_file(folder, which), framework="pt") as file:
+            aliases = file.metadata()
+            held = set(file.keys())
+            found = {name: name if name in held else aliases.get(name) for name in wanted}
+            shadows.append({name: file.get_tensor(stored) for name, stored in found.items() if stored is not None})
+    ema.load_state_dict({**state, "shadow": shadows if isinstance(state["decay"], list) else shadows[0]})
+
+
+def _weights_file(folder: Path, which: int) -> Path:
+    return folder / (EMA_WEIGHTS if which == 0 else EMA_WEIGHTS.replace(".", f"_{which}."))
+
+
+def _averaged_prefix(prefix: str) -> str:
+    """eval → eval_ema; eval_of_one_data_set → eval_ema_of_one_data_set: the Trainer wants `eval_` in front."""
+    word, separator, rest = prefix.partition("_")
+    return f"{word}_ema{separator}{rest}"
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """A block after which all random number generators are as before it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
