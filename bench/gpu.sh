@@ -34,7 +34,7 @@ arch=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.get_device_capabil
 step build 240 env FASTEMA_CUDA=1 TORCH_CUDA_ARCH_LIST="$arch" \
     "$PYTHON" -m pip install -q --no-index --no-deps --no-build-isolation -e .
 step info 60 "$PYTHON" -m fastema.cli info
-step tests 240 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
+step tests 240 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py tests/test_swa_utils_gpu.py
 if command -v compute-sanitizer >/dev/null; then
     step memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py -k "matrix and native and guarded or exchange"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastema import backends
+from fastema import backends, claims
 from fastema.backends import torch as plain_torch
 from fastema.mirror import StandIn, flat
 from fastema.policy import AVERAGED_DTYPES
@@ -29,9 +29,6 @@ _WALKS = ("parameters", "named_parameters", "buffers", "named_buffers", "named_m
 #: Further than training ever counts, and another number every time: no graph recorded during one exchange fits the
 #: versions outside of it or of the next.
 _version_steps = itertools.count(1 << 30)
-
-#: The exchanges that are entered right now, of any AveragedModel.
-_entered: weakref.WeakSet[Swap] = weakref.WeakSet()
 
 
 class Irregular(Exception):
@@ -161,12 +158,9 @@ class Bond:
 
     def refuse_foreign(self, what: str) -> None:
         """Raises RuntimeError while an exchange is entered that has any of the live storages."""
-        if _entered:
+        if claims.owners:
             storages = {pair.live.untyped_storage()._cdata for pair in self.pairs if not _why_no_storage(pair.live)}
-            if any(storages & other.live_storages for other in _entered if other.is_entered):
-                raise RuntimeError(
-                    f"{what} while another AveragedModel is swapped into the same model: leave that block first"
-                )
+            claims.refuse_foreign(what, frozenset(storages))
 
 
 # ---- the update ----
@@ -322,6 +316,8 @@ class Swap:
         ValueError: a tensor that has no storage to exchange, or shapes that differ.
     """
 
+    claim = "another AveragedModel is swapped into the same model: leave that block first"
+
     def __init__(self, pairs: list[Pair], host: Any) -> None:
         for pair in pairs:
             for tensor in (pair.averaged, pair.live):
@@ -376,7 +372,7 @@ class Swap:
         return direct, scratch
 
     @property
-    def is_entered(self) -> bool:
+    def is_applied(self) -> bool:
         return self._exchange.entered
 
     def enter(self) -> None:
@@ -384,14 +380,14 @@ class Swap:
             for stand_in in self._scratch:
                 stand_in.fill()
         self._exchange.enter(next(_version_steps))
-        _entered.add(self)
+        claims.owners.add(self)
 
     def leave(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
             for stand_in in self._scratch:
                 stand_in.carry_rest()
             self._exchange.leave()
-            _entered.discard(self)
+            claims.owners.discard(self)
             for stand_in in self._scratch:
                 stand_in.free()
 

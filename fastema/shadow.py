@@ -7,7 +7,6 @@ that part is averaged, and the rest is carried along, unchanged, by an exchange.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -15,16 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastema import backends
+from fastema import backends, claims
 from fastema.backends import torch as plain_torch
 from fastema.mirror import Mirror, StandIn, flat
 from fastema.policy import Managed
 
 #: Further than training ever counts: no graph recorded while applied fits the versions outside, or the other way round.
 _VERSION_STEP = 1 << 30
-
-#: The shadows that stand in their models right now: two FastEMA of one model must not mix their weights.
-_applied: weakref.WeakSet[Shadow] = weakref.WeakSet()
 
 
 class Shadow:
@@ -40,6 +36,10 @@ class Shadow:
     Raises:
         ValueError: a tensor whose storage cannot be mirrored; names it.
     """
+
+    claim = (
+        "another FastEMA is applied to the same model: the live weights are its average now; restore() that one first"
+    )
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Shadow:
         for entry in self.managed:
             groups.setdefault(entry.tensor.untyped_storage()._cdata, []).append(entry)
         _refuse_two_storages_over_one_memory([entries[0] for entries in groups.values()])
-        self._live_storages = frozenset(groups)
+        self.live_storages = frozenset(groups)
         self.refuse_foreign("building a FastEMA")  # it would start from the other's average
         mirrors = {key: Mirror(entries, dtype, device, self.count) for key, entries in groups.items()}
         self._mirrors = list(mirrors.values())
@@ -175,13 +175,9 @@ class Shadow:
         return self._exchange is not None and self._exchange.entered
 
     def refuse_foreign(self, what: str) -> None:
-        """Raises RuntimeError while another FastEMA stands in the same model."""
-        for other in _applied:
-            if other is not self and other.is_applied and other._live_storages & self._live_storages:
-                raise RuntimeError(
-                    f"{what} while another FastEMA is applied to the same model: the live weights are its average now; "
-                    "restore() that one first"
-                )
+        """Raises RuntimeError while somebody else's averages stand in the same model."""
+        if claims.owners:
+            claims.refuse_foreign(what, self.live_storages, own=self)
 
     def apply(self, which: int, in_place: bool) -> None:
         """Live and shadow `which` change places. The caller has checked that they may.
@@ -194,7 +190,7 @@ class Shadow:
             for stand_in in stand_ins:
                 stand_in.fill()
         self._exchange, self._which, self._filled = exchange, which, stand_ins
-        _applied.add(self)
+        claims.owners.add(self)
         self._exchange_count += 1
         exchange.enter(_VERSION_STEP + self._exchange_count)
 
@@ -222,7 +218,7 @@ class Shadow:
             for stand_in in self._filled:
                 stand_in.carry_rest()
             self._exchange.leave()
-            _applied.discard(self)
+            claims.owners.discard(self)
             for stand_in in self._filled:
                 stand_in.free()
 

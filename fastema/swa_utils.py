@@ -307,7 +307,7 @@ class AveragedModel(_TorchAveragedModel):
             self._swap = swap
             yield model
         finally:
-            if swap.is_entered:
+            if swap.is_applied:
                 swap.leave()
             self._swap = None
 

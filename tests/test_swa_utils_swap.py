@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import bits, small_model, tensors_of, train, values
+from fastema import FastEMA
 from fastema.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -339,3 +340,27 @@ def test_under_inference_mode() -> None:
         assert bits(model) == average
     assert bits(model) == live
     averaged.update_parameters(model)
+
+
+def test_an_averaged_model_and_a_fastema_of_one_model_do_not_mix(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever stands in the model, the other neither averages nor exchanges those weights."""
+    monkeypatch.setenv("FASTEMA_BACKEND", backend)
+    model = torch.nn.Linear(3, 2)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    averaged.update_parameters(model)
+    ema = FastEMA(model, decay=0.5)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    live = model.weight.detach().clone()
+    with ema.swapped():
+        with pytest.raises(RuntimeError, match="another FastEMA is applied to the same model"):
+            averaged.update_parameters(model)
+        with pytest.raises(RuntimeError, match="another FastEMA is applied"), averaged.swapped(model):
+            pass
+    with averaged.swapped(model):
+        for call in (ema.update, ema.apply_shadow):
+            with pytest.raises(RuntimeError, match="another AveragedModel is swapped into the same model"):
+                call()
+    assert torch.equal(model.weight, live)
+    averaged.update_parameters(model)
+    ema.update()
