@@ -1,4 +1,4 @@
-"""The `fastema` command: `train` and `info`.
+"""The `fastema` command: `train`, `advise` and `info`.
 
 Errors that the user can put right are one line on stderr and exit status 2; a traceback is for our own mistakes.
 Only argparse and the flags are imported here: `--help` answers at once.
@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Sequence
 
+from fastema.advise_command import add_advise_arguments, run_advise
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.train_command import add_train_arguments, run_train
 
@@ -44,6 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_train_arguments(train)
     train.set_defaults(run=run_train)
+    advise = commands.add_parser(
+        "advise",
+        help="which decay, when to start, and why an average is worse",
+        description="Advises on the EMA of a run: from its length, from its history, or from both.",
+    )
+    add_advise_arguments(advise)
+    advise.set_defaults(run=run_advise)
     info = commands.add_parser(
         "info",
         help="versions, and which backends are usable here",

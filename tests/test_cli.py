@@ -25,7 +25,7 @@ NUCLEI = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "nucle
 FLAGS = (
     "--dataset-path --checkpoint-dir --backbone --img-size --batch-size --epochs --lr --min-lr --weight-decay "
     "--warmup-epochs --accumulation-steps --num-workers --seed --val-fraction --use-ema --ema-decay "
-    "--ema-decay-type --resume-from --device --no-pretrained"
+    "--ema-decay-type --ema-start --resume-from --device --no-pretrained"
 )
 TINY = ["--backbone", "mobilenetv3_small_050", "--no-pretrained", "--img-size", "64", "--device", "cpu"]
 
@@ -48,7 +48,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["info", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["advise", "--help"], ["info", "--help"]])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)

@@ -34,6 +34,7 @@ class TrainOptions:
     use_ema: bool = False
     ema_decay: float = 0.999
     ema_decay_type: str = "threshold"
+    ema_start: str = "now"
     val_fraction: float = 0.1
     num_workers: int = 0
     seed: int = 0
@@ -54,6 +55,7 @@ class TrainOptions:
             _require(math.isfinite(value) and value >= 0, name, value, "a number, 0 or more")
         _require(self.warmup_epochs < self.epochs, "warmup_epochs", self.warmup_epochs, f"below --epochs {self.epochs}")
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
+        _require(self.ema_start in ("now", "auto"), "ema_start", self.ema_start, "now or auto")
         _require(0 <= self.ema_decay <= 1, "ema_decay", self.ema_decay, "in [0, 1]")
 
     def plain(self) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     ema.add_argument("--use-ema", action="store_true", help="average the weights; validate base and EMA every epoch")
     ema.add_argument("--ema-decay", type=float, metavar="D", help="the EMA looks back over 1 / (1 - D) steps")
     ema.add_argument("--ema-decay-type", metavar="TYPE", help="constant, threshold, exp, warmup, linear")
+    ema.add_argument("--ema-start", metavar="WHEN", help="now, or auto: when the IoU so far says that it pays")
 
     parser.set_defaults(**{name: value for name, value in _DEFAULTS.items() if name not in _REQUIRED})
     for group in parser._action_groups:

@@ -19,7 +19,9 @@ from rich.console import Console
 from torch import nn
 
 from fastema import FastEMA
+from fastema.advisor import should_start
 from fastema.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from fastema.segmentation.advice import latest_finding, outlook
 from fastema.segmentation.backbones import check_input_size, create_backbone
 from fastema.segmentation.comparison import Comparison
 from fastema.segmentation.costs import Costs
@@ -68,6 +70,7 @@ class Trainer:
         self.console = console
         self.costs = Costs()
         self.history: list[EpochRecord] = []
+        self._last_finding: str | None = None
         self.device = _device(options.device)
         self._validation_pairs = validation
 
@@ -94,7 +97,12 @@ class Trainer:
         # Bests count from here when the run goes on in another folder: that folder needs best files of its own.
         self._bests_after = 0 if _is_inside(options.resume_from, options.checkpoint_dir) else self.epoch
         # Only now: built before the checkpoint is loaded, the EMA would average from the initial weights.
-        self.ema = self._build_ema(resumed) if options.use_ema else None
+        self.ema: FastEMA | None = None
+        if options.use_ema and (options.ema_start == "now" or (resumed is not None and "ema" in resumed)):
+            self.ema = self._build_ema(resumed)
+        elif options.use_ema:
+            self._say("EMA: waits until the base IoU says that it pays (--ema-start auto)")
+            self._start_ema_when_it_pays()
         if resumed is not None and "ema" in resumed and self.ema is None:
             self._say(f"The EMA in {options.resume_from} is left behind: --use-ema is not given")
 
@@ -116,6 +124,8 @@ class Trainer:
             ious = self._validate()
             self._record(epoch, loss, ious, time.perf_counter() - started)
             self.console.print(self.history[-1].line(), highlight=False, markup=False, soft_wrap=True)
+            self._say_what_changed()
+            self._start_ema_when_it_pays()
             self._save()
         self._report(*ious)
 
@@ -146,6 +156,8 @@ class Trainer:
         if resumed is not None and "ema" not in resumed:
             self._say(f"{options.resume_from} has no EMA: it starts here, from the weights of epoch {self.epoch}")
         self._say(f"EMA: decay {options.ema_decay:g}, {options.ema_decay_type}, backend {ema.backend_name}")
+        total_steps = options.epochs * self.steps_per_epoch
+        self._say(f"EMA: {outlook(options.ema_decay, options.ema_decay_type, self.steps_per_epoch, total_steps)}")
         return ema
 
     def _resume_training(self, checkpoint: dict[str, Any]) -> None:
@@ -163,6 +175,34 @@ class Trainer:
             raise UserError(
                 f"{origin} has done its {self.epoch} epochs: --epochs is the total, so give more than {self.epoch}"
             )
+
+    def _start_ema_when_it_pays(self) -> None:
+        """With --ema-start auto, and as long as there is no average: asks the advisor."""
+        if self.ema is not None or not self.options.use_ema or not self.history:
+            return
+        advice = should_start([record.iou for record in self.history])
+        if advice.action == "start" and self.epoch < self.options.epochs:
+            self._say(f"EMA: starts after epoch {self.epoch}, {advice.pattern}: {advice.reason}")
+            self.ema = self._build_ema(None)
+        elif advice.action != "start" and advice.pattern != self._last_finding:
+            self._last_finding = advice.pattern
+            self._say(f"EMA: not started, {advice.pattern}: {advice.reason}")
+
+    def _say_what_changed(self) -> None:
+        """One line when the advisor sees something else than after the epoch before."""
+        if self.ema is None:
+            return
+        finding = latest_finding(
+            [record.iou for record in self.history],
+            [record.ema_iou for record in self.history],
+            self.options.ema_decay,
+            self.options.ema_decay_type,
+            self.steps_per_epoch,
+            self.options.epochs * self.steps_per_epoch,
+        )
+        if finding is not None and finding.kind != self._last_finding:
+            self._last_finding = finding.kind
+            self._say(f"EMA: {finding.text} {finding.next_step}")
 
     # --- an epoch ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,24 @@
+"""What a run's own numbers say about its average: which decay, when to start, why it is worse.
+
+Nothing here knows the metric: noise and progress are estimated from the history itself.
+"""
+
+from fastema.advisor.diagnosis import Finding, diagnose
+from fastema.advisor.patterns import StartAdvice, should_start
+from fastema.advisor.recommendation import Recommendation, recommend_decay
+from fastema.advisor.windows import initial_share, lag, reflects_epoch, settle_epochs, updates_per_epoch, window
+
+__all__ = [
+    "Finding",
+    "Recommendation",
+    "StartAdvice",
+    "diagnose",
+    "initial_share",
+    "lag",
+    "recommend_decay",
+    "reflects_epoch",
+    "settle_epochs",
+    "should_start",
+    "updates_per_epoch",
+    "window",
+]
