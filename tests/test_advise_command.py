@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,9 +167,37 @@ def test_one_epoch_is_too_short_and_no_error(capsys: pytest.CaptureFixture[str],
 
 def test_what_cannot_be_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "No such file" in error_of(capsys, "--json", "--history", str(tmp_path / "none.csv"))
+    binary = tmp_path / "history.csv"
+    binary.write_bytes(b"\x18\xff\x00\xfe")
+    assert "is not a text file" in error_of(capsys, "--json", "--history", str(binary))
+
+
+def test_tensorboards_event_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The file and its folder; the metric may be logged at other steps than the rest."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from torch.utils.tensorboard import SummaryWriter
+
+    values = [0.6712, 0.6823, 0.6912]
+    with SummaryWriter(str(tmp_path / "log")) as writer:
+        for epoch, value in enumerate(values):
+            writer.add_scalar("val/iou", value, 10 * epoch)
+            writer.add_scalar("train/loss", 1.0, 10 * epoch + 3)
+    for path in (tmp_path / "log", next((tmp_path / "log").iterdir())):
+        found = json_of(capsys, "--history", str(path), "--metric", "val/iou")
+        assert found["start"]["action"] == "start"
+    assert "it has" in error_of(capsys, "--json", "--history", str(tmp_path / "log"), "--metric", "val/iuo")
+
+
+def test_a_tensorboard_log_without_its_package_or_without_scalars(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events = tmp_path / "events.out.tfevents.1"
-    events.write_bytes(b"\x18\xff\x00\xfe")
-    assert "Export the scalar as CSV" in error_of(capsys, "--json", "--history", str(events))
+    events.write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
+        assert "pip install tensorboard" in error_of(capsys, "--json", "--history", str(events))
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    assert "has no scalar in it" in error_of(capsys, "--json", "--history", str(events))
 
 
 def test_too_little_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Histories in files: any CSV, JSON or JSON Lines with a column or key per metric and a row per epoch."""
+"""Histories in files: CSV, JSON, JSON Lines or TensorBoard's, a column or key per metric and a row per epoch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fastema.advisor.event_files import is_event_file, read_scalars
 
 # What a metric of which less is better is usually called.
 _LESS_IS_BETTER = ("loss", "error", "err", "mae", "mse", "rmse", "perplexity", "ppl", "fid", "wer", "cer")
@@ -56,17 +58,18 @@ class History:
 
 
 def read_history(path: Path) -> History:
-    """Reads a CSV (also TensorBoard's export), a JSON list of rows, a JSON object of lists, or JSON Lines.
+    """Reads a CSV, a JSON list of rows, a JSON object of lists, JSON Lines, or a TensorBoard log (file or folder).
 
     Raises:
         ValueError: no such file, empty, or not in one of these formats.
     """
+    if is_event_file(path):
+        return History(read_scalars(path), str(path))
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            hint = "a TensorBoard event file? Export the scalar as CSV there" if "tfevents" in path.name else "binary"
-            raise ValueError(f"{path} is not a text file ({hint})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file") from error
+    except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     if not text.strip():
         raise ValueError(f"{path} is empty")
