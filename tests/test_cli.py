@@ -222,7 +222,11 @@ def test_ctrl_c_in_a_real_training_leaves_cleanly(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert errors == "fastema: interrupted\n"
+    assert errors.count("fastema: interrupted\n") == 1, errors
+    # Nothing of ours is left to be printed. Python's own thread that hands tensors from worker to trainer may complain
+    # that the other end is gone; whether it gets to it before the process ends is a race.
+    assert "KeyboardInterrupt" not in errors, errors
+    assert "fastema/" not in errors, errors
 
 
 def test_the_flags_and_the_options_have_the_same_names() -> None:
