@@ -11,7 +11,6 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +21,7 @@ from bench import cases, peers
 from bench.cases import Case, Unavailable
 from bench.measure import Budget, clock_for, environment
 from bench.peers import DECAY, Contender, Peer
-from bench.session import Group, Session
+from bench.session import Group, Session, add_common_arguments, apply_common_arguments
 from bench.table import duration, number, print_table
 from bench.update import measure_copy, measure_update, print_environment, to_json
 
@@ -208,18 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.integrations", description="What an update costs in the frameworks people use."
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="stretch the time of every table (default: 1)")
+    add_common_arguments(parser)
     parsed = parser.parse_args(arguments)
-    if parsed.threads is not None:
-        if parsed.threads < 1:
-            parser.error(f"--threads must be at least 1, got {parsed.threads}")
-        torch.set_num_threads(parsed.threads)
-    if not parsed.seconds > 0:
-        parser.error(f"--seconds must be positive, got {parsed.seconds:g}")
-    if parsed.json is not None and not parsed.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {parsed.json.parent}")
+    apply_common_arguments(parser, parsed)
     found = environment(torch.device("cpu"))
     print_environment(found)
     session = run(plan(parsed.seconds), copy_budget=Budget(1.5 * parsed.seconds))

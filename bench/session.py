@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,3 +96,25 @@ class Session:
             if (record.bench, record.case, record.impl, record.cache) == (bench, case, impl, cache):
                 return record.median_us
         return None
+
+
+# ---- what every benchmark's command line has ----
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """--json, --threads and --seconds."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="stretch the time of every table (default: 1)")
+
+
+def apply_common_arguments(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
+    """Checks them before anything is measured, and sets the threads."""
+    if parsed.threads is not None:
+        if parsed.threads < 1:
+            parser.error(f"--threads must be at least 1, got {parsed.threads}")
+        torch.set_num_threads(parsed.threads)
+    if not parsed.seconds > 0:
+        parser.error(f"--seconds must be positive, got {parsed.seconds:g}")
+    if parsed.json is not None and not parsed.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {parsed.json.parent}")

@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from bench.measure import (
     take_turns,
 )
 from bench.peers import COPY, FOUR_AT_ONCE, FOUR_SINGLES, OURS, Contender, Peer
-from bench.session import CACHE_WORDS, Group, Session
+from bench.session import CACHE_WORDS, Group, Session, add_common_arguments, apply_common_arguments
 from bench.table import duration, number, print_table, size
 from fastema import FastEMA
 
@@ -312,21 +311,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m bench.update", description="What an update costs, beside the peers."
     )
     parser.add_argument("--quick", action="store_true", help="the figures of the core only, in under a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    add_common_arguments(parser)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="stretch the time of every table (default: 1)")
     parsed = parser.parse_args(arguments)
     if parsed.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
-    if parsed.threads is not None:
-        if parsed.threads < 1:
-            parser.error(f"--threads must be at least 1, got {parsed.threads}")
-        torch.set_num_threads(parsed.threads)
-    if not parsed.seconds > 0:
-        parser.error(f"--seconds must be positive, got {parsed.seconds:g}")
-    if parsed.json is not None and not parsed.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {parsed.json.parent}")
+    apply_common_arguments(parser, parsed)
     device = torch.device(parsed.device)
     found = environment(device)
     print_environment(found)

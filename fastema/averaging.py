@@ -7,7 +7,6 @@ over. Where a pair is not two equal stretches of memory, torch's own operation t
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,10 +24,6 @@ from fastema.regions import Run, element_runs, gaps, merged
 
 _PLAIN_FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _WALKS = ("parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "_named_members")
-
-#: Further than training ever counts, and another number every time: no graph recorded during one exchange fits the
-#: versions outside of it or of the next.
-_version_steps = itertools.count(1 << 30)
 
 
 class Irregular(Exception):
@@ -379,7 +374,7 @@ class Swap:
         with torch.inference_mode(False), torch.no_grad():
             for stand_in in self._scratch:
                 stand_in.fill()
-        self._exchange.enter(next(_version_steps))
+        self._exchange.enter(next(claims.version_steps))
         claims.owners.add(self)
 
     def leave(self) -> None:

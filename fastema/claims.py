@@ -6,6 +6,7 @@ first. A claim ends with its owner.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Protocol
 
@@ -23,6 +24,10 @@ class Owner(Protocol):
 
 
 owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+
+#: By how much an exchange moves the version counters. Further than training ever counts, and another number every time:
+#: no graph recorded during one exchange fits the versions outside of it or of the next, whoever makes them.
+version_steps = itertools.count(1 << 30)
 
 
 def refuse_foreign(what: str, live_storages: frozenset[int], own: Owner | None = None) -> None:

@@ -19,9 +19,6 @@ from fastema.backends import torch as plain_torch
 from fastema.mirror import Mirror, StandIn, flat
 from fastema.policy import Managed
 
-#: Further than training ever counts: no graph recorded while applied fits the versions outside, or the other way round.
-_VERSION_STEP = 1 << 30
-
 
 class Shadow:
     """`count` shadows of the managed tensors.
@@ -62,7 +59,6 @@ class Shadow:
         self._exchange: Any = None  # the one that is entered, or was last
         self._which = 0  # the shadow it exchanges
         self._by_pointer: dict[int, tuple[Any, list[StandIn]]] = {}  # built at the first use of a shadow
-        self._exchange_count = 0
         self._kept_elsewhere = 0  # by updates of stand-ins
 
     # ---- building ----
@@ -191,8 +187,7 @@ class Shadow:
                 stand_in.fill()
         self._exchange, self._which, self._filled = exchange, which, stand_ins
         claims.owners.add(self)
-        self._exchange_count += 1
-        exchange.enter(_VERSION_STEP + self._exchange_count)
+        exchange.enter(next(claims.version_steps))
 
     def _in_place_exchange(self, which: int) -> tuple[Any, list[StandIn]]:
         if not all(mirror.is_direct for mirror in self._mirrors):

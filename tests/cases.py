@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: (shadow, live)
@@ -90,3 +92,17 @@ def small_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequent
     """Linear and convolution-free batch norm: parameters, running statistics and an integer counter."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)).to(dtype)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the name of every torch operation that runs inside it, less the ignored ones."""
+
+    def __init__(self, *ignored: Any) -> None:
+        super().__init__()
+        self.ignored = ignored
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self.ignored:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))

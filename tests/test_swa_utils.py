@@ -18,9 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils as theirs
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import bits, small_model, tensors_of, train, values
+from cases import Recorder, bits, small_model, tensors_of, train, values
 from fastema import swa_utils as ours
 from fastema.backends import native
 
@@ -30,18 +29,6 @@ needs_fma = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="torch rounds once more without FMA"
 )
 needs_native = pytest.mark.skipif(native.why_unusable("cpu") is not None, reason="without fastema._C torch does it")
-
-
-class Recorder(TorchDispatchMode):
-    """Notes the name of every torch operation that runs inside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)

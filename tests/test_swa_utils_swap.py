@@ -11,25 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import bits, small_model, tensors_of, train, values
+from cases import Recorder, bits, small_model, tensors_of, train, values
 from fastema import FastEMA
 from fastema.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Recorder(TorchDispatchMode):
-    """Notes the name of every torch operation that runs inside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)
