@@ -14,6 +14,10 @@
 
 #include "ema_math.h"
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FASTEMA_X86_VARIANTS 1
 #else
@@ -179,11 +183,18 @@ int64_t in_parallel(int threads, Work work) {
 #endif
 }
 
+// Whether this process was forked after the module was loaded. gcc's OpenMP waits forever in a forked child if the
+// parent had a parallel region, ours or torch's: the threads of its pool were not forked.
+bool forked = false;
+#if !defined(_WIN32)
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
 // Calls run(begin, end) on contiguous ranges of chunks that move about equally many bytes, and sums what it returns.
 template <class Run>
 int64_t share_out(const CpuChunks& work, int threads, Run run) {
   const int64_t total = work.bytes_before.back();
-  if (threads <= 1 || total < kSerialBytes) return run(int64_t{0}, work.count);
+  if (threads <= 1 || total < kSerialBytes || forked) return run(int64_t{0}, work.count);
   return in_parallel(threads, [&](int thread) {
     // 128-bit product: total * thread overflows for nobody.
     const auto first_at = [&](int index) {

@@ -60,7 +60,10 @@ def checked_device(device: torch.device | str | int | None) -> torch.device | No
     """`device` with its index: "cuda" becomes the current CUDA device."""
     if device is None:
         return None
-    device = torch.empty(0, device=device).device
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type == "meta":
         raise ValueError("device='meta' holds no values: the shadow needs real memory")
     return device

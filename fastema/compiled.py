@@ -1,17 +1,19 @@
 """`ema.update()` inside a function that `torch.compile` compiles: one opaque op that says what it changes.
 
 The compiler may hand the op other memory than the model's own (an optimizer step compiled into the same graph writes
-its results to buffers first), so it works on the tensors it is given. Eager updates do not come this way.
+its results to buffers first), so it works on the tensors it is given. Eager updates do not come this way. Swaps need no
+help: compiled code follows them, but where inductor froze the weights.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 UpdateOperands = Callable[[list[Tensor], list[Tensor], "int | None", "Tensor | None"], None]
 
@@ -46,3 +48,25 @@ def _(
     shadows: Sequence[Tensor], lives: Sequence[Tensor], handle: int, step: int | None, found_inf: Tensor | None
 ) -> None:
     return None
+
+
+def refuse_freezing(tensors: Iterable[Tensor], modules: Iterable[nn.Module]) -> None:
+    """Raises RuntimeError where inductor makes constants of the weights, which no swap reaches.
+
+    Dynamo leaves a mark on every parameter that it has seen, whichever module or function was compiled around it.
+
+    Args:
+        tensors: as the model has them.
+        modules: the model's, whose wrappers tell before anything was compiled.
+    """
+    config = sys.modules.get("torch._inductor.config")  # not there: nothing was compiled with it
+    if config is None or not config.freezing:
+        return
+    seen = any(getattr(tensor, "_dynamo_static_input_type", None) is not None for tensor in tensors)
+    if seen or any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules):
+        raise RuntimeError(
+            "averaged weights cannot be put into a compiled model while torch._inductor.config.freezing is set (by "
+            "TORCHINDUCTOR_FREEZING in the environment, too): the compiled code holds weights as constants, which no "
+            "exchange reaches. Switch it off and call torch._dynamo.reset(), or load ema.shadow_state_dict() into a "
+            "second model"
+        )

@@ -7,6 +7,7 @@ one kernel over all of them, and validation of the averaged model exchanges the 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,8 @@ from fastema.clock import DeviceClock
 from fastema.decays import Decays
 from fastema.policy import Buffers, Policy, Source, checked_source, collect
 from fastema.shadow import Shadow
+from fastema.threads import OneThread, one_thread
+from fastema.uncut import Step, run_uncut
 
 
 class LoadResult(NamedTuple):
@@ -33,12 +36,14 @@ class LoadResult(NamedTuple):
 class AttachedHandle:
     """What `FastEMA.attach` returns; `remove()` ends the updates."""
 
-    def __init__(self, *handles: Any) -> None:
+    def __init__(self, *handles: Any, then: Callable[[], None]) -> None:
         self._handles = handles
+        self._then = then
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._then()
 
 
 class FastEMA:
@@ -60,7 +65,8 @@ class FastEMA:
             "copy" or "skip" do so to all. Integer and bool tensors are copied.
         policy: `(name, tensor, module) -> "average" | "copy" | "skip" | None` decides per tensor; None: the default.
         dtype: the shadow's; None: float32 for bfloat16 and float16 weights, else the weights' own.
-        device: the shadow's; None: where the weights are.
+        device: the shadow's; None: where the weights are. "cpu" for weights on a GPU: each update copies them to pinned
+            host memory (one buffer of the weights' bytes) on a stream of its own, and a thread averages them there.
         nonfinite: "skip": an element whose live value is NaN or infinite keeps its shadow; "propagate". What is NaN
             already when FastEMA is built stays so.
         capturable: keep step and weight in device memory, so that `update()` can be part of a captured CUDA graph.
@@ -116,9 +122,11 @@ class FastEMA:
         self._backend = backends.default_name() if backend is None else backend
         self._source = checked_source(model)
         self._capturable = capturable
+        self._attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._one_thread = OneThread()
         self._step = 0
         self._num_updates = 0
-        self._nonfinite_before = 0  # counted by plans that were rebuilt since
+        self._nonfinite_before = 0  # counted by the FastEMA that this is a copy of
         self._warned_nonfinite = False
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
@@ -151,10 +159,12 @@ class FastEMA:
         if torch.compiler.is_compiling():
             compiled.update(*self._shadow.operands(), self._handle, step, found_inf)
             return
-        self._refuse_while_applied("update()")
-        self._ensure_current()
-        self._advance(step, found_inf, self._shadow.update)
+        with self._one_thread:
+            self._refuse_while_applied("update()")
+            self._ensure_current()
+            self._advance(step, found_inf, self._shadow.update)
 
+    @one_thread
     def _update_operands(
         self, shadows: list[Tensor], lives: list[Tensor], step: int | None, found_inf: Tensor | None
     ) -> None:
@@ -186,6 +196,10 @@ class FastEMA:
         Only steps that happen count: not those that a gradient scaler or Accelerate leaves out, and one with a closure
         counts once.
 
+        With a shadow in host memory the next step waits for the copy of the weights (after an `update()` of your own
+        the next kernel does, and so the forward). Until then nothing but the attached optimizers may write to their
+        weights: where you clamp them or load others after a step, call `synchronize()` before.
+
         Args:
             *optimizers: one; or several that step in turn, then the EMA is updated when the last of them has stepped.
                 Attached one by one, each of them would update it. Accelerate's wrapper is seen through.
@@ -198,6 +212,8 @@ class FastEMA:
 
         def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             self._refuse_while_applied("optimizer.step()")
+            if self._shadow.offloaded:
+                self._shadow.order_writes()
 
         def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             # A gradient scaler leaves its verdict on optimizers that skip the step themselves (fused ones).
@@ -205,10 +221,19 @@ class FastEMA:
 
         inner = [_without_wrappers(optimizer) for optimizer in optimizers]
         handles = [optimizer.register_step_pre_hook(before) for optimizer in inner]
-        return AttachedHandle(*handles, inner[-1].register_step_post_hook(after))
+        handles.append(inner[-1].register_step_post_hook(after))
+
+        def forget() -> None:
+            self._attached.difference_update(inner)
+            self._leave_to_steps(self._shadow)
+
+        self._attached.update(inner)
+        self._leave_to_steps(self._shadow)
+        return AttachedHandle(*handles, then=forget)
 
     # ---- the exchange ----
 
+    @one_thread
     def apply_shadow(self, in_place: bool = False, which: int = 0) -> None:
         """Puts the averaged weights into the model, by exchanging storage pointers: no byte is copied or allocated.
 
@@ -218,12 +243,17 @@ class FastEMA:
         BatchNorm statistics by a forward in train mode, is written to the average. NumPy arrays of weights hold raw
         addresses and do not follow.
 
+        A compiled model follows without a recompilation. CUDA graph trees (`mode="reduce-overhead"`) record once more
+        for the average's addresses and keep both recordings; scratch memory has new ones each time. Graphs that you
+        captured yourself need `in_place=True`.
+
         Args:
             in_place: exchange the contents instead, for captured CUDA graphs, whose addresses must not move.
             which: which of several averages.
 
         Raises:
-            RuntimeError: already applied, or another FastEMA is applied to this model, or a CUDA graph is captured.
+            RuntimeError: already applied, or another FastEMA is applied to this model, or a CUDA graph is captured; or
+                the model is compiled with inductor's `freezing`, which makes constants of weights.
             ValueError: `in_place` where it could not be undone exactly; no such average.
         """
         self._refuse_while_applied("apply_shadow()")
@@ -233,9 +263,12 @@ class FastEMA:
             )
         self._checked_which(which)
         self._ensure_current()
+        modules = self._source.modules() if isinstance(self._source, nn.Module) else ()
+        compiled.refuse_freezing((entry.whole for entry in self._shadow.managed), modules)
         self._warn_about_nonfinite()
         self._shadow.apply(which, in_place)
 
+    @one_thread
     def restore(self) -> None:
         """Takes the averaged weights out again: every live bit, and every version counter, is as before.
 
@@ -262,6 +295,7 @@ class FastEMA:
         """Whether averaged weights are in the model now."""
         return self._shadow.is_applied
 
+    @one_thread
     def copy_to(self, model: nn.Module | None = None, which: int = 0) -> None:
         """Copies the averaged weights into the model, or into another one with the same names and shapes.
 
@@ -321,7 +355,15 @@ class FastEMA:
         return self._nonfinite_before + self._shadow.nonfinite_count()
 
     def synchronize(self) -> None:
-        """Waits until the shadow is up to date: nothing to wait for, since updates run on the model's own stream."""
+        """Waits until the shadow is up to date: for a shadow in host memory of weights on a GPU.
+
+        Nothing else needs it: other updates run on the model's own stream, and every method here waits by itself. Call
+        it before tensors of an earlier `state_dict()` are read again.
+
+        Raises:
+            RuntimeError: the latest average failed in its thread. Told once; the averages before it stand.
+        """
+        self._shadow.synchronize()
 
     # ---- state ----
 
@@ -331,7 +373,7 @@ class FastEMA:
         Returns:
             `step`, `num_updates`, `decay`, `decay_type`, and `shadow`: the averaged and copied tensors by name, without
             buffers that `nn.Module.state_dict` leaves out and that are only copied anyway. With several decays `decay`
-            and `shadow` are lists.
+            and `shadow` are lists. Of a sharded model they are DTensors as its own, for torch.distributed.checkpoint.
         """
         self._warn_about_nonfinite()
         shadows = [state.averages_by_name(self._shadow, which, saved_only=True) for which in range(len(self._decays))]
@@ -342,11 +384,12 @@ class FastEMA:
             "shadow": shadows if self._decays.several else shadows[0],
         }
 
+    @one_thread
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadResult:
         """Loads what `state_dict()` returned, by value.
 
         Args:
-            state_dict: the state, of a FastEMA of the same model.
+            state_dict: the state, of a FastEMA of the same model. A sharded one takes its part of whole tensors.
             strict: names and dtypes must agree; False: load what fits, cast where dtypes differ.
 
         Raises:
@@ -362,15 +405,17 @@ class FastEMA:
         saved = state_dict["shadow"] if isinstance(state_dict["shadow"], list) else [state_dict["shadow"]]
         if not all(isinstance(averages, dict) for averages in saved):
             raise ValueError("not a FastEMA state: its shadow does not hold tensors by name")
+        counters = [checked_count(key, int(state_dict[key]), at_least=0) for key in ("step", "num_updates")]
+        config = self._decays.config()
+        other = {key: value for key, value in config.items() if state_dict.get(key, value) != value}
         self._ensure_current()
-        missing, unexpected = state.load_averages(self._shadow, saved, strict)
-        self._set_counters(int(state_dict["step"]), int(state_dict["num_updates"]))
-        for key, value in self._decays.config().items():
-            if state_dict.get(key, value) != value:
-                warnings.warn(
-                    f"the loaded state was made with {key}={state_dict[key]!r}; updates go on with {value!r}",
-                    stacklevel=2,
-                )
+        missing, unexpected, steps = state.loading(self._shadow, saved, strict)
+        with torch.no_grad():
+            run_uncut([*steps, *self._counting(*counters)])
+        for key, value in other.items():
+            warnings.warn(
+                f"the loaded state was made with {key}={state_dict[key]!r}; updates go on with {value!r}", stacklevel=3
+            )
         return LoadResult(missing, unexpected)
 
     def shadow_state_dict(self, which: int = 0) -> dict[str, Any]:
@@ -378,13 +423,24 @@ class FastEMA:
 
         Averaged tensors come in the shadow's dtype, what is skipped as it is in the model. Tensors share memory with
         the EMA.
+
+        Raises:
+            RuntimeError: the model's structure, shapes, dtypes or devices changed.
         """
+        if not self.is_applied:
+            self._ensure_current()  # it finds averages by the memory of the tensors
         return state.model_state(self._source, self._shadow, self._checked_which(which))
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the model comes along, and the copy averages the copied model."""
         self._refuse_while_applied("pickling or copying a FastEMA")
-        config = {key: value for key, value in self.__dict__.items() if key not in ("_shadow", "_clock", "_handle")}
+        if self._shadow.is_sharded:
+            raise TypeError(
+                "a FastEMA of a sharded model cannot be pickled or copied: torch.distributed.checkpoint.save() its "
+                "state_dict(), and build a new one"
+            )
+        left_out = ("_shadow", "_clock", "_handle", "_attached")
+        config = {key: value for key, value in self.__dict__.items() if key not in left_out}
         config["_nonfinite_before"] = self.nonfinite_count()
         counters = (self._step, self._num_updates)
         if self._clock is not None:
@@ -394,10 +450,11 @@ class FastEMA:
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.__dict__.update(pickled["config"])
+        self._attached = weakref.WeakSet()
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
         self._handle = compiled.register(self._update_operands)
-        self._set_counters(*pickled["counters"])
+        run_uncut(self._counting(*pickled["counters"]))
         with torch.no_grad():
             for which, averages in enumerate(pickled["averages"]):
                 for name, average in state.averages_by_name(self._shadow, which).items():
@@ -414,7 +471,14 @@ class FastEMA:
     def _build_shadow(self) -> Shadow:
         managed = collect(self._source, self._buffers, self._policy)
         modules = list(self._source.modules()) if isinstance(self._source, nn.Module) else []
-        return Shadow(managed, len(self._decays), self._dtype, self._device, self._backend, modules)
+        shadow = Shadow(managed, len(self._decays), self._dtype, self._device, self._backend, modules)
+        self._leave_to_steps(shadow)
+        return shadow
+
+    def _leave_to_steps(self, shadow: Shadow) -> None:
+        """The hooks of attached optimizers order what those write: see `Shadow.leave_to_steps`."""
+        groups = [group for optimizer in self._attached for group in optimizer.param_groups]
+        shadow.leave_to_steps(parameter for group in groups for parameter in group["params"])
 
     def _build_clock(self) -> DeviceClock | None:
         if not self._capturable:
@@ -434,11 +498,13 @@ class FastEMA:
             raise ValueError(f"which must be below {len(self._decays)}, the number of averages; got {which}")
         return which
 
-    def _set_counters(self, step: int, num_updates: int) -> None:
-        self._step, self._num_updates = step, num_updates
+    def _counting(self, step: int, num_updates: int) -> list[Step]:
+        """Steps that set the counters."""
+        steps: list[Step] = [partial(setattr, self, "_step", step), partial(setattr, self, "_num_updates", num_updates)]
         if self._clock is not None:
-            self._clock.step.fill_(step)
-            self._clock.num_updates.fill_(num_updates)
+            counters = (self._clock.step, step), (self._clock.num_updates, num_updates)
+            steps += [partial(Tensor.fill_, counter, value) for counter, value in counters]
+        return steps
 
     def _ensure_current(self) -> None:
         """Rebuilds the plan where tensors were replaced or moved in memory; the average goes on."""
@@ -446,7 +512,6 @@ class FastEMA:
             return
         new = self._build_shadow()
         state.carry_over(self._shadow, new)
-        self._nonfinite_before += self._shadow.nonfinite_count()
         self._shadow = new
 
     def _refuse_while_applied(self, what: str) -> None:

@@ -33,8 +33,10 @@ def flat(storage: torch.UntypedStorage, begin: int, end: int, dtype: torch.dtype
     return tensor.set_(storage, begin // dtype.itemsize, ((end - begin) // dtype.itemsize,), (1,))
 
 
-def _allocate(nbytes: int, device: torch.device) -> torch.UntypedStorage:
-    return torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
+def _allocate(nbytes: int, device: torch.device, like: torch.UntypedStorage) -> torch.UntypedStorage:
+    # What takes the place of pinned memory must be pinned: offloaded parameters are copied to the GPU meanwhile.
+    pin = device.type == "cpu" == like.device.type and like.is_pinned()
+    return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin).untyped_storage()
 
 
 class Mirror:
@@ -61,7 +63,7 @@ class Mirror:
         self.runs = _runs_of(entries, keep_bytes=self._shadow_unit is None)
         self.rest = gaps(self.runs, self.live.nbytes())
         self.lives = [flat(self.live, run.begin, run.end, run.dtype) for run in self.runs]  # [runs]
-        self._storages = [_allocate(self._scaled(self.live.nbytes()), self.device) for _ in range(count)]
+        self._storages = [_allocate(self._scaled(self.live.nbytes()), self.device, self.live) for _ in range(count)]
         self.shadows = [
             [
                 flat(storage, self._scaled(run.begin), self._scaled(run.end), self._shadow_unit or run.dtype)
@@ -91,7 +93,9 @@ class Mirror:
 
     def stand_in(self, which: int) -> StandIn:
         """What takes the live storage's place: the shadow itself, or scratch memory for it in the live dtype."""
-        storage = self._storages[which] if self.is_direct else _allocate(self.live.nbytes(), self.live.device)
+        storage = (
+            self._storages[which] if self.is_direct else _allocate(self.live.nbytes(), self.live.device, self.live)
+        )
         rest = [(flat(storage, *gap), flat(self.live, *gap)) for gap in self.rest]
         casts = []
         if not self.is_direct:

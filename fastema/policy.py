@@ -12,7 +12,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastema import sharded
 
 Rule = Literal["average", "copy", "skip"]
 Buffers = Literal["auto", "average", "copy", "skip"]
@@ -32,16 +35,18 @@ _PRECEDENCE: dict[Rule, int] = {"average": 0, "copy": 1, "skip": 2}
 class Managed:
     """One tensor of the model with all its names and its rule."""
 
-    tensor: Tensor
+    whole: Tensor  # as the model has it
     rule: Rule
     persistent: bool  # False: a buffer that state_dict() leaves out
     names: list[str] = field(default_factory=list)
+    tensor: Tensor = field(init=False)  # what of it lies in this process's memory: all but of a DTensor
     layout: str = field(init=False)  # as it was found: `tensor.data = ...` changes it later
 
     def __post_init__(self) -> None:
-        lazy = nn.parameter.is_lazy(self.tensor)  # has no shape, and is skipped or refused
-        shape = "?" if lazy else tuple(self.tensor.shape)
-        self.layout = f"{shape} {self.tensor.dtype} on {self.tensor.device}"
+        self.tensor = sharded.local_part(self.whole)
+        lazy = nn.parameter.is_lazy(self.whole)  # has no shape, and is skipped or refused
+        shape = "?" if lazy else tuple(self.whole.shape)
+        self.layout = f"{shape} {self.tensor.dtype} on {self.tensor.device}{sharded.placement(self.whole)}"
 
     @property
     def name(self) -> str:
@@ -81,17 +86,31 @@ def checked_source(source: Source) -> Source:
 
 
 def clean_name(name: str) -> str:
-    """The name without the wrapper of a compiled model, so that states of compiled and plain models are the same."""
-    return name.replace("_orig_mod.", "")
+    """The name without what compiling and activation checkpointing put in: states are the same with and without."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
-def _slots(source: Source) -> Iterator[_Slot]:
+def _without_wrappers(module: nn.Module) -> nn.Module:
+    """The model that a compiler or data parallelism wraps whole: states with and without them are the same."""
+    while True:
+        if isinstance(module, (DistributedDataParallel, DataParallel)):
+            module = module.module
+        elif "_orig_mod" in module._modules:
+            module = module.get_submodule("_orig_mod")
+        else:
+            return module
+
+
+def _slots(source: Source) -> list[_Slot]:
     """Every named tensor; one that has several names comes several times."""
     if not isinstance(source, nn.Module):
-        for name, tensor in source:
-            yield _Slot(name, tensor, None, False, True)
-        return
-    for prefix, module in source.named_modules(remove_duplicate=False):
+        return [_Slot(name, tensor, None, False, True) for name, tensor in source]
+    with sharded.GatheredParameters(source.modules()).set_aside():
+        return list(_slots_of(_without_wrappers(source)))
+
+
+def _slots_of(model: nn.Module) -> Iterator[_Slot]:
+    for prefix, module in model.named_modules(remove_duplicate=False):
         dot = "." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -131,8 +150,12 @@ def _rule_for(slot: _Slot, buffers: Buffers, policy: Policy | None) -> Rule:
 
 
 def _refuse_unmanageable(slot: _Slot) -> None:
-    tensor, reason = slot.tensor, None
-    if nn.parameter.is_lazy(tensor):
+    tensor, reason = sharded.local_part(slot.tensor), None
+    if tensor is not slot.tensor and slot.module is None:
+        reason = "is a DTensor without its module, in which FSDP may keep copies of it: give FastEMA the model itself"
+    elif sharded.has_partial_sums(slot.tensor):
+        reason = f"holds sums that are not reduced yet, {slot.tensor.placements}: redistribute() it"  # type: ignore[attr-defined]
+    elif nn.parameter.is_lazy(tensor):
         reason = "is not initialised yet: run the lazy module once before building FastEMA"
     elif tensor.layout != torch.strided:
         reason = f"has layout {tensor.layout}: only strided tensors have storage that can be mirrored"

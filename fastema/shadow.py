@@ -7,14 +7,16 @@ that part is averaged, and the rest is carried along, unchanged, by an exchange.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastema import backends, claims
+from fastema import backends, claims, offload, sharded
 from fastema.backends import torch as plain_torch
 from fastema.mirror import Mirror, StandIn, flat
 from fastema.policy import Managed
@@ -55,11 +57,16 @@ class Shadow:
         with torch.inference_mode(False), torch.no_grad():
             self._build(dtype, device, backend)
         dicts = [slots for module in modules for slots in (module._parameters, module._buffers, module._modules)]
-        self._watch = self._host.Watch(dicts, self._tensors)
+        self._gathered = sharded.GatheredParameters(modules)
+        with self._gathered.set_aside():
+            self._watch = self._host.Watch(dicts, self._tensors)
+        self._parts: list[tuple[Any, Tensor]] = [
+            (entry.whole, entry.tensor) for entry in managed if entry.tensor is not entry.whole
+        ]
         self._exchange: Any = None  # the one that is entered, or was last
         self._which = 0  # the shadow it exchanges
-        self._by_pointer: dict[int, tuple[Any, list[StandIn]]] = {}  # built at the first use of a shadow
-        self._kept_elsewhere = 0  # by updates of stand-ins
+        self._by_pointer: dict[tuple[int, int], tuple[Any, list[StandIn]]] = {}  # built at the first use of a shadow
+        self.kept_elsewhere = 0  # elements that the guard kept: updates of stand-ins, and earlier plans
 
     # ---- building ----
 
@@ -94,39 +101,92 @@ class Shadow:
             device = mirror.live.device
             places.setdefault((device, device == mirror.device), []).append(mirror)
         self.plans: list[Any] = []
+        self.offloaded: list[offload.OffloadedPlan] = []  # those of `plans` that run in a thread
         names: list[str] = []
         for (device, same_device), mirrors in places.items():
-            module = backends.select(backend if same_device else "torch", device.type)  # only torch crosses devices
             shadows = [
                 [shadow for mirror in mirrors for shadow in mirror.shadows[which]] for which in range(self.count)
             ]
             lives = [live for mirror in mirrors for live in mirror.lives]
             copies = [run.copy for mirror in mirrors for run in mirror.runs]
             views = [] if self.plans else [view for shadow_views in self._views for view in shadow_views]
-            self.plans.append(module.Plan(shadows, lives, copies, views))
+            transfer = offload.transfer_between(device, mirrors[0].device)
+            if transfer is not None:
+                module = self._host
+                self.offloaded.append(offload.OffloadedPlan(transfer, module.Plan, shadows, lives, copies, views))
+                self.plans.append(self.offloaded[-1])
+            else:
+                module = backends.select(backend if same_device else "torch", device.type)  # only torch crosses devices
+                self.plans.append(module.Plan(shadows, lives, copies, views))
             names.append(module.NAME)
         self.backend_name = "+".join(dict.fromkeys(names))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether some tensors are DTensors."""
+        return bool(self._parts)
 
     # ---- every step ----
 
     def is_current(self) -> bool:
         """Whether the model still holds the same tensors with the same memory."""
-        return self._watch.holds()
+        if self._watch.holds():
+            return not self._parts or all(whole._local_tensor is part for whole, part in self._parts)
+        if not self._gathered:
+            return False
+        with self._gathered.set_aside():
+            return self._watch.holds() and all(whole._local_tensor is part for whole, part in self._parts)
 
     def update(
         self, weights: list[float], guard: bool, skip: Tensor | None = None, device_weights: Tensor | None = None
     ) -> None:
-        """shadow <- shadow + weight * (live - shadow), or a copy, for everything. Arguments: see csrc/plan.h."""
+        """shadow <- shadow + weight * (live - shadow), or a copy, for everything. Arguments: see csrc/plan.h.
+
+        Raises:
+            RuntimeError: an earlier average failed in its thread; nothing is averaged.
+        """
+        self.synchronize()
         for plan in self.plans:
             plan.update(weights, guard, skip, device_weights)
 
+    def synchronize(self) -> None:
+        """Waits for averages that run in a thread; their errors come out here."""
+        for plan in self.offloaded:
+            plan.synchronize()
+
+    def leave_to_steps(self, parameters: Iterable[Tensor]) -> None:
+        """Who steps `parameters` calls `order_writes()` before each step; every other tensor is safe after an update.
+
+        So a copy to the host may last through the next forward and backward. Without an offloaded plan, nothing to do.
+        """
+        if not self.offloaded:
+            return
+        stepped = {id(parameter) for parameter in parameters}
+        others = {entry.tensor.untyped_storage()._cdata for entry in self.managed if id(entry.whole) not in stepped}
+        for plan in self.offloaded:
+            plan.leave_to_steps(self.live_storages - others)
+
+    def order_writes(self) -> None:
+        """What is enqueued from now on comes after the copies to the host."""
+        for plan in self.offloaded:
+            plan.order_writes()
+
     def nonfinite_count(self) -> int:
-        return self._kept_elsewhere + sum(plan.nonfinite_count() for plan in self.plans)
+        return self.kept_elsewhere + sum(plan.nonfinite_count() for plan in self.plans)
 
     # ---- the same in a compiled graph, which may keep the tensors elsewhere for now ----
 
     def operands(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What an update changes, every shadow storage as a whole: [count * storages]; and the tensors it reads."""
+        """What an update changes, every shadow storage as a whole: [count * storages]; and the tensors it reads.
+
+        Raises:
+            RuntimeError: the model is sharded: the compiler may keep a DTensor elsewhere, and its local tensor not; or
+                a thread averages, which the compiler's own copies of the shadow would not wait for.
+        """
+        if self.offloaded:
+            raise RuntimeError("the shadow is in host memory: call update() outside the compiled function")
+        if self._parts:
+            raise RuntimeError("the model is sharded: call update() outside the compiled function")
         return [flat for mirror in self._mirrors for flat in mirror.whole_shadows], self._tensors
 
     def update_operands(
@@ -162,7 +222,7 @@ class Shadow:
         copies = [entry.rule == "copy" for entry in self.managed]
         plan = plain_torch.Plan(targets, lives, copies, [])
         plan.update(weights, guard, skip, device_weights)
-        self._kept_elsewhere += plan.nonfinite_count()
+        self.kept_elsewhere += plan.nonfinite_count()
 
     # ---- the exchange ----
 
@@ -181,13 +241,21 @@ class Shadow:
         Raises:
             ValueError: in_place, and the contents could not be put back exactly. Nothing is changed.
         """
+        self.synchronize()
+        self._gathered.drop()
         with torch.inference_mode(False), torch.no_grad():
             exchange, stand_ins = self._in_place_exchange(which) if in_place else self._pointer_exchange(which)
-            for stand_in in stand_ins:
-                stand_in.fill()
-        self._exchange, self._which, self._filled = exchange, which, stand_ins
-        claims.owners.add(self)
-        exchange.enter(next(claims.version_steps))
+            try:
+                for stand_in in stand_ins:
+                    stand_in.fill()
+                self._exchange, self._which, self._filled = exchange, which, stand_ins
+                claims.owners.add(self)
+                exchange.enter(next(claims.version_steps))
+            except BaseException:
+                if not exchange.entered:  # memory for some of the scratch storages is none for the training
+                    for stand_in in stand_ins:
+                        stand_in.free()
+                raise
 
     def _in_place_exchange(self, which: int) -> tuple[Any, list[StandIn]]:
         if not all(mirror.is_direct for mirror in self._mirrors):
@@ -196,34 +264,67 @@ class Shadow:
                 "weights could not be put back exactly: use apply_shadow() without it, or give FastEMA the model's own "
                 "dtype and device"
             )
-        return plain_torch.ContentsExchange(self.plans, which, self._tensors), []
+        return plain_torch.ContentsExchange(self.plans, which, self._versioned()), []
 
     def _pointer_exchange(self, which: int) -> tuple[Any, list[StandIn]]:
-        if which not in self._by_pointer:
+        versioned = self._versioned()
+        key = which, len(versioned)
+        if key not in self._by_pointer:
             stand_ins = [mirror.stand_in(which) for mirror in self._mirrors]
             lives = [flat(mirror.live, 0, mirror.live.nbytes()) for mirror in self._mirrors]
             others = [flat(stand_in.storage, 0, stand_in.storage.nbytes()) for stand_in in stand_ins]
-            exchange = self._host.StorageExchange(lives, others, self._tensors)
-            self._by_pointer[which] = exchange, [stand_in for stand_in in stand_ins if stand_in.needs_filling]
-        return self._by_pointer[which]
+            exchange = self._host.StorageExchange(lives, others, versioned)
+            self._by_pointer[key] = exchange, [stand_in for stand_in in stand_ins if stand_in.needs_filling]
+        return self._by_pointer[key]
+
+    def _versioned(self) -> list[Tensor]:
+        """What graphs may refer to. FSDP makes its gathered parameters in their first forward."""
+        if not self._parts:
+            return self._tensors
+        return [*self._tensors, *(whole for whole, _ in self._parts), *self._gathered.tensors()]
 
     def restore(self) -> None:
-        """They change back."""
-        with torch.inference_mode(False), torch.no_grad():
-            for stand_in in self._filled:
-                stand_in.carry_rest()
-            self._exchange.leave()
-            claims.owners.discard(self)
-            for stand_in in self._filled:
-                stand_in.free()
+        """They change back.
+
+        Raises:
+            RuntimeError: copies of sharded averages stay in the model, out of reach; the exchange itself is done.
+        """
+        try:
+            self._gathered.drop()  # before the exchange: after it, an interrupt could leave them behind
+        finally:
+            with torch.inference_mode(False), torch.no_grad():
+                for stand_in in self._filled:
+                    stand_in.carry_rest()
+                self._exchange.leave()
+                claims.owners.discard(self)
+                for stand_in in self._filled:
+                    stand_in.free()
+        if self._parts and not self.is_current():
+            raise RuntimeError(
+                "restored, but the model's parameters were replaced meanwhile, or are gathered by an FSDP module that "
+                "FastEMA was not given: call reshard() on that one, else its next forward uses averaged weights"
+            )
+
+    def __del__(self) -> None:
+        # Nothing is exchanged back: who keeps the model and drops the EMA may mean just that, and weights that change
+        # whenever the garbage collector comes are worse than a warning.
+        exchange = getattr(self, "_exchange", None)
+        if exchange is not None and exchange.entered and not sys.is_finalizing():
+            warnings.warn(
+                "a FastEMA was dropped while its weights were applied: the model keeps the averaged ones, and those it "
+                "trained are gone. Call restore() first; or copy_to(), if that is what you want",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     # ---- the average, by tensor ----
 
     def averages(self, which: int) -> list[tuple[Managed, Tensor]]:
         """Every managed tensor with its average, wherever that is now; the tensors share memory with the EMA."""
+        self.synchronize()
         in_model = self.is_applied and which == self._which
         return [
-            (entry, (entry.tensor if in_model and direct else view).detach())
+            (entry, sharded.described_as(entry.whole, (entry.tensor if in_model and direct else view).detach()))
             for entry, view, direct in zip(self.managed, self._views[which], self._is_direct, strict=True)
         ]
 

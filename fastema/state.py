@@ -5,14 +5,18 @@ Everything here checks first and lists the first differences; nothing is changed
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastema import sharded
 from fastema.checks import difference, refuse_differences
 from fastema.policy import Source, named_tensors
 from fastema.shadow import Shadow
+from fastema.uncut import Step, run_uncut
 
 
 def averages_by_name(shadow: Shadow, which: int, saved_only: bool = False) -> dict[str, Tensor]:
@@ -32,6 +36,7 @@ def model_state(source: Source, shadow: Shadow, which: int) -> dict[str, Any]:
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """What tells a tensor from every other, whichever alias of it is at hand."""
+    tensor = sharded.local_part(tensor)
     storage = tensor.untyped_storage()
     return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
@@ -50,18 +55,20 @@ def copy_averages(shadow: Shadow, which: int, target: Source) -> None:
         [
             difference(name, average, targets[name], dtypes=False) if name in targets else f"{name!r} is missing"
             for name, average in averages.items()
-        ],
+        ]
+        + [sharded.difference(name, targets[name], averages[name]) for name in averages if name in targets],
     )
-    for name, average in averages.items():
-        targets[name].copy_(average)
+    if isinstance(target, nn.Module):
+        sharded.GatheredParameters(target.modules()).drop()
+    run_uncut(_copies((targets[name], average) for name, average in averages.items()))
 
 
 @torch.no_grad()
-def load_averages(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tuple[list[str], list[str]]:
-    """Loads saved averages, one dictionary for each shadow, by value.
+def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tuple[list[str], list[str], list[Step]]:
+    """How to load saved averages, one dictionary for each shadow, by value. Nothing is changed yet.
 
     Returns:
-        The names that are missing in the state, and those that are only there.
+        The names that are missing in the state, those that are only there, and the steps for `run_uncut`.
 
     Raises:
         ValueError: another number of shadows; shapes that differ; with `strict`, names or dtypes that differ.
@@ -78,14 +85,14 @@ def load_averages(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) 
         unexpected = [name for name in values if name not in own]
         found = [name for name in own if name in values]
         differences += [difference(name, own[name], values[name], dtypes=strict) for name in found]
+        differences += [sharded.difference(name, own[name], values[name]) for name in found]
+        differences += [_unreadable(name, values[name]) for name in found]
         pairs += [(own[name], values[name]) for name in found]
         if strict:
             differences += [f"{name!r} is missing in the state" for name in missing]
             differences += [f"{name!r} is in the state, not in the model" for name in unexpected]
     refuse_differences("the state is of another model", differences)
-    for average, value in pairs:
-        average.copy_(value)
-    return missing, unexpected
+    return missing, unexpected, _copies(pairs)
 
 
 @torch.no_grad()
@@ -109,5 +116,18 @@ def carry_over(old: Shadow, new: Shadow) -> None:
     refuse_differences("the model changed since FastEMA was built; build a new one", differences, RuntimeError)
     for which in range(old.count):
         before, after = averages_by_name(old, which), averages_by_name(new, which)
-        for name in now:
-            after[name].copy_(before[name])
+        run_uncut(_copies((after[name], before[name]) for name in now))
+    new.kept_elsewhere = old.nonfinite_count()
+
+
+def _unreadable(name: str, value: Any) -> str | None:
+    """Why nothing can be copied from a tensor; None where it can."""
+    if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_quantized or value.is_meta):
+        kind = "on the meta device" if value.is_meta else f"quantised or of layout {value.layout}"
+        return f"{name!r} is {kind}, an ordinary tensor is expected"
+    return None
+
+
+def _copies(pairs: Iterable[tuple[Any, Any]]) -> list[Step]:
+    """Steps that copy the second of every pair into the first."""
+    return [partial(Tensor.copy_, *sharded.assignment(target, value)) for target, value in pairs]

@@ -49,6 +49,7 @@ from torch.optim.swa_utils import SWALR
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
 from fastema.averaging import Bond, Irregular, Swap, Update
+from fastema.compiled import refuse_freezing
 
 __all__ = [
     "SWALR",
@@ -295,12 +296,13 @@ class AveragedModel(_TorchAveragedModel):
 
         Raises:
             RuntimeError: swapped already, or another AveragedModel is swapped into this model, or a CUDA graph is
-                captured.
+                captured, or inductor's freezing has made constants of the weights.
             ValueError: this model cannot be exchanged with the average; says why. Nothing is changed.
         """
         self._refuse_while_swapped("swapped()")
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("swapped() during CUDA graph capture would bake the exchanged addresses into it")
+        refuse_freezing(model.parameters(), model.modules())
         swap = self._bond_for_swap(model).swap()
         try:
             swap.enter()

@@ -9,8 +9,14 @@ FASTEMA_SANITIZE=$kinds .venv/bin/python setup.py -q build --build-base "$build"
 
 runtime=$(g++ -print-file-name="lib${kinds%%,*}.so")
 case $kinds in
-address*) runtime="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ;;
-thread) runtime=$(g++ -print-file-name=libtsan.so) ;;
+address*)
+  runtime="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
+  tests="exchange shadow update several_decays capturable peer_bugs faults threads"
+  ;;
+thread)
+  runtime=$(g++ -print-file-name=libtsan.so)
+  tests="update exchange several_decays threads"
+  ;;
 esac
 # Python and torch keep memory until they exit; gcc's OpenMP runtime is not built for ThreadSanitizer.
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
@@ -20,7 +26,7 @@ import sys
 sys.path[:0] = ['$build/lib', 'tests']
 import fastema, pytest
 assert '$build' in fastema.__file__, fastema.__file__
-names = ('exchange', 'shadow', 'update', 'several_decays', 'capturable', 'peer_bugs')
-sys.exit(pytest.main(['-q', '-k', 'not torch]', '-p', 'no:cacheprovider', '-o', 'pythonpath=',
-                      *(f'tests/test_{name}.py' for name in names)]))
+# Left out: the torch backend, where nothing of ours is compiled; and forks, whose children load another build.
+sys.exit(pytest.main(['-q', '-k', 'not torch and not fork', '-p', 'no:cacheprovider', '-o', 'pythonpath=',
+                      '--durations=5', *(f'tests/test_{name}.py' for name in '$tests'.split())]))
 "

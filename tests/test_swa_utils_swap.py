@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch import nn
 
 from cases import Recorder, bits, small_model, tensors_of, train, values
@@ -351,3 +352,17 @@ def test_an_averaged_model_and_a_fastema_of_one_model_do_not_mix(backend: str, m
     assert torch.equal(model.weight, live)
     averaged.update_parameters(model)
     ema.update()
+
+
+def test_frozen_weights_are_refused() -> None:
+    """Inductor's freezing makes constants of the weights: the exchange would not reach them."""
+    model = torch.nn.Linear(3, 2)
+    averaged = AveragedModel(model)
+    compiled = torch.compile(model)
+    with (
+        inductor_config.patch(freezing=True),
+        pytest.raises(RuntimeError, match="freezing"),
+        averaged.swapped(compiled),
+    ):
+        pass
+    assert averaged._swap is None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastema.uncut import Step, run_uncut
 
 NAME = "torch"
 
@@ -75,11 +78,18 @@ class Plan:
     @torch.no_grad()
     def exchange(self, which: int) -> None:
         """Swaps the contents of live and of one shadow, a block at a time."""
+        run_uncut(self.exchange_steps(which))
+
+    def exchange_steps(self, which: int) -> list[Step]:
+        """What `exchange()` does, for `run_uncut`."""
         segments = self._shadows[which]
         if any(shadow.dtype != live.dtype for shadow, live, _ in segments):
             raise ValueError("contents of different dtypes cannot be exchanged exactly")
-        for shadow, live, _ in segments:
-            _exchange_contents(shadow.view(torch.uint8), live.view(torch.uint8))
+        return [
+            step
+            for shadow, live, _ in segments
+            for step in _exchange_contents(shadow.view(torch.uint8), live.view(torch.uint8))
+        ]
 
 
 _EXCHANGE_BLOCK = 1 << 20  # bytes held twice while contents change places
@@ -87,15 +97,22 @@ _SETS_SEVERAL_VERSIONS = not torch.__version__.startswith("2.6.")
 _SWAPS_POINTERS = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # torch 2.13 has it, 2.11 does not
 
 
-def _exchange_contents(first: Tensor, second: Tensor) -> None:
+def _exchange_contents(first: Tensor, second: Tensor) -> list[Step]:
+    """Steps that swap the contents of two tensors of bytes."""
+    held = first.new_empty(min(_EXCHANGE_BLOCK, first.numel()))
+    copy = torch.Tensor.copy_
+    steps: list[Step] = []
     for a, b in zip(first.split(_EXCHANGE_BLOCK), second.split(_EXCHANGE_BLOCK), strict=True):
-        held = a.clone()
-        a.copy_(b)
-        b.copy_(held)
+        block = held[: a.numel()]
+        steps += [partial(copy, block, a), partial(copy, a, b), partial(copy, b, block)]
+    return steps
 
 
 class ContentsExchange:
-    """Live and shadow change places by their contents: addresses stay, as captured CUDA graphs need it."""
+    """Live and shadow change places by their contents: addresses stay, as captured CUDA graphs need it.
+
+    After an exception at any point of `enter()` nothing has changed; after one in `leave()`, it can be called again.
+    """
 
     def __init__(self, plans: Sequence[Any], which: int, managed: Sequence[Tensor]) -> None:
         self._plans = list(plans)  # of any backend
@@ -103,30 +120,40 @@ class ContentsExchange:
         # Inference tensors carry no counter, and no graph refers to them.
         self._managed = tuple(tensor for tensor in managed if not tensor.is_inference())
         self._versions: tuple[int, ...] = ()
+        self._swap: list[Step] = []  # done twice it changes nothing
+        self._done: list[Any] = []
         self.entered = False
 
     def enter(self, version_step: int) -> None:
         if self.entered:
             raise RuntimeError("the exchange is already entered")
-        self._check()
-        self._swap()
+        self._swap, self._done = self._steps(), []
         self._versions = tuple(tensor._version for tensor in self._managed)
-        self._set_versions(tuple(version + version_step for version in self._versions))
-        self.entered = True
+        try:
+            self.entered = True
+            self._set_versions(tuple(version + version_step for version in self._versions))
+            run_uncut(self._swap, self._done)
+        except BaseException:
+            if self.entered:
+                self.leave()
+            raise
 
     def leave(self) -> None:
         if not self.entered:
             raise RuntimeError("the exchange is not entered")
-        self._swap()
+        if len(self._done) == len(self._swap):  # else enter() failed before, or this is called again after an error
+            run_uncut(self._swap, self._done)
         self._set_versions(self._versions)
         self.entered = False
 
-    def _check(self) -> None:
-        pass
-
-    def _swap(self) -> None:
-        for plan in self._plans:
-            plan.exchange(self._which)
+    def _steps(self) -> list[Step]:
+        return [
+            step
+            for plan in self._plans
+            for step in (
+                plan.exchange_steps(self._which) if isinstance(plan, Plan) else [partial(plan.exchange, self._which)]
+            )
+        ]
 
     def _set_versions(self, versions: tuple[int, ...]) -> None:
         if _SETS_SEVERAL_VERSIONS:
@@ -143,18 +170,15 @@ class StorageExchange(ContentsExchange):
         super().__init__([], 0, managed)
         self._pairs = list(zip(lives, others, strict=True))
 
-    def _check(self) -> None:
-        for live, other in self._pairs:
-            if live.untyped_storage().nbytes() != other.untyped_storage().nbytes() or live.device != other.device:
+    def _steps(self) -> list[Step]:
+        pairs = [(live.untyped_storage(), other.untyped_storage()) for live, other in self._pairs]
+        for live, other in pairs:
+            if live.nbytes() != other.nbytes() or live.device != other.device:
                 raise ValueError("storages that change places must have equal size and device")
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for live, other in self._pairs:
-            if _SWAPS_POINTERS:
-                live.untyped_storage()._swap_data_ptr_(other.untyped_storage())  # type: ignore[attr-defined]
-            else:
-                _exchange_contents(live, other)
+        if _SWAPS_POINTERS:
+            swap = torch.UntypedStorage._swap_data_ptr_  # type: ignore[attr-defined]
+            return [partial(swap, live, other) for live, other in pairs]
+        return [step for pair in self._pairs for step in _exchange_contents(*pair)]
 
 
 class Watch:

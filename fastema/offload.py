@@ -1,0 +1,263 @@
+"""A shadow in host memory for weights on a GPU: copied on a side stream, averaged by a thread while training goes on.
+
+An update only enqueues. The weights are copied into pinned memory, by events after whatever wrote them and before
+whatever writes them next, and a thread waits for the copy and runs the CPU plan on it. There is one staging buffer, as
+large as the weights themselves; an update that comes while the one before still averages waits for that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64  # bytes: a cache line, and a multiple of every element
+_BLOCK = 64 << 20  # torch rounds pinned memory up to a power of two: one block of all the weights may waste half of it
+
+
+class Copy(Protocol):
+    """Device memory on its way to the host."""
+
+    def order_writes(self) -> None:
+        """What the caller does to the device memory from now on comes after the copy."""
+
+    def wait(self) -> None:
+        """Blocks the calling thread until the copy is done.
+
+        Raises:
+            Exception: it failed.
+        """
+
+
+class Transfer(Protocol):
+    """Who copies from a device to the host. The tests have a slow one without a GPU."""
+
+    def host_memory(self, nbytes: int) -> Tensor:
+        """[nbytes] uint8, in memory that a copy reaches without the host's help."""
+
+    def start(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Copy:
+        """Begins host <- device for pairs of equal dtypes and sizes, after all that was enqueued so far."""
+
+
+def transfer_between(live: torch.device, shadow: torch.device) -> Transfer | None:
+    """Who brings weights from one device to a shadow on the other without a wait; None: nobody."""
+    return CudaTransfer(live) if live.type == "cuda" and shadow.type == "cpu" else None
+
+
+@dataclass(frozen=True)
+class CudaCopy:
+    """A copy that an event marks the end of."""
+
+    device: torch.device
+    copied: torch.cuda.Event
+
+    def order_writes(self) -> None:
+        with torch.cuda.device(self.device):
+            _refuse_capture("the step after an update()")
+            torch.cuda.current_stream().wait_event(self.copied)
+
+    def wait(self) -> None:
+        self.copied.synchronize()
+
+
+class CudaTransfer:
+    """Copies on a stream of its own, in the order of events alone: the host never waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def host_memory(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def start(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> CudaCopy:
+        with torch.cuda.device(self._device):
+            _refuse_capture("update()")
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for host, device in pairs:
+                    host.copy_(device, non_blocking=True)
+                # blocking: the thread that waits sleeps instead of spinning through the rest of the step
+                copied = torch.cuda.Event(blocking=True)
+                copied.record(self._stream)
+        return CudaCopy(self._device, copied)
+
+
+def _refuse_capture(what: str) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} during CUDA graph capture, with a shadow in host memory: a replay would run no average. Capture "
+            "the step of an optimizer that is not attached, and call update() after each replay"
+        )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements [begin, end) of one live run, at byte `offset` of a block of staging memory."""
+
+    run: int
+    begin: int
+    end: int
+    block: int
+    offset: int
+
+
+def _pieces(lives: Sequence[Tensor], block_bytes: int) -> Iterator[_Piece]:
+    """All elements of `lives`, cut where a block ends."""
+    block = offset = 0
+    for run, live in enumerate(lives):
+        begin = 0
+        while begin < live.numel():
+            end = min(live.numel(), begin + (block_bytes - offset) // live.itemsize)
+            yield _Piece(run, begin, end, block, offset)
+            offset += -(-(end - begin) * live.itemsize // _ALIGNMENT) * _ALIGNMENT
+            begin = end
+            if offset >= block_bytes:
+                block, offset = block + 1, 0
+
+
+@dataclass
+class _Job:
+    """One average in the thread."""
+
+    run: Callable[[], None]
+    reads: list[Tensor]  # held until it is done, also when the model is gone
+    process: int
+    finished: bool = False  # beside the future's own: that has a lock, which a fork may leave taken
+
+    def __call__(self) -> None:
+        self.run()
+        self.finished = True
+
+
+class OffloadedPlan:
+    """A plan whose lives are on a device and whose shadows are on the host.
+
+    Args:
+        transfer: brings the one to the other.
+        plan: the plan on the host, `Plan` of a backend.
+        shadows, lives, copies, views: see csrc/plan.h; lives on the device.
+    """
+
+    def __init__(
+        self,
+        transfer: Transfer,
+        plan: Callable[..., Any],
+        shadows: Sequence[Sequence[Tensor]],
+        lives: Sequence[Tensor],
+        copies: Sequence[bool],
+        views: Sequence[Tensor],
+    ) -> None:
+        self._transfer = transfer
+        self._lives = list(lives)
+        pieces = list(_pieces(lives, _BLOCK))
+        sizes: dict[int, int] = {}
+        for piece in pieces:
+            sizes[piece.block] = piece.offset + (piece.end - piece.begin) * lives[piece.run].itemsize
+        blocks = [transfer.host_memory(size) for size in sizes.values()]
+        cuts = [lives[piece.run][piece.begin : piece.end] for piece in pieces]
+        staged = [
+            blocks[piece.block][piece.offset : piece.offset + cut.nbytes].view(cut.dtype)
+            for piece, cut in zip(pieces, cuts, strict=True)
+        ]
+        self._pairs = list(zip(staged, cuts, strict=True))
+        self._plan = plan(
+            [[shadow[piece.run][piece.begin : piece.end] for piece in pieces] for shadow in shadows],
+            staged,
+            [copies[piece.run] for piece in pieces],
+            views,
+        )
+        self._devices = {live.device for live in lives} | {torch.device("cpu")}
+        self._skip = transfer.host_memory(_ALIGNMENT)[:4].view(torch.float32)
+        self._at_once, self._late = self._pairs, self._pairs[:0]
+        self._executor: ThreadPoolExecutor | None = None
+        self._executor_process = 0
+        self._job: _Job | None = None
+        self._future: Future[None] | None = None
+        self._late_copy: Copy | None = None  # under way, of weights that only `order_writes` protects
+
+    def leave_to_steps(self, storages: frozenset[int]) -> None:
+        """Who writes to these live storages (`_cdata`) calls `order_writes()` before; the others are safe at once."""
+        self.order_writes()
+        is_late = [live.untyped_storage()._cdata in storages for _, live in self._pairs]
+        self._late = [pair for pair, late in zip(self._pairs, is_late, strict=True) if late]
+        self._at_once = [pair for pair, late in zip(self._pairs, is_late, strict=True) if not late]
+
+    def order_writes(self) -> None:
+        """What is enqueued from now on may write to every weight."""
+        if self._late_copy is not None:
+            self._late_copy.order_writes()
+
+    @torch.no_grad()
+    def update(
+        self,
+        weights: Sequence[float],
+        guard: bool,
+        skip: Tensor | None = None,
+        device_weights: Tensor | None = None,
+    ) -> None:
+        """As csrc/plan.h has it, `skip` on the lives' device; returns before anything is averaged.
+
+        The caller has called `synchronize()`, of every plan of its own before the first of them updates.
+        """
+        if device_weights is not None:
+            raise ValueError("the weights of an average on the host must be known on the host")
+        if skip is not None and (skip.numel() != 1 or skip.device not in self._devices):
+            devices = " or ".join(sorted(map(str, self._devices)))
+            raise ValueError(f"skip must be 1 number on {devices}, got {skip.numel()} on {skip.device}")
+        at_once = self._at_once if skip is None else [*self._at_once, (self._skip, skip.detach().reshape(1))]
+        copies = []
+        if at_once:
+            copies.append(self._transfer.start(at_once))
+            copies[0].order_writes()
+        if self._late:
+            self._late_copy = self._transfer.start(self._late)
+            copies.append(self._late_copy)
+        self._submit(copies, None if skip is None else self._skip, list(weights), guard)
+
+    def _submit(self, copies: list[Copy], skip: Tensor | None, weights: list[float], guard: bool) -> None:
+        plan = self._plan  # not self: the thread keeps nobody alive who could end it
+
+        def average() -> None:
+            for copy in copies:
+                copy.wait()
+            plan.update(weights, guard, skip)
+
+        if self._executor is None or self._executor_process != os.getpid():  # threads do not survive a fork
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="fastema-offload")
+            self._executor_process = os.getpid()
+        job = _Job(average, self._lives, os.getpid())
+        self._future = self._executor.submit(job)
+        self._job = job
+
+    def synchronize(self) -> None:
+        """Waits until the shadow is up to date.
+
+        Raises:
+            RuntimeError: the average failed, told once; or this process was forked before it was done.
+        """
+        if self._job is None or self._future is None:
+            return
+        if self._job.process == os.getpid():
+            wait([self._future])  # a Ctrl-C here changes nothing: the next call waits again
+        elif not self._job.finished:
+            raise RuntimeError(
+                "this process was forked while the shadow in host memory was being averaged, and has half of the "
+                "result: call ema.synchronize() before the fork"
+            )
+        finished, future = self._job.finished, self._future
+        self._job = self._future = self._late_copy = None
+        if not finished:
+            raise RuntimeError(
+                "the thread that averages into host memory failed: the latest update is lost, those before it stand. "
+                "Training may go on"
+            ) from future.exception()
+
+    def nonfinite_count(self) -> int:
+        self.synchronize()
+        return self._plan.nonfinite_count()

@@ -1,0 +1,134 @@
+"""Models spread over processes: DTensors, as tensor parallelism and FSDP2's `fully_shard` make them.
+
+A DTensor is a description around a local tensor, and only the local one has memory. So FastEMA averages and exchanges
+local tensors, each process its own and without communication, and describes them again where it hands them out.
+
+FSDP2 computes with gathered copies of the parameters, and may leave them in the modules' slots after a forward: there
+the sharded ones are looked for beneath, and around an exchange, which would make the copies stale, they are dropped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def is_dtensor(tensor: object) -> bool:
+    # Whoever has a DTensor has imported its package; `import fastema` need not.
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is not None and isinstance(tensor, package.DTensor)
+
+
+def local_part(tensor: Any) -> Tensor:
+    """What lies in this process's memory: of a DTensor its local tensor, else the tensor itself."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
+def described_as(whole: Any, local: Tensor) -> Tensor:
+    """`local`, sharing its memory, as the DTensor that `whole` is; itself, where that is none."""
+    if not is_dtensor(whole):
+        return local
+    spec = whole._spec  # from_local() would copy what is not on the mesh's device, as an offloaded average
+    if spec.tensor_meta.dtype != local.dtype:
+        spec = replace(spec, tensor_meta=spec.tensor_meta._replace(dtype=local.dtype))
+    return sys.modules["torch.distributed.tensor"].DTensor(local, spec, requires_grad=False)
+
+
+def placement(tensor: Any) -> str:
+    """How a DTensor is spread, for error messages; empty for others."""
+    return f" as {tensor.placements} on {tensor.device_mesh}" if is_dtensor(tensor) else ""
+
+
+def has_partial_sums(tensor: Any) -> bool:
+    return is_dtensor(tensor) and any(place.is_partial() for place in tensor.placements)
+
+
+def difference(name: str, target: Any, value: Any) -> str | None:
+    """Why `assignment(target, value)` is none, or None. Shapes and dtypes are somebody else's to compare."""
+    if not is_dtensor(value):
+        return None
+    if not is_dtensor(target):
+        return (
+            f"{name!r} is sharded on one side and a plain tensor on the other: let torch.distributed.checkpoint load "
+            "it, or gather it with full_tensor() on every rank first"
+        )
+    if target.placements != value.placements or target.device_mesh != value.device_mesh:
+        return (
+            f"{name!r} is sharded{placement(value)}, expected{placement(target)}: let torch.distributed.checkpoint "
+            "load it"
+        )
+    return None
+
+
+def assignment(target: Any, value: Any) -> tuple[Tensor, Tensor]:
+    """What to copy into what for `target.copy_(value)`, without communication: of a plain `value` its own part."""
+    if is_dtensor(target) and not is_dtensor(value):
+        package = sys.modules["torch.distributed.tensor"]
+        mesh = target.device_mesh
+        whole = package.DTensor.from_local(value, mesh, [package.Replicate()] * mesh.ndim, run_check=False)
+        value = whole.redistribute(placements=target.placements)
+    return local_part(target), local_part(value)
+
+
+class GatheredParameters:
+    """What FSDP2 gathers for the forward of these modules.
+
+    Raises:
+        ValueError: a module is wrapped by FSDP's first version.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        package: Any = sys.modules.get("torch.distributed.fsdp")
+        self._groups: list[Any] = []
+        for module in modules if package is not None else ():
+            if isinstance(module, package.FullyShardedDataParallel):
+                raise ValueError(
+                    "FullyShardedDataParallel keeps parameters in flat copies that FastEMA cannot follow: shard with "
+                    "torch.distributed.fsdp.fully_shard(model) instead"
+                )
+            if isinstance(module, package.FSDPModule):
+                fsdp_state = module._get_fsdp_state()
+                single = getattr(fsdp_state, "_fsdp_param_group", None)  # older torch has at most one
+                groups = getattr(fsdp_state, "_fsdp_param_groups", [single] if single is not None else [])
+                self._groups += [group for group in groups if group not in self._groups]
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """A block in which the modules' slots hold the sharded parameters; nothing is freed or communicated."""
+        found = [(parameter, _in_slot(parameter)) for group in self._groups for parameter in group.fsdp_params]
+        gathered = [(parameter, tensor) for parameter, tensor in found if tensor is not parameter.sharded_param]
+        for parameter, _ in gathered:
+            parameter._setattr_on_modules(parameter.sharded_param)
+        try:
+            yield
+        finally:
+            for parameter, tensor in gathered:
+                parameter._setattr_on_modules(tensor)
+
+    def drop(self) -> None:
+        """Frees them: the next forward gathers them anew."""
+        for group in self._groups:
+            group.wait_for_unshard()  # one that was begun ahead
+            group._to_sharded()  # what reshard() does, but also after a forward that raised
+
+    def tensors(self) -> list[Tensor]:
+        """The parameters that graphs of past forwards refer to; their memory comes and goes."""
+        return [
+            parameter._unsharded_param
+            for group in self._groups
+            for parameter in group.fsdp_params
+            if hasattr(parameter, "_unsharded_param")
+        ]
+
+
+def _in_slot(parameter: Any) -> Any:
+    module = parameter._module_info
+    return module.module._parameters.get(module.param_name)
