@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := csrc/*.h csrc/*.cpp csrc/*.cu
 
-.PHONY: demo test lint format bench gpu sanitize clean
+.PHONY: demo test lint format bench gpu sanitize fuzz faults soak clean
 
 demo: .venv/.ready  ## trains a small segmentation model, its EMA validated at no copy (two minutes)
 	$(BIN)/fastema train --dataset-path synthetic --checkpoint-dir runs/demo --backbone tf_efficientnet_lite0 \
@@ -24,8 +24,8 @@ format: .venv/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP)
 
-bench: .venv/.ready  ## what an update costs here
-	$(BIN)/python -m bench.update --quick
+bench: .venv/.ready  ## every benchmark, ten minutes; ARGS=--quick: one minute. Peers: pip install -e ".[bench]"
+	$(BIN)/python -m bench.all $(ARGS)
 
 gpu:  ## on a machine with a GPU: build, GPU tests, memcheck and benchmarks, with the Python that has CUDA torch
 	PYTHON=$(PYTHON) bench/gpu.sh
@@ -33,6 +33,16 @@ gpu:  ## on a machine with a GPU: build, GPU tests, memcheck and benchmarks, wit
 sanitize: .venv/.ready  ## the extension's tests under AddressSanitizer and UBSan, then under ThreadSanitizer
 	tests/sanitize.sh address,undefined
 	tests/sanitize.sh thread
+
+fuzz: .venv/.ready  ## 20,000 hostile inputs: the API, the checkpoint reader, and atheris where `.[fuzz]` is installed
+	FASTEMA_FUZZ_CASES=3000 $(BIN)/python -m pytest -q tests/fuzz
+	! $(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python tests/fuzz/checkpoints.py -runs=10000
+
+faults: .venv/.ready  ## an exception at every bytecode of what FastEMA does
+	FASTEMA_EXHAUSTIVE=1 $(BIN)/python -m pytest -q tests/test_faults.py
+
+soak: .venv/.ready  ## 100,000 updates with everything in between, beside a float64 twin
+	$(BIN)/python tests/soak.py --updates 100000
 
 clean:
 	rm -rf .venv build dist *.egg-info fastema/_C*.so fastema/_build_record.json

@@ -1,4 +1,4 @@
-"""The `fastema` command: `train`, `advise` and `info`.
+"""The `fastema` command: `train`, `distill`, `evaluate`, `predict`, `advise` and `info`.
 
 Errors that the user can put right are one line on stderr and exit status 2; a traceback is for our own mistakes.
 Only argparse and the flags are imported here: `--help` answers at once.
@@ -13,10 +13,14 @@ import sys
 from collections.abc import Sequence
 
 from fastema.advise_command import add_advise_arguments, run_advise
-from fastema.segmentation.errors import UserError
+from fastema.segmentation.distill_command import add_distill_arguments, run_distill
+from fastema.segmentation.errors import Terminated, UserError
+from fastema.segmentation.evaluate_command import add_evaluate_arguments, run_evaluate
+from fastema.segmentation.predict_command import add_predict_arguments, run_predict
 from fastema.segmentation.train_command import add_train_arguments, run_train
 
-_INTERRUPTED = 130  # what a shell reports for Ctrl-C: 128 + SIGINT
+# What a shell reports: 128 + SIGINT, and 128 + SIGTERM.
+_INTERRUPTED, _TERMINATED = 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,8 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastema: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(": ".join(["fastema: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
-        return _INTERRUPTED
+        terminated = isinstance(interrupt, Terminated)
+        what = "fastema: terminated" if terminated else "fastema: interrupted"
+        print(": ".join([what, *map(str, interrupt.args)]), file=sys.stderr)
+        return _TERMINATED if terminated else _INTERRUPTED
     return 0
 
 
@@ -45,6 +51,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_train_arguments(train)
     train.set_defaults(run=run_train)
+    distill = commands.add_parser(
+        "distill",
+        help="train a small student from a trained teacher, the student averaged",
+        description="Trains as fastema train does, with an EMA, towards the masks and towards what a teacher says of "
+        "the same images. The teacher is frozen, is never averaged, and is in no checkpoint.",
+    )
+    add_distill_arguments(distill)
+    distill.set_defaults(run=run_distill)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="every metric of a checkpoint, trained and averaged weights side by side",
+        description="Evaluates a checkpoint of fastema train: IoU, Dice, S-measure, weighted F, mean E and MAE.",
+    )
+    add_evaluate_arguments(evaluate)
+    evaluate.set_defaults(run=run_evaluate)
+    predict = commands.add_parser(
+        "predict",
+        help="write the masks of images",
+        description="Writes a PNG for every image, at its size: grey levels are the probability of foreground.",
+    )
+    add_predict_arguments(predict)
+    predict.set_defaults(run=run_predict)
     advise = commands.add_parser(
         "advise",
         help="which decay, when to start, and why an average is worse",

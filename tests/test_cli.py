@@ -48,10 +48,10 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["advise", "--help"], ["info", "--help"]])
-def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["", "train", "distill", "evaluate", "predict", "advise", "info"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
+        cli.main([*command.split(), "--help"])
     assert caught.value.code == 0
     assert "usage: fastema" in capsys.readouterr().out
 

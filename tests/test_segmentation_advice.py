@@ -52,6 +52,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     """Trains with a script in place of the validation: (base, ema) IoUs of the epochs from the first on."""
     from rich.console import Console
 
+    from fastema.segmentation import trainer as trainer_module
     from fastema.segmentation.layout import list_pairs
     from fastema.segmentation.options import TrainOptions
     from fastema.segmentation.split import hold_out
@@ -61,17 +62,20 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     training, validation = hold_out(list_pairs(ensure_dataset(tmp_path / "data", 0, 8, 64)).pairs, 0.3)
 
     def run(base: list[float], ema: list[float], **changes: Any) -> tuple[Any, str]:
-        def validate(self: Trainer) -> tuple[list[float], list[float] | None]:
+        def validate(self: Trainer) -> tuple[list[float], list[list[float]]]:
             epoch = self.epoch
-            return [base[epoch]] * 2, None if self.ema is None else [ema[epoch]] * 2
+            return [base[epoch]] * 2, [] if self.ema is None else [[ema[epoch]] * 2]
 
         monkeypatch.setattr(Trainer, "_validate", validate)
+        for picture in ("write_curves", "write_predictions"):
+            monkeypatch.setattr(trainer_module, picture, lambda *_: None)
         (tmp_path / "run").mkdir(exist_ok=True)
         chosen: dict[str, Any] = {
             "dataset_path": "synthetic",
             "checkpoint_dir": tmp_path / "run",
             "backbone": "mobilenetv3_small_050",
             "pretrained": False,
+            "num_experts": 0,
             "img_size": 64,
             "epochs": len(base),
             "device": "cpu",
@@ -106,7 +110,7 @@ def test_auto_starts_when_it_pays(train: Callable[..., tuple[Any, str]]) -> None
     assert "EMA: waits until" in text
     assert "EMA: starts after epoch 3, improving" in text
     assert [record.ema_iou for record in trainer.history] == [None, None, None, pytest.approx(0.56)]
-    assert trainer.ema.num_updates == trainer.steps_per_epoch
+    assert trainer.ema.num_updates == trainer.stages.at(4).steps_per_epoch
 
 
 @needs_train

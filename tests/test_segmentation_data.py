@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,15 +25,17 @@ from fastema.segmentation.datasets import (
     TrainingSet,
     ValidationSet,
     seed_of,
+    share_of,
     training_loader,
     validation_loader,
 )
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.layout import list_pairs
-from fastema.segmentation.reading import read_mask
+from fastema.segmentation.reading import read_mask, read_pair
 from fastema.segmentation.split import hold_out
 from fastema.segmentation.synthetic import camouflaged_pair, ensure_dataset
 from fastema.segmentation.verification import verified_pairs
+from fastema.segmentation.waiting import Waiting
 
 NUCLEI = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "nuclei-dsb2018"
 
@@ -71,6 +76,76 @@ def test_the_test_split_is_never_trained_on(tmp_path: Path) -> None:
     assert [pair.stem for pair in list_pairs(tmp_path).pairs] == ["im0", "im1"]
 
 
+def test_the_test_split_is_read_only_when_asked_for(tmp_path: Path) -> None:
+    cod10k(tmp_path, count=2)
+    write_pair(tmp_path / "Test" / "Image", tmp_path / "Test" / "GT_Object", "held")
+    assert [pair.stem for pair in list_pairs(tmp_path, "Test").pairs] == ["held"]
+
+
+def test_a_test_folder_is_refused_for_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pair(tmp_path / "Test" / "Image", tmp_path / "Test" / "GT_Object", "held")
+    # Nothing tells that this one is a test set: people call folders so.
+    assert [pair.stem for pair in list_pairs(tmp_path / "Test").pairs] == ["held"]
+    cod10k(tmp_path, count=1)
+    with pytest.raises(UserError, match=r"is a test set, for fastema evaluate only; to train, give .*"):
+        list_pairs(tmp_path / "Test")
+    monkeypatch.chdir(tmp_path / "Test")
+    with pytest.raises(UserError, match="is a test set"):
+        list_pairs(Path("."))
+    assert [pair.stem for pair in list_pairs(tmp_path / "Test", "Test").pairs] == ["held"]
+
+
+def test_only_a_test_folder_is_nothing_to_train_on(tmp_path: Path) -> None:
+    write_pair(tmp_path / "Test" / "Image", tmp_path / "Test" / "GT_Object", "held")
+    with pytest.raises(UserError, match=r"expected Train/Image .* has Test/"):
+        list_pairs(tmp_path)
+
+
+def test_what_was_trained_on_is_not_evaluated_in_place_of_a_missing_test_folder(tmp_path: Path) -> None:
+    cod10k(tmp_path, count=2)
+    with pytest.raises(UserError, match=f"has no Test folder.* give {tmp_path / 'Train'}"):
+        list_pairs(tmp_path, "Test")
+    assert len(list_pairs(tmp_path / "Train", "Test").pairs) == 2  # asked for in so many words
+
+
+def test_without_a_train_and_test_level_both_commands_read_the_same(tmp_path: Path) -> None:
+    write_pair(tmp_path / "Imgs", tmp_path / "GT", "a")
+    assert list_pairs(tmp_path, "Train").pairs == list_pairs(tmp_path, "Test").pairs != []
+
+
+def test_a_split_that_is_not_understood_is_not_replaced_by_what_lies_beside_it(tmp_path: Path) -> None:
+    write_pair(tmp_path / "Image", tmp_path / "Mask", "everything, test images too")
+    (tmp_path / "Train" / "Fotos").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"Train has Fotos/"):
+        list_pairs(tmp_path)
+
+
+def test_cod10k_without_camouflage_is_left_out_and_counted(tmp_path: Path) -> None:
+    images, masks = tmp_path / "Train" / "Image", tmp_path / "Train" / "GT_Object"
+    for stem in ("COD10K-CAM-1-Aquatic-1-BatFish-2", "COD10K-NonCAM-5-Other-7", "COD10K-NonCAM-5-Other-8"):
+        write_pair(images, masks, stem)
+    (images / "COD10K-NonCAM-5-Other-8.jpg").unlink()  # its mask alone is no problem either
+    listing = list_pairs(tmp_path)
+    assert [pair.stem for pair in verified_pairs(listing)] == ["COD10K-CAM-1-Aquatic-1-BatFish-2"]
+    assert listing.notes() == ["1 COD10K-NonCAM images left out"]
+    listing = list_pairs(tmp_path, cam_only=False)
+    assert [pair.stem[:10] for pair in listing.pairs] == ["COD10K-CAM", "COD10K-Non"]
+    assert listing.left_out == 0
+    assert listing.problems["masks without an image"]
+
+
+def test_other_sets_are_untouched_by_cam_only(tmp_path: Path) -> None:
+    for stem in ("NonCAM-1", "my-COD10K-NonCAM-1", "noncam"):
+        write_pair(tmp_path / "Imgs", tmp_path / "GT", stem)
+    assert len(list_pairs(tmp_path).pairs) == 3
+
+
+def test_nothing_but_images_without_camouflage(tmp_path: Path) -> None:
+    write_pair(tmp_path / "Imgs", tmp_path / "GT", "COD10K-NonCAM-1")
+    with pytest.raises(UserError, match=r"all 1 images in .*Imgs are COD10K-NonCAM, which --cam-only leaves out"):
+        list_pairs(tmp_path)
+
+
 def test_a_folder_that_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no data set at .*gone: it is missing"):
         list_pairs(tmp_path / "gone")
@@ -92,6 +167,10 @@ def test_no_images(tmp_path: Path) -> None:
 def break_image(root: Path) -> None:
     file = root / "Train/Image/im0.jpg"
     file.write_bytes(file.read_bytes()[:-200])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
 
 
 def replace_mask_with_text(root: Path) -> None:
@@ -125,19 +204,32 @@ def two_images(root: Path) -> None:
         (lambda root: (root / "Train/Image/im0.jpg").unlink(), r"1 masks without an image: im0\.png"),
         (break_image, r"1 images that cannot be read: im0\.jpg \(image file is truncated"),
         (replace_mask_with_text, r"1 masks that are not an image: im0\.png \(not an image\)"),
+        (lambda root: empty(root / "Train/Image/im0.jpg"), r"1 images that cannot be read: im0\.jpg \(0 bytes\)"),
+        (lambda root: empty(root / "Train/GT_Object/im0.png"), r"1 masks that are not an image: im0\.png \(0 bytes\)"),
         (truncate_mask, r"1 masks that are not an image: im0\.png"),
         (resize_mask, r"1 masks of another size than their image: im0\.png \(image 40x30, mask 41x30\)"),
         (number_classes, r"1 masks that are not black and white: im0\.png \(values up to 7"),
         (two_images, r"1 stems with several images or masks: im0\.jpg, im0\.png"),
     ],
-    ids=["no mask", "no image", "broken image", "text", "broken mask", "size", "classes", "several"],
+    ids=[
+        "no mask",
+        "no image",
+        "broken image",
+        "text",
+        "empty image",
+        "empty mask",
+        "broken mask",
+        "size",
+        "classes",
+        "several",
+    ],
 )
 def test_each_kind_of_problem_is_named(tmp_path: Path, harm, said: str) -> None:
     cod10k(tmp_path, count=3)
     harm(tmp_path)
     with pytest.raises(UserError, match=said) as caught:
         verified_pairs(list_pairs(tmp_path))
-    assert str(caught.value).startswith(f"1 problems in {tmp_path / 'Train'}; nothing was trained")
+    assert str(caught.value).startswith(f"1 problems in {tmp_path / 'Train'}; nothing was started")
 
 
 def test_many_problems_are_counted_and_the_first_few_listed(tmp_path: Path) -> None:
@@ -155,6 +247,32 @@ def test_many_problems_are_counted_and_the_first_few_listed(tmp_path: Path) -> N
     assert "im5.jpg" not in message
     assert "and 4 more" in message
     assert "1 masks that are not an image: im8.png" in message
+
+
+def test_one_broken_file_among_many_is_found(tmp_path: Path) -> None:
+    cod10k(tmp_path, count=300)
+    file = tmp_path / "Train/Image/im217.jpg"
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"1 images that cannot be read: im217\.jpg") as caught:
+        verified_pairs(list_pairs(tmp_path))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_what_is_no_problem_is_counted(tmp_path: Path) -> None:
+    cod10k(tmp_path, count=5)
+    for index in (1, 3):
+        Image.new("L", (40, 30)).save(tmp_path / f"Train/GT_Object/im{index}.png")
+    (tmp_path / "Train/Image/im4.jpg").write_bytes((tmp_path / "Train/Image/im2.jpg").read_bytes())
+    listing = list_pairs(tmp_path)
+    assert listing.notes() == []
+    ticks: list[int] = []
+    for _ in range(2):  # counted anew, not on top
+        assert len(verified_pairs(listing, advance=lambda: ticks.append(1))) == 5
+        assert listing.notes() == [
+            "2 all-black masks (IoU 1 for an empty prediction, else 0)",
+            "1 images are there under several names: im2.jpg = im4.jpg",
+        ]
+    assert len(ticks) == 10
 
 
 def test_mask_values(tmp_path: Path) -> None:
@@ -281,6 +399,150 @@ def test_seeds_depend_on_the_order_of_their_parts() -> None:
     assert 0 <= seed_of(0) < 2**63
 
 
+# --- files that go while a run is on, workers that die ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "validation"])
+def test_a_file_that_went_is_named_in_one_line(tmp_path: Path, workers: int, training: bool) -> None:
+    pairs = verified_pairs(list_pairs(cod10k(tmp_path)))
+    loader = (
+        training_loader(TrainingSet(pairs, 32), EpochSampler(6, seed=0), 4, workers)
+        if training
+        else validation_loader(ValidationSet(pairs, 32), 4, workers)
+    )
+    others = set(multiprocessing.active_children())
+    assert len(list(loader)) == len(loader) == 2
+    assert len(set(multiprocessing.active_children()) - others) == workers
+    pairs[3].image.unlink()
+    with pytest.raises(UserError) as caught:
+        list(loader)
+    assert str(caught.value) == (
+        f"{pairs[3].image} cannot be read (No such file or directory): was it moved or changed during the run?"
+    )
+    # Nobody is left who would hold up the end of the program.
+    assert not set(multiprocessing.active_children()) - others
+
+
+def test_a_pair_that_was_changed_is_named(tmp_path: Path) -> None:
+    (pair,) = list_pairs(cod10k(tmp_path, count=1)).pairs
+    Image.new("L", (41, 30)).save(pair.mask)
+    with pytest.raises(UserError, match=r"im0\.png is 41x30, its image is 40x30: was one of them changed"):
+        read_pair(pair)
+    pair.mask.write_text("text")
+    with pytest.raises(UserError, match=r"im0\.png cannot be read \(not an image\)") as caught:
+        read_pair(pair)
+    # It has to come out of a worker process, and be the same there.
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), str(again)) == (UserError, str(caught.value))
+
+
+class Deadly:
+    """Stands for a data set whose worker is killed, as the system does when memory runs out."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
+def test_a_worker_that_dies_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"a process that reads images died \(.*lower --num-workers"):
+        list(validation_loader(Deadly(), 2, workers=1))  # type: ignore[arg-type]
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    dataset = TrainingSet(list_pairs(cod10k(tmp_path)).pairs, size=32)
+    dataset.pairs.clear()
+    with pytest.raises(IndexError):
+        list(training_loader(dataset, EpochSampler(6, seed=0), 4, workers=0))
+
+
+def test_iterating_does_not_touch_the_global_generator(tmp_path: Path) -> None:
+    pairs = list_pairs(cod10k(tmp_path)).pairs
+    before = torch.get_rng_state()
+    list(validation_loader(ValidationSet(pairs, 32), 4, 0))
+    list(training_loader(TrainingSet(pairs, 32), EpochSampler(6, seed=0), 4, 0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [20, 21, 5])
+def test_the_shares_of_an_epoch_are_the_whole_epoch_once(count: int, world_size: int) -> None:
+    def epoch_of(rank: int, world_size: int) -> list[Draw]:
+        sampler = EpochSampler(count, 3, rank, world_size)
+        sampler.epoch = 4
+        assert len(sampler) == len(list(sampler))
+        return list(sampler)
+
+    alone = epoch_of(0, 1)
+    shares = [epoch_of(rank, world_size) for rank in range(world_size)]
+    assert sorted(draw.image for share in shares for draw in share) == list(range(count))
+    # The same order and the same augmentation as one process has, dealt like cards.
+    assert [shares[position % world_size][position // world_size] for position in range(count)] == alone
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_validation_images_are_shared_out_once(tmp_path: Path) -> None:
+    pairs = list_pairs(cod10k(tmp_path, count=5)).pairs
+    shares = [share_of(pairs, rank, 3) for rank in range(3)]
+    assert sorted(pair.stem for share in shares for pair in share) == [pair.stem for pair in pairs]
+    batches = [list(validation_loader(ValidationSet(share, 32), 8, 0)) for share in shares]
+    assert [sum(len(batch.masks) for batch in share) for share in batches] == [2, 2, 1]
+
+
+def test_a_process_without_a_share_has_an_empty_loader(tmp_path: Path) -> None:
+    pairs = list_pairs(cod10k(tmp_path, count=1)).pairs
+    assert list(validation_loader(ValidationSet(share_of(pairs, 1, 2), 32), 8, 0)) == []
+    assert list(training_loader(TrainingSet(pairs, 32), EpochSampler(1, 0, rank=1, world_size=2), 8, 0)) == []
+
+
+# --- waiting for data -------------------------------------------------------------------------------------------------
+
+
+def test_only_the_time_inside_the_loader_is_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastema.segmentation import waiting as module
+
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+
+    def slow():
+        for seconds in (3.0, 1.0):
+            now[0] += seconds
+            yield seconds
+        now[0] += 0.5  # the end is waited for as well
+
+    batches = Waiting(slow())
+    for _ in batches:
+        now[0] += 100.0
+    assert batches.seconds == 4.5
+
+
+def test_waiting_adds_up_over_passes_and_lets_errors_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastema.segmentation import waiting as module
+
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+
+    class Loader:
+        def __iter__(self):
+            now[0] += 1.0  # starting the workers
+            yield 1
+            now[0] += 2.0
+            raise UserError("a file went")
+
+    batches = Waiting(Loader())
+    for _ in range(2):
+        with pytest.raises(UserError, match="a file went"):
+            list(batches)
+    assert batches.seconds == 6.0
+
+
 # --- the generated data set -------------------------------------------------------------------------------------------
 
 
@@ -339,6 +601,24 @@ def test_the_generated_data_set_is_made_once(tmp_path: Path) -> None:
     assert ensure_dataset(tmp_path, seed=1, count=5, size=48) == folder
     assert {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in folder.rglob("*.*")} == before
     assert ensure_dataset(tmp_path, seed=2, count=5, size=48) != folder
+
+
+def test_the_generated_data_set_has_a_test_part_of_its_own(tmp_path: Path) -> None:
+    folder = ensure_dataset(tmp_path, seed=1, count=8, size=48)
+    training, test = (verified_pairs(list_pairs(folder, split)) for split in ("Train", "Test"))
+    assert (len(training), len(test)) == (8, 2)
+    assert not {pair.image.read_bytes() for pair in training} & {pair.image.read_bytes() for pair in test}
+    assert not {pair.stem for pair in training} & {pair.stem for pair in test}
+
+
+def test_two_processes_may_generate_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def beaten(self: Path, target: Path) -> None:
+        (target / "Train").mkdir(parents=True)
+        raise OSError("the folder is not empty")
+
+    monkeypatch.setattr(Path, "rename", beaten)
+    folder = ensure_dataset(tmp_path, seed=1, count=2, size=48)
+    assert [file.name for file in tmp_path.iterdir()] == [folder.name]
 
 
 def test_an_interrupted_generation_leaves_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from fastema.segmentation.history import EpochRecord, write_csv
 from fastema.segmentation.pictures import Example, write_predictions
 from fastema.segmentation.progress import progress
 from fastema.segmentation.report import print_report
+from fastema.segmentation.usage import idle_experts, usage_line
 
 BASE = [0.5, 0.6, 0.7, 0.8]
 
@@ -40,6 +42,11 @@ def compared(ema: list[float], **changes: float) -> Comparison:
 def test_the_line_of_an_epoch() -> None:
     assert record(3, 0.8704, 0.8731).line() == (
         "Epoch 3: Loss: 0.4938 | IoU: 0.8704 (base) | EMA IoU: 0.8731 | LR: 0.000200"
+    )
+    several = replace(record(3, 0.8704, 0.8731), other_ema_ious={"0.999": 0.8725, "0.9999": 0.71})
+    assert several.line("0.99") == (
+        "Epoch 3: Loss: 0.4938 | IoU: 0.8704 (base) | EMA IoU: 0.8731 (0.99), 0.8725 (0.999), 0.7100 (0.9999) | "
+        "LR: 0.000200"
     )
     assert record(87, 0.635, None).line() == "Epoch 87: Loss: 0.4938 | IoU: 0.6350 | LR: 0.000200"
 
@@ -104,6 +111,31 @@ def test_the_table(tmp_path: Path) -> None:
         "Run:    the EMA was ahead in 1 of 3 epochs, at most by 0.0600 (epoch 3), behind at most by 0.1000 (epoch 1)"
     ) in " ".join(text.split("\n"))
     assert "last.pth in " in text
+
+
+def test_the_table_of_several_averages(tmp_path: Path) -> None:
+    """One of them started late."""
+    console = Console(file=io.StringIO(), width=100)
+    history = [
+        replace(record(1, 0.5, 0.4), data_wait=0.5),
+        replace(record(2, 0.7, 0.65), other_ema_ious={"0.999": 0.71}),
+        replace(record(3, 0.6, 0.66), other_ema_ious={"0.999": 0.70}),
+    ]
+    print_report(console, history, compared(BASE), Costs(), [tmp_path / "last.pth"], ["0.99", "0.999"])
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if "│" in line]
+    assert rows[1:] == [["EMA 0.99", "0.6600", "3", "0.6600"], ["EMA 0.999", "0.7100", "2", "0.7000"]]
+    assert "Better: base or EMA 0.99? neither" in text
+    assert "Data:   16.7% of the training time went by waiting for images" in text
+
+
+def test_the_experts_in_a_line_and_those_that_idle() -> None:
+    usage = [[0.5, 1.0, 0.0, 0.5], [0.9, 1.0, 0.005, 0.095]]
+    names = ["texture", "edge", "contrast", "frequency"]
+    assert usage_line(names, usage) == (
+        "  Experts, share of images (mean of 2 levels): edge 100%, texture 70%, frequency 30%, contrast 0%"
+    )
+    assert idle_experts(names, usage) == ["contrast"], "one that a single level uses is not idle"
 
 
 def test_the_table_without_an_ema(tmp_path: Path) -> None:

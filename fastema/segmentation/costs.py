@@ -1,4 +1,4 @@
-"""What the EMA costs on this machine, measured in the run itself."""
+"""What the EMA costs on this machine, measured in the run itself; and what the run waited for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from fastema import FastEMA
 
@@ -17,16 +19,23 @@ _SWAPS = 50
 
 @dataclass
 class Costs:
-    """Wall-clock seconds; an entry for each optimizer step, and each swap in and out."""
+    """Wall-clock seconds; an entry for each optimizer step, each update, and each swap in and out.
+
+    Attributes:
+        device: waited for before and after what is timed, since a GPU only begins what it is told.
+    """
 
     step: list[float] = field(default_factory=list)
     update: list[float] = field(default_factory=list)
     swap: list[float] = field(default_factory=list)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @contextmanager
     def timed(self, kind: list[float]) -> Iterator[None]:
+        self._synchronize()
         start = time.perf_counter()
         yield
+        self._synchronize()
         kind.append(time.perf_counter() - start)
 
     def measure_swaps(self, ema: FastEMA) -> None:
@@ -44,6 +53,10 @@ class Costs:
             f"ema.update() {_short(update)}, {update / step:.2%} of a training step of {_short(step)}; "
             f"swap in and back {_short(swap)} (medians of this run)"
         )
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def _short(seconds: float) -> str:

@@ -7,7 +7,14 @@ import importlib.util
 from fastema.segmentation.errors import UserError
 
 # Module → what it is called on the package index.
-_NEEDED = {"numpy": "numpy", "PIL": "pillow", "timm": "timm", "rich": "rich", "matplotlib": "matplotlib"}
+_NEEDED = {
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "PIL": "pillow",
+    "timm": "timm",
+    "rich": "rich",
+    "matplotlib": "matplotlib",
+}
 
 
 def missing_packages() -> list[str]:

@@ -1,31 +1,81 @@
-"""The learning rate as a function of the optimizer step: nothing to save, nothing to restore on resume."""
+"""The learning rate as a function of the optimizer step: nothing to save, nothing to restore on resume.
+
+Every stage has a schedule of its own over its own steps. A parameter group trains at a fixed share of it, floor
+included, so the backbone is at a tenth of the decoder's rate in every single step, the last one too.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+# SGDR: each cycle is this many times as long as the one before, and the stage is divided into so many.
+CYCLE_GROWTH = 2
+CYCLES = 3
+# Smith's one-cycle policy, with the numbers of torch's OneCycleLR.
+ONECYCLE_RISE = 0.3
+ONECYCLE_START = 25.0
+
 
 @dataclass(frozen=True)
-class CosineSchedule:
-    """Linear warm-up to `highest`, then half a cosine down to `lowest`, which the last step has.
+class Schedule:
+    """Linear warm-up to `highest`, then one of four ways on; the warm-up is the first stage's only.
+
+    - cosine: half a cosine down to `lowest`, which the last step has (Loshchilov and Hutter, 2017, without restarts).
+    - cosine_restart: SGDR, the same paper's warm restarts: three cycles, each twice as long as the one before.
+    - onecycle: Smith, 2018: up for 30 % of the steps, then down to `lowest`; it needs no warm-up.
+    - none: `highest` throughout.
 
     Attributes:
-        highest: the rate at the end of the warm-up.
-        lowest: the rate of the last step.
+        kind: one of the four.
+        highest: the peak.
+        lowest: the floor, which "none" does not use.
         warmup_steps: optimizer steps until `highest`.
-        total_steps: optimizer steps of the whole run.
+        total_steps: optimizer steps of the stage.
     """
 
+    kind: str
     highest: float
     lowest: float
     warmup_steps: int
     total_steps: int
 
     def at(self, step: int) -> float:
-        """The rate of optimizer step `step`, from 1."""
+        """The rate of the stage's optimizer step `step`, from 1."""
         if step <= self.warmup_steps:
             return self.highest * step / self.warmup_steps
-        span = max(1, self.total_steps - self.warmup_steps - 1)
-        progress = min(1.0, (step - self.warmup_steps - 1) / span)
-        return self.lowest + (self.highest - self.lowest) * (1 + math.cos(math.pi * progress)) / 2
+        done = step - self.warmup_steps - 1  # steps since the warm-up
+        steps = max(1, self.total_steps - self.warmup_steps)
+        if self.kind == "none":
+            return self.highest
+        if self.kind == "cosine":
+            return _cosine(self.highest, self.lowest, done / max(1, steps - 1))
+        if self.kind == "cosine_restart":
+            return _cosine(self.highest, self.lowest, _share_of_cycle(done, first_cycle(steps)))
+        if self.kind == "onecycle":
+            return self._onecycle(done, steps)
+        raise ValueError(f"unknown schedule {self.kind!r}")
+
+    def _onecycle(self, done: int, steps: int) -> float:
+        start = max(self.highest / ONECYCLE_START, self.lowest)
+        top = ONECYCLE_RISE * steps - 1
+        if done <= top:
+            return _cosine(start, self.highest, done / max(top, 1.0))
+        top = max(top, 0.0)
+        return _cosine(self.highest, self.lowest, (done - top) / max(steps - 1 - top, 1.0))
+
+
+def first_cycle(steps: int) -> int:
+    """The length of the first cycle, such that the last one ends with the stage."""
+    return max(1, math.ceil(steps / sum(CYCLE_GROWTH**cycle for cycle in range(CYCLES))))
+
+
+def _share_of_cycle(done: int, length: int) -> float:
+    while done >= length:
+        done -= length
+        length *= CYCLE_GROWTH
+    return done / length
+
+
+def _cosine(begin: float, end: float, progress: float) -> float:
+    return end + (begin - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

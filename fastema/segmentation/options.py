@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,56 +14,161 @@ from fastema.segmentation.errors import UserError
 # The coarsest level of the usual pyramids has a 32nd of the size: below this it would be a single pixel.
 SMALLEST_IMAGE = 64
 
+SCHEDULERS = ("cosine", "cosine_restart", "onecycle", "none")
+PRECISIONS = ("none", "bf16", "fp16")
+EMA_STARTS = ("now", "auto")
+
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The options of `fastema train`; the defaults are the command's."""
+    """The options of `fastema train`; the defaults are the command's. None: as the option that it falls back to."""
 
     dataset_path: str
     checkpoint_dir: Path
-    backbone: str = "tf_efficientnet_lite0"
-    pretrained: bool = True
-    img_size: int = 384
-    batch_size: int = 8
-    epochs: int = 30
-    lr: float = 1e-3
-    min_lr: float = 1e-5
-    weight_decay: float = 1e-4
-    warmup_epochs: int = 0
-    accumulation_steps: int = 1
-    clip_grad: float = 1.0
-    use_ema: bool = False
-    ema_decay: float = 0.999
-    ema_decay_type: str = "threshold"
-    ema_start: str = "now"
+    # data
+    cam_only: bool = True
     val_fraction: float = 0.1
     num_workers: int = 0
-    seed: int = 0
+    # model
+    backbone: str = "edgenext_base"
+    pretrained: bool = True
+    num_experts: int = 7
+    top_k: int = 2
+    img_size: int = 384
     device: str = "auto"
+    amp: str = "none"
+    fsdp: bool = False
+    # stages
+    epochs: int = 30
+    stage1_epochs: int = 0
+    skip_stage1: bool = False
+    progressive_unfreeze: bool = False
+    batch_size: int = 8
+    stage2_batch_size: int | None = None
+    accumulation_steps: int = 1
+    # optimisation
+    lr: float = 1e-3
+    stage2_lr: float | None = None
+    scheduler: str = "cosine"
+    min_lr: float = 1e-5
+    warmup_epochs: int = 0
+    weight_decay: float = 1e-4
+    clip_grad: float = 1.0
+    seed: int = 0
+    # exponential moving average
+    use_ema: bool = False
+    ema_decay: float = 0.999
+    ema_decays: tuple[float, ...] = ()
+    ema_decay_type: str = "threshold"
+    ema_decay_args: Mapping[str, float] | None = None
+    ema_start: str = "now"
+    ema_start_epoch: int = 1
+    # checkpoints
     resume_from: Path | None = None
+    save_every: int = 0
+
+    @property
+    def first_stage_epochs(self) -> int:
+        """How many epochs the backbone is frozen for."""
+        return 0 if self.skip_stage1 else self.stage1_epochs
+
+    @property
+    def second_lr(self) -> float:
+        """The highest learning rate of stage 2."""
+        return self.lr if self.stage2_lr is None else self.stage2_lr
+
+    @property
+    def second_batch_size(self) -> int:
+        """Images a batch in stage 2."""
+        return self.batch_size if self.stage2_batch_size is None else self.stage2_batch_size
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """Every average's decay, the main one first."""
+        return self.ema_decays or (self.ema_decay,)
 
     def check(self) -> None:
-        """Raises `UserError` for a value that cannot be meant."""
-        for name, least in (("batch_size", 1), ("epochs", 1), ("accumulation_steps", 1)):
+        """Raises `UserError` for a value that cannot be meant, or two that do not go together."""
+        for name, least in (("batch_size", 1), ("epochs", 1), ("accumulation_steps", 1), ("ema_start_epoch", 1)):
             _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-        for name in ("warmup_epochs", "num_workers", "seed"):
+        for name in ("warmup_epochs", "stage1_epochs", "num_workers", "seed", "save_every", "num_experts"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.second_batch_size >= 1, "stage2_batch_size", self.stage2_batch_size, "at least 1")
         _require(self.img_size >= SMALLEST_IMAGE, "img_size", self.img_size, f"at least {SMALLEST_IMAGE}")
-        _require(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "a number above 0")
-        _require(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"between 0 and --lr ({self.lr:g})")
-        for name in ("weight_decay", "clip_grad"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, name, value, "a number, 0 or more")
-        _require(self.warmup_epochs < self.epochs, "warmup_epochs", self.warmup_epochs, f"below --epochs {self.epochs}")
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
-        _require(self.ema_start in ("now", "auto"), "ema_start", self.ema_start, "now or auto")
-        _require(0 <= self.ema_decay <= 1, "ema_decay", self.ema_decay, "in [0, 1]")
+        for name, known in (("scheduler", SCHEDULERS), ("amp", PRECISIONS), ("ema_start", EMA_STARTS)):
+            _require(getattr(self, name) in known, name, getattr(self, name), _any_of(known))
+        if self.num_experts:
+            _require(1 <= self.top_k <= self.num_experts, "top_k", self.top_k, f"from 1 to {self.num_experts} experts")
+        self._check_rates()
+        self._check_epochs()
+        self._check_averages()
 
     def plain(self) -> dict[str, Any]:
         """The options as plain values, for a checkpoint."""
-        return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(self).items()}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: _plain(value) for name, value in values.items()}
+
+    def _check_rates(self) -> None:
+        for name in ("lr", "stage2_lr"):
+            rate = getattr(self, name)
+            _require(rate is None or (math.isfinite(rate) and rate > 0), name, rate, "a number above 0")
+        lower, flag = self.lr, "--lr"
+        if self.second_lr < self.lr:
+            lower, flag = self.second_lr, "--stage2-lr"
+        _require(0 <= self.min_lr <= lower, "min_lr", self.min_lr, f"between 0 and {flag} ({lower:g})")
+        for name in ("weight_decay", "clip_grad"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, name, value, "a number, 0 or more")
+
+    def _check_epochs(self) -> None:
+        first = self.first_stage_epochs
+        _require(first <= self.epochs, "stage1_epochs", first, f"at most --epochs {self.epochs}, the total")
+        limit = f"--stage1-epochs {first}" if first else f"--epochs {self.epochs}"
+        _require(self.warmup_epochs < (first or self.epochs), "warmup_epochs", self.warmup_epochs, f"below {limit}")
+        if self.scheduler == "onecycle" and self.warmup_epochs:
+            raise UserError("--scheduler onecycle has a warm-up of its own: leave out --warmup-epochs")
+        if self.progressive_unfreeze and first == self.epochs:
+            raise UserError(
+                f"--progressive-unfreeze opens the backbone during stage 2, but all {self.epochs} epochs are stage 1: "
+                "give more --epochs or fewer --stage1-epochs"
+            )
+
+    def _check_averages(self) -> None:
+        for decay in self.ema_decays:
+            _require(0 <= decay <= 1, "ema_decays", decay, "in [0, 1] each")
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise UserError(f"--ema-decays must differ from each other, got {_joined(self.ema_decays)}")
+        _require(0 <= self.ema_decay <= 1, "ema_decay", self.ema_decay, "in [0, 1]")
+        if not self.use_ema:
+            return
+        within = f"at most --epochs {self.epochs}"
+        _require(self.ema_start_epoch <= self.epochs, "ema_start_epoch", self.ema_start_epoch, within)
+        if self.ema_start == "auto" and self.ema_start_epoch > 1:
+            raise UserError("--ema-start auto and --ema-start-epoch both say when the EMA starts: give one of them")
+
+
+def option_flag(name: str) -> str:
+    """A field's flag."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise UserError(f"--{name.replace('_', '-')} must be {expected}, got {value}")
+        raise UserError(f"{option_flag(name)} must be {expected}, got {value}")
+
+
+def _any_of(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _joined(decays: tuple[float, ...]) -> str:
+    return ",".join(f"{decay:g}" for decay in decays)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -39,7 +39,7 @@ def write_predictions(path: Path, examples: Sequence[Example]) -> None:
     for row, axes in zip(examples, figure.subplots(len(examples), columns, squeeze=False), strict=True):
         height, width = row.truth.shape
         axes[0].imshow(row.image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
-        axes[0].set_title(row.name, fontsize=7)
+        axes[0].set_title(row.name if len(row.name) <= 40 else f"…{row.name[-39:]}", fontsize=7)
         axes[1].imshow(row.truth.numpy(), cmap="gray", vmin=0, vmax=1)
         axes[1].set_title("truth", fontsize=9)
         for axis, (name, prediction) in zip(axes[2:], row.predictions.items(), strict=True):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
 
+from fastema.segmentation.averages import average_ious
 from fastema.segmentation.comparison import Comparison
 from fastema.segmentation.costs import Costs
 from fastema.segmentation.history import EpochRecord
@@ -19,6 +21,7 @@ def print_report(
     comparison: Comparison | None,
     costs: Costs,
     files: Sequence[Path],
+    averages: Sequence[str] = ("EMA",),
 ) -> None:
     """Prints base and EMA side by side, what the EMA cost, and which files there are now.
 
@@ -28,21 +31,27 @@ def print_report(
         comparison: base against EMA after the last epoch; None without an EMA.
         costs: what was measured in this process.
         files: what the run wrote.
+        averages: their names, the main one first.
     """
     table = Table(title=f"Validation IoU, {len(history)} epochs", title_justify="left")
     for heading in ("weights", "best", "in epoch", "last"):
         table.add_column(heading, justify="left" if heading == "weights" else "right")
     best = max(history, key=lambda record: record.iou)
     table.add_row("base", f"{best.iou:.4f}", str(best.epoch), f"{history[-1].iou:.4f}")
-    averaged = [(record.ema_iou, record.epoch) for record in history if record.ema_iou is not None]
-    if averaged and history[-1].ema_iou is not None:
-        best_iou, best_epoch = max(averaged, key=lambda pair: pair[0])
-        table.add_row("EMA", f"{best_iou:.4f}", str(best_epoch), f"{history[-1].ema_iou:.4f}")
+    for i, name in enumerate(averages):
+        scores = [(average_ious(record)[i], record.epoch) for record in history if len(average_ious(record)) > i]
+        if scores:
+            best_iou, best_epoch = max(scores, key=lambda pair: pair[0])
+            label = f"EMA {name}" if len(averages) > 1 else "EMA"
+            table.add_row(label, f"{best_iou:.4f}", str(best_epoch), f"{scores[-1][0]:.4f}")
     console.print(table)
     if comparison is not None:
-        _say(console, f"Better: {comparison.verdict()}")
+        main = f"base or EMA {averages[0]}? " if len(averages) > 1 else ""
+        _say(console, f"Better: {main}{comparison.verdict()}")
         _say(console, f"Run:    {_over_the_run(history)}")
         _say(console, f"Cost:   {costs.sentence()}")
+    wait = fmean(record.data_wait for record in history)
+    _say(console, f"Data:   {wait:.1%} of the training time went by waiting for images")
     _say(console, f"Files:  {', '.join(file.name for file in files)} in {files[0].parent}")
 
 

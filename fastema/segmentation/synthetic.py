@@ -9,40 +9,63 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 # Raise it whenever the images change: the cache is keyed with it.
-_VERSION = 1
+_VERSION = 2
 
 IMAGE_COUNT = 480
 IMAGE_SIZE = 128
 
+# Of a set, Test has a quarter as many images as Train, drawn from other seeds.
+_TEST_SHARE = 4
+
 
 def ensure_dataset(parent: Path, seed: int, count: int = IMAGE_COUNT, size: int = IMAGE_SIZE) -> Path:
-    """Returns the folder of the generated data set in `parent`, in COD10K layout; generates it if it is not there.
+    """Returns the folder of the generated data set in `parent`; generates it if it is not there.
 
-    It appears under its name only when it is whole, so an interrupted run leaves nothing that looks like a data set.
+    It has COD10K's layout, Train and Test, so it is a data set like any other: `fastema evaluate CHECKPOINT
+    --dataset-path FOLDER` reads its Test part. It appears under its name only when it is whole, so an interrupted run
+    leaves nothing that looks like a data set.
+
+    Args:
+        parent: `synthetic-…/` is made here.
+        seed: of all images.
+        count: training images.
+        size: of an image, in pixels.
     """
     folder = parent / f"synthetic-v{_VERSION}-{count}x{size}-seed{seed}"
     if folder.is_dir():
         return folder
     partial = parent / f".{folder.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    images, masks = partial / "Train" / "Image", partial / "Train" / "GT_Object"
     try:
-        images.mkdir(parents=True)
-        masks.mkdir()
-        for index in range(count):
-            image, mask = camouflaged_pair(np.random.default_rng([seed, index]), size)
-            Image.fromarray(image).save(images / f"synthetic-{index:04d}.jpg", quality=95, subsampling=0)
-            Image.fromarray(mask * np.uint8(255)).save(masks / f"synthetic-{index:04d}.png")
-        partial.rename(folder)
+        _write_split(partial / "Train", "synthetic", [[seed, index] for index in range(count)], size)
+        tests = max(1, count // _TEST_SHARE)
+        _write_split(partial / "Test", "synthetic-test", [[seed, index, 1] for index in range(tests)], size)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Another process of the same run was quicker: the images are the same.
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _write_split(folder: Path, name: str, seeds: Sequence[Sequence[int]], size: int) -> None:
+    images, masks = folder / "Image", folder / "GT_Object"
+    images.mkdir(parents=True)
+    masks.mkdir()
+    for index, seed in enumerate(seeds):
+        image, mask = camouflaged_pair(np.random.default_rng(seed), size)
+        Image.fromarray(image).save(images / f"{name}-{index:04d}.jpg", quality=95, subsampling=0)
+        Image.fromarray(mask * np.uint8(255)).save(masks / f"{name}-{index:04d}.png")
 
 
 def camouflaged_pair(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,52 +1,70 @@
-"""The training loop: one stage, base and EMA validated after every epoch, in one process and with one model.
+"""A run: epochs in two stages, base and averages validated after every one, with one model in each process.
 
-Everything that an epoch depends on is a function of seed and epoch (order, augmentation, dropout) or of the number of
-optimizer steps (learning rate). So a run that is resumed from a checkpoint goes on as if it had not been interrupted.
+Everything that an epoch depends on is a function of seed and epoch (order, augmentation, dropout, what is frozen) or
+of the number of optimizer steps (learning rate). So a run that is resumed from a checkpoint goes on as if it had not
+been interrupted.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from fastema import FastEMA
 from fastema.advisor import should_start
-from fastema.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from fastema.segmentation.advice import latest_finding, outlook
-from fastema.segmentation.backbones import check_input_size, create_backbone
+from fastema.checkpoint import CheckpointError, load_weights
+from fastema.segmentation.advice import outlook
+from fastema.segmentation.announcements import Announcements
+from fastema.segmentation.averages import Averages, evaluate_each
+from fastema.segmentation.backbones import check_input_size
+from fastema.segmentation.checkpointing import BEST, BEST_EMA, LAST, changes, read_resumable, restore_rng, write_epoch
 from fastema.segmentation.comparison import Comparison
 from fastema.segmentation.costs import Costs
+from fastema.segmentation.curves import write_curves
 from fastema.segmentation.datasets import (
     EpochSampler,
     TrainingSet,
     Validation,
     ValidationSet,
     seed_of,
+    share_of,
     training_loader,
     validation_loader,
 )
+from fastema.segmentation.epoch import EpochResult, train_epoch
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.evaluation import evaluate, predict
-from fastema.segmentation.history import EpochRecord, write_csv
+from fastema.segmentation.history import EpochRecord, append_csv
+from fastema.segmentation.interruption import uninterrupted
 from fastema.segmentation.layout import Pair
-from fastema.segmentation.learning_rate import CosineSchedule
-from fastema.segmentation.losses import structure_loss
-from fastema.segmentation.model import SegmentationNet
+from fastema.segmentation.memory import shortage_explained
+from fastema.segmentation.model import Architecture, SegmentationNet, create_net
+from fastema.segmentation.objective import MakeObjective, supervised
+from fastema.segmentation.optimisation import NotFiniteError, Optimisation
 from fastema.segmentation.options import TrainOptions
 from fastema.segmentation.pictures import Example, write_predictions
+from fastema.segmentation.precision import Precision
+from fastema.segmentation.processes import Processes
 from fastema.segmentation.progress import progress
 from fastema.segmentation.report import print_report
+from fastema.segmentation.run_folder import TENSORBOARD, is_inside, require_space
+from fastema.segmentation.spread import Spread
+from fastema.segmentation.stages import Stage, freeze, open_levels, stages_of
+from fastema.segmentation.tensorboard_log import TensorBoardLog
 
 _EXAMPLES = 4
+
+T = TypeVar("T")
+
+#: IoU per image of the trained weights, and of each average.
+Ious = tuple[list[float], list[list[float]]]
 
 
 class Trainer:
@@ -57,279 +75,338 @@ class Trainer:
         training: what to train on.
         validation: what to validate on, after every epoch.
         console: where progress and results go.
+        make_objective: what to train towards; the loss against the masks unless given.
+        processes: those of the run, each with a trainer of its own; only this one unless given.
 
     Raises:
-        UserError: the backbone, the device or the checkpoint to resume from cannot be used.
+        UserError: the backbone, the device, the precision or the checkpoint to resume from cannot be used.
         CheckpointError: the checkpoint to resume from is not readable, or of another model.
     """
 
     def __init__(
-        self, options: TrainOptions, training: Sequence[Pair], validation: Sequence[Pair], console: Console
+        self,
+        options: TrainOptions,
+        training: Sequence[Pair],
+        validation: Sequence[Pair],
+        console: Console,
+        make_objective: MakeObjective = supervised,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
+        self.processes.check(options, len(training))
         self.options = options
         self.console = console
-        self.costs = Costs()
         self.history: list[EpochRecord] = []
-        self._last_finding: str | None = None
-        self.device = _device(options.device)
+        self.averages: Averages | None = None
+        self.device = self.processes.device(options.device)
+        self.costs = Costs(device=self.device)
+        self.stages = stages_of(options, len(training))
+        self._precision = Precision(options.amp, self.device)
+        self._tell = Announcements(console, options)
+        self._saved: int | None = None  # the epoch of `last.pth`, if this process wrote it
+
+        rank, world_size = self.processes.rank, self.processes.world_size
+        self._sampler = EpochSampler(len(training), options.seed, rank, world_size)
+        self._training_set = TrainingSet(training, options.img_size)
+        self._training: tuple[Stage, Any] | None = None
         self._validation_pairs = validation
+        validation_set = ValidationSet(share_of(validation, rank, world_size), options.img_size)
+        self._validation = validation_loader(validation_set, options.batch_size // world_size, options.num_workers)
 
-        self._sampler = EpochSampler(len(training), options.seed)
-        training_set = TrainingSet(training, options.img_size)
-        validation_set = ValidationSet(validation, options.img_size)
-        self._training = training_loader(training_set, self._sampler, options.batch_size, options.num_workers)
-        self._validation = validation_loader(validation_set, options.batch_size, options.num_workers)
-        self._group_size = options.batch_size * options.accumulation_steps  # images an optimizer step
-        self.steps_per_epoch = math.ceil(len(training) / self._group_size)
-        self._schedule = CosineSchedule(
-            options.lr,
-            options.min_lr,
-            options.warmup_epochs * self.steps_per_epoch,
-            options.epochs * self.steps_per_epoch,
-        )
-
-        resumed = None if options.resume_from is None else _resumable(options.resume_from, options)
+        resumed = None if options.resume_from is None else read_resumable(options.resume_from, options)
         torch.default_generator.manual_seed(seed_of(options.seed))
-        self.net = self._build_net(pretrained=options.pretrained and resumed is None)
-        self.optimizer = torch.optim.AdamW(_parameter_groups(self.net, options.weight_decay), lr=options.lr)
+        self.net = self._build_net(resumed)
+        self._levels = self.net.backbone_stages()
+        self._spread = Spread(self.net, self.processes, self.device, options.fsdp)
+        self.optimisation = Optimisation(self.net, options.weight_decay, options.clip_grad, self._precision)
         if resumed is not None:
-            self._resume_training(resumed)
+            self._resume(resumed)
         # Bests count from here when the run goes on in another folder: that folder needs best files of its own.
-        self._bests_after = 0 if _is_inside(options.resume_from, options.checkpoint_dir) else self.epoch
-        # Only now: built before the checkpoint is loaded, the EMA would average from the initial weights.
-        self.ema: FastEMA | None = None
-        if options.use_ema and (options.ema_start == "now" or (resumed is not None and "ema" in resumed)):
-            self.ema = self._build_ema(resumed)
-        elif options.use_ema:
-            self._say("EMA: waits until the base IoU says that it pays (--ema-start auto)")
-            self._start_ema_when_it_pays()
-        if resumed is not None and "ema" in resumed and self.ema is None:
-            self._say(f"The EMA in {options.resume_from} is left behind: --use-ema is not given")
+        goes_on_here = options.resume_from is None or is_inside(options.resume_from, options.checkpoint_dir)
+        self._bests_after = 0 if goes_on_here else self.epoch
+        # Only now: built before the checkpoint is loaded, the averages would start from the initial weights.
+        self._resume_averages(resumed or {})
+        self._start_averages_when_due(options.resume_from)
+        self._objective = make_objective(self._spread.forward, self._precision)
+        if self.processes.is_first:
+            self._require_space()
 
     @property
     def epoch(self) -> int:
         """How many epochs are done."""
         return self.history[-1].epoch if self.history else 0
 
+    @property
+    def ema(self) -> FastEMA | None:
+        """The averages, once they have started."""
+        return None if self.averages is None else self.averages.ema
+
     def fit(self) -> None:
-        """Trains to the last epoch; writes checkpoints, history, report and picture.
+        """Trains to the last epoch; writes checkpoints, history, report and pictures.
 
         Raises:
-            UserError: the loss is not finite any more; names the last good checkpoint.
+            UserError: the loss is not finite any more, or memory ran out; says what to do.
+            CheckpointError: a checkpoint cannot be written; names the last good one.
         """
-        ious: tuple[list[float], list[float] | None] = ([], None)
-        for epoch in range(self.epoch + 1, self.options.epochs + 1):
-            started = time.perf_counter()
-            loss = self._train_epoch(epoch)
-            ious = self._validate()
-            self._record(epoch, loss, ious, time.perf_counter() - started)
-            self.console.print(self.history[-1].line(), highlight=False, markup=False, soft_wrap=True)
-            self._say_what_changed()
-            self._start_ema_when_it_pays()
-            self._save()
-        self._report(*ious)
+        log = TensorBoardLog(self._file(TENSORBOARD), self.epoch + 1, writes=self.processes.is_first)
+        try:
+            self._tell.say(log.note)
+            ious: Ious = ([], [])
+            for epoch in range(self.epoch + 1, self.options.epochs + 1):
+                started = time.perf_counter()
+                stage = self.stages.at(epoch).number
+                with shortage_explained(self.options, stage, self.device, f"in epoch {epoch}; {self._last_good()}"):
+                    result = self._train_epoch(epoch)
+                    ious = self._validate()
+                self._record(epoch, result, ious, time.perf_counter() - started)
+                self._tell.epoch(self.history, self.averages, self.stages.at(epoch).steps_per_epoch)
+                with uninterrupted():
+                    self._save()
+                log.record(self.history[-1])
+                self._start_averages_when_due()
+            self._finish(*ious)
+        finally:
+            log.close()
 
     # --- building ----------------------------------------------------------------------------------------------------
 
-    def _build_net(self, pretrained: bool) -> SegmentationNet:
-        backbone = create_backbone(self.options.backbone, pretrained)
-        net = SegmentationNet(backbone.module, backbone.channels, backbone.mean, backbone.std)
-        check_input_size(net, self.options.backbone, self.options.img_size)
+    def _build_net(self, resumed: dict[str, Any] | None) -> SegmentationNet:
+        options = self.options
+        architecture = Architecture(options.backbone, options.num_experts, options.top_k)
+        net, weights = create_net(architecture, options.pretrained and resumed is None)
+        check_input_size(net, options.backbone, options.img_size)
         parameters = sum(parameter.numel() for parameter in net.parameters())
-        source = backbone.weights if self.options.resume_from is None else f"{self.options.resume_from}"
-        self._say(f"Model: {self.options.backbone}, {parameters / 1e6:.1f} M parameters; weights: {source}")
+        source = weights if options.resume_from is None else f"{options.resume_from}"
+        experts = f"{options.num_experts} experts a level, {options.top_k} an image" if options.num_experts else ""
+        self._tell.say(
+            f"Model: {', '.join(filter(None, (options.backbone, experts)))}; {parameters / 1e6:.1f} M parameters"
+        )
+        how = (
+            f"on {self.device}",
+            options.amp if options.amp != "none" else "",
+            self.processes.described(options.fsdp),
+        )
+        self._tell.say(f"       weights: {source}; {', '.join(filter(None, how))}")
+        if resumed is not None:
+            load_weights(net, resumed, prefer="net")  # here, where they are whole
         return net.to(self.device)
 
-    def _build_ema(self, resumed: dict[str, Any] | None) -> FastEMA:
-        options = self.options
-        try:
-            ema = FastEMA(
-                self.net,
-                options.ema_decay,
-                decay_type=options.ema_decay_type,
-                total_steps=options.epochs * self.steps_per_epoch,
-            )
-            if resumed is not None and "ema" in resumed:
-                ema.load_state_dict(resumed["ema"])
-        except ValueError as error:
-            raise UserError(f"the EMA cannot be set up: {error}") from error
-        if resumed is not None and "ema" not in resumed:
-            self._say(f"{options.resume_from} has no EMA: it starts here, from the weights of epoch {self.epoch}")
-        self._say(f"EMA: decay {options.ema_decay:g}, {options.ema_decay_type}, backend {ema.backend_name}")
-        total_steps = options.epochs * self.steps_per_epoch
-        self._say(f"EMA: {outlook(options.ema_decay, options.ema_decay_type, self.steps_per_epoch, total_steps)}")
-        return ema
-
-    def _resume_training(self, checkpoint: dict[str, Any]) -> None:
+    def _resume(self, checkpoint: dict[str, Any]) -> None:
         origin = self.options.resume_from
-        load_weights(self.net, checkpoint, prefer="net")
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.optimisation.load(checkpoint, origin)
+        self._spread.take_shards(self.optimisation.optimizer)
         self.history = [EpochRecord(**record) for record in checkpoint["history"]]
-        changed = [
-            f"--{name.replace('_', '-')} {checkpoint['options'].get(name)} → {value}"
-            for name, value in self.options.plain().items()
-            if name not in ("resume_from", "checkpoint_dir") and checkpoint["options"].get(name) != value
-        ]
-        self._say(f"Resuming from {origin} after epoch {self.epoch}" + (f"; {', '.join(changed)}" if changed else ""))
-        if self.epoch >= self.options.epochs:
-            raise UserError(
-                f"{origin} has done its {self.epoch} epochs: --epochs is the total, so give more than {self.epoch}"
-            )
-
-    def _start_ema_when_it_pays(self) -> None:
-        """With --ema-start auto, and as long as there is no average: asks the advisor."""
-        if self.ema is not None or not self.options.use_ema or not self.history:
-            return
-        advice = should_start([record.iou for record in self.history])
-        if advice.action == "start" and self.epoch < self.options.epochs:
-            self._say(f"EMA: starts after epoch {self.epoch}, {advice.pattern}: {advice.reason}")
-            self.ema = self._build_ema(None)
-        elif advice.action != "start" and advice.pattern != self._last_finding:
-            self._last_finding = advice.pattern
-            self._say(f"EMA: not started, {advice.pattern}: {advice.reason}")
-
-    def _say_what_changed(self) -> None:
-        """One line when the advisor sees something else than after the epoch before."""
-        if self.ema is None:
-            return
-        finding = latest_finding(
-            [record.iou for record in self.history],
-            [record.ema_iou for record in self.history],
-            self.options.ema_decay,
-            self.options.ema_decay_type,
-            self.steps_per_epoch,
-            self.options.epochs * self.steps_per_epoch,
+        if "rng" in checkpoint:
+            restore_rng(checkpoint["rng"])
+        changed = changes(checkpoint, self.options)
+        self._tell.say(
+            f"Resuming from {origin} after epoch {self.epoch}" + (f"; {', '.join(changed)}" if changed else "")
         )
-        if finding is not None and finding.kind != self._last_finding:
-            self._last_finding = finding.kind
-            self._say(f"EMA: {finding.text} {finding.next_step}")
+
+    def _require_space(self) -> None:
+        """Weights and two moments; each average is stored once, under two names."""
+        tensors = [tensor for tensor in self.net.state_dict().values() if torch.is_tensor(tensor)]
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        averages = len(self.options.decays) if self.options.use_ema else 0
+        require_space(self.options.checkpoint_dir, weights * (3 + averages))
+
+    # --- averages ----------------------------------------------------------------------------------------------------
+
+    def _resume_averages(self, checkpoint: dict[str, Any]) -> None:
+        if "ema" not in checkpoint:
+            return
+        origin = self.options.resume_from
+        if not self.options.use_ema:
+            self._tell.say(f"The EMA in {origin} is left behind: --use-ema is not given")
+            return
+        self._build_averages(checkpoint.get("ema_start_epoch") or 1)
+        assert self.averages is not None
+        fresh = self.averages.load(checkpoint["ema"])
+        if fresh:
+            self._tell.say(f"{origin} has no EMA of decay {', '.join(fresh)}: from the weights of epoch {self.epoch}")
+
+    def _start_averages_when_due(self, origin: Path | None = None) -> None:
+        """Before the epoch that comes next: by --ema-start-epoch, or with --ema-start auto by the advisor."""
+        options = self.options
+        if self.averages is not None or not options.use_ema or self.epoch >= options.epochs:
+            return
+        if options.ema_start == "auto":
+            if self._tell.is_news("wait", True):
+                self._tell.say("EMA: waits until the base IoU says that it pays (--ema-start auto)")
+            if not self._pays():
+                return
+        elif self.epoch + 1 < options.ema_start_epoch:
+            if self._tell.is_news("wait", True):
+                self._tell.say(f"EMA: starts before epoch {options.ema_start_epoch} (--ema-start-epoch)")
+            return
+        elif origin is not None:
+            self._tell.say(f"{origin} has no EMA: it starts here, from the weights of epoch {self.epoch}")
+        self._build_averages(self.epoch + 1)
+
+    def _pays(self) -> bool:
+        """What the advisor says of the epochs so far; said to the user where it is new."""
+        if not self.history:
+            return False
+        advice = should_start([record.iou for record in self.history])
+        if advice.action == "start":
+            self._tell.say(f"EMA: starts after epoch {self.epoch}, {advice.pattern}: {advice.reason}")
+            return True
+        if self._tell.is_news("advice", advice.pattern):
+            self._tell.say(f"EMA: not started, {advice.pattern}: {advice.reason}")
+        return False
+
+    def _build_averages(self, start_epoch: int) -> None:
+        options = self.options
+        total_steps = self.stages.total_steps - self.stages.steps_before(start_epoch)
+        averages = Averages(self.net, self.optimisation.optimizer, options, start_epoch, total_steps, self.costs)
+        self.averages = averages
+        word = "decays" if len(averages.names) > 1 else "decay"
+        backend = averages.ema.backend_name
+        self._tell.say(f"EMA: {word} {', '.join(averages.names)}, {options.ema_decay_type}, backend {backend}")
+        updates = self.stages.at(start_epoch).steps_per_epoch
+        for name, decay in zip(averages.names, options.decays, strict=True):
+            label = f"EMA {name}" if len(averages.names) > 1 else "EMA"
+            self._tell.say(f"{label}: {outlook(decay, options.ema_decay_type, updates, total_steps)}")
 
     # --- an epoch ----------------------------------------------------------------------------------------------------
 
-    def _train_epoch(self, epoch: int) -> float:
-        """Returns the mean loss over the epoch's images."""
-        self._sampler.epoch = epoch
-        torch.manual_seed(seed_of(self.options.seed, epoch))
+    def _train_epoch(self, epoch: int) -> EpochResult:
+        stage = self.stages.at(epoch)
+        levels = len(self._levels)
+        opened = open_levels(stage, epoch, levels, self.options.progressive_unfreeze)
+        self._tell.stage(stage, opened, levels)
         self.net.train()
-        step = (epoch - 1) * self.steps_per_epoch
-        images_left = len(self._sampler)
-        group_left = group = min(self._group_size, images_left)
-        loss_sum = 0.0
-        step_started = time.perf_counter()
-        title = f"Epoch {epoch}/{self.options.epochs}"
-        with progress(self.console, title, len(self._training)) as bar:
-            for images, masks in self._training:
-                loss = structure_loss(self.net(images.to(self.device)), masks.to(self.device))
-                value = self._finite(loss, epoch)
-                # By images, not by batches: a short last batch or group counts for what it has.
-                (loss * (len(images) / group)).backward()
-                loss_sum += value * len(images)
-                images_left -= len(images)
-                group_left -= len(images)
-                if group_left == 0:
-                    step += 1
-                    self._optimizer_step(step, epoch)
-                    group_left = group = min(self._group_size, images_left)
-                    self.costs.step.append(time.perf_counter() - step_started)
-                    step_started = time.perf_counter()
-                bar.advance(f"loss {loss_sum / (len(self._sampler) - images_left):.4f}")
-        return loss_sum / len(self._sampler)
+        freeze(self._levels, opened)
+        self._sampler.epoch = epoch
+        # Dropout differs from process to process.
+        torch.manual_seed(seed_of(self.options.seed, epoch, *filter(None, [self.processes.rank])))
+        loader = self._loader_of(stage)
+        with progress(self.console, f"Epoch {epoch}/{self.options.epochs}", len(loader)) as bar:
+            try:
+                result = train_epoch(
+                    self._objective,
+                    loader,
+                    self.optimisation,
+                    stage,
+                    epoch,
+                    len(self._training_set),
+                    self.device,
+                    lambda loss: bar.advance(f"loss {loss:.4f}"),
+                    self._spread,
+                )
+            except NotFiniteError as error:
+                raise UserError(
+                    f"{error} in epoch {epoch}; {self._last_good()}. Try a lower --lr, --warmup-epochs, or a smaller "
+                    "--clip-grad"
+                ) from error
+        self.costs.step += result.step_seconds
+        return result
 
-    def _optimizer_step(self, step: int, epoch: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._schedule.at(step)
-        limit = self.options.clip_grad or math.inf
-        self._finite(nn.utils.clip_grad_norm_(self.net.parameters(), limit), epoch, "gradient")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            with self.costs.timed(self.costs.update):
-                self.ema.update()
+    def _loader_of(self, stage: Stage) -> Any:
+        if self._training is None or self._training[0] != stage:
+            self._training = None  # ends the workers of the stage before
+            batch_size = stage.batch_size // self.processes.world_size
+            loader = training_loader(self._training_set, self._sampler, batch_size, self.options.num_workers)
+            self._training = (stage, loader)
+        return self._training[1]
 
-    def _finite(self, tensor: torch.Tensor, epoch: int, what: str = "loss") -> float:
-        value = tensor.item()
-        if math.isfinite(value):
-            return value
-        last = self._file("last.pth")
-        good = f"the last good checkpoint is {last} (epoch {self.epoch})" if self.epoch else "no epoch was finished yet"
-        raise UserError(
-            f"the {what} became {value} in epoch {epoch}; {good}. Try a lower --lr, --warmup-epochs, or a smaller "
-            "--clip-grad"
-        )
+    def _validate(self) -> Ious:
+        base, *averaged = self._with_each(lambda: evaluate(self.net, self._validation, self.device))
+        return self.processes.all_of(base), [self.processes.all_of(one) for one in averaged]
 
-    def _validate(self) -> tuple[list[float], list[float] | None]:
-        """The IoU per image of the trained weights, and of the averaged ones."""
-        base = evaluate(self.net, self._validation, self.device)
-        if self.ema is None:
-            return base, None
-        with self.ema.swapped():
-            return base, evaluate(self.net, self._validation, self.device)
+    def _with_each(self, score: Callable[[], T]) -> list[T]:
+        """What `score()` says of the trained weights, and then of each average. All processes must call it."""
 
-    def _record(self, epoch: int, loss: float, ious: tuple[list[float], list[float] | None], seconds: float) -> None:
+        def score_whole() -> T:
+            with self._spread.whole():
+                return score()
+
+        return [score_whole(), *([] if self.averages is None else evaluate_each(self.averages, score_whole))]
+
+    def _record(self, epoch: int, result: EpochResult, ious: Ious, seconds: float) -> None:
         base, averaged = ious
-        ema_decay = None if self.ema is None else float(self.ema.decay_at(self.ema.num_updates))
+        scores = [fmean(one) for one in averaged]
+        names = [] if self.averages is None else self.averages.names
+        decays: list[float] = [] if self.averages is None else self.averages.decays_now()
         self.history.append(
             EpochRecord(
                 epoch=epoch,
-                loss=loss,
+                loss=result.loss,
                 iou=fmean(base),
-                ema_iou=None if averaged is None else fmean(averaged),
-                lr=self.optimizer.param_groups[0]["lr"],
-                ema_decay=ema_decay,
+                ema_iou=scores[0] if scores else None,
+                lr=self.optimisation.optimizer.param_groups[0]["lr"],
+                ema_decay=decays[0] if decays else None,
                 seconds=seconds,
+                stage=self.stages.at(epoch).number,
+                data_wait=result.data_wait,
+                other_ema_ious=dict(zip(names[1:], scores[1:], strict=True)),
+                other_ema_decays=dict(zip(names[1:], decays[1:], strict=True)),
+                expert_usage=result.usage.tolist() if result.usage.numel() else (),
             )
         )
 
     # --- what is written ---------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Writes `last.pth`, and the best ones where this epoch is the best so far."""
-        record = self.history[-1]
-        rivals = [earlier for earlier in self.history if earlier.epoch > self._bests_after]
-        targets = ["last.pth"]
-        if record.iou >= max(rival.iou for rival in rivals):
-            targets.append("best_model.pth")
-        averaged = [rival.ema_iou for rival in rivals if rival.ema_iou is not None]
-        if record.ema_iou is not None and record.ema_iou >= max(averaged):
-            targets.append("best_ema.pth")
-        for name in targets:
-            save_checkpoint(
-                self._file(name),
-                net=self.net,
-                ema=self.ema,
-                optimizer=self.optimizer,
-                epoch=record.epoch,
-                history=[asdict(earlier) for earlier in self.history],
-                options=self.options.plain(),
+        """Checkpoints and `history.csv`."""
+        try:
+            write_epoch(
+                self.options.checkpoint_dir,
+                self.net,
+                self.averages,
+                self.optimisation,
+                self.history,
+                self.options,
+                self._bests_after,
+                self._spread,
             )
-        write_csv(self._file("history.csv"), self.history)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {self._last_good()}") from error
+        self._saved = self.epoch
+        if self.processes.is_first:
+            append_csv(self._file("history.csv"), self.history)
 
-    def _report(self, base: list[float], averaged: list[float] | None) -> None:
+    def _last_good(self) -> str:
+        if self._saved is not None:
+            return f"the last good checkpoint is {self._file(LAST)} (epoch {self._saved})"
+        if self.options.resume_from is not None:
+            return f"the last good checkpoint is {self.options.resume_from} (epoch {self.epoch})"
+        return "no epoch was finished yet"
+
+    def _finish(self, base: list[float], averaged: list[list[float]]) -> None:
         comparison = None
-        if self.ema is not None and averaged is not None:
-            self.costs.measure_swaps(self.ema)
-            decay = float(self.ema.decay_at(self.ema.num_updates))
+        if self.averages is not None and averaged:
+            self.costs.measure_swaps(self.averages.ema)
+            decay = self.averages.decays_now()[0]
+            stage = self.stages.at(self.epoch)
             comparison = Comparison(
                 base,
-                averaged,
-                updates=self.ema.num_updates,
+                averaged[0],
+                updates=self.averages.ema.num_updates,
                 window=math.inf if decay == 1 else 1 / (1 - decay),
-                updates_per_epoch=self.steps_per_epoch,
-                final_rate=self.history[-1].lr / self.options.lr,
+                updates_per_epoch=stage.steps_per_epoch,
+                final_rate=self.history[-1].lr / stage.schedule.highest,
             )
-        write_predictions(self._file("predictions.png"), self._examples())
-        names = ("best_model.pth", "best_ema.pth", "last.pth", "history.csv", "predictions.png")
-        files = [self._file(name) for name in names if self._file(name).exists()]
-        print_report(self.console, self.history, comparison, self.costs, files)
+        examples = self._examples()
+        if not self.processes.is_first:
+            return
+        write_predictions(self._file("predictions.png"), examples)
+        write_curves(self._file("curves.png"), self.history)
+        written = (BEST, BEST_EMA, LAST, "history.csv", "curves.png", "predictions.png")
+        files = [self._file(name) for name in written if self._file(name).exists()]
+        names = ["EMA"] if self.averages is None else self.averages.names
+        print_report(self.console, self.history, comparison, self.costs, files, names)
 
     def _examples(self) -> list[Example]:
         """The first few validation images with what the weights after the last epoch predict."""
         self.net.eval()
+        names = [] if self.averages is None else self.averages.names
+        names = ["base", *(f"EMA {name}" if len(names) > 1 else "EMA" for name in names)]
+        if not self.processes.is_first:  # the first has the first images
+            self._with_each(lambda: None)
+            return []
         batch: Validation = next(iter(self._validation))
-        columns = {"base": predict(self.net, batch, self.device)}
-        if self.ema is not None:
-            with self.ema.swapped():
-                columns["EMA"] = predict(self.net, batch, self.device)
+        columns = dict(zip(names, self._with_each(lambda: predict(self.net, batch, self.device)), strict=True))
         return [
             Example(
                 self._validation_pairs[i].stem,
@@ -342,41 +419,3 @@ class Trainer:
 
     def _file(self, name: str) -> Path:
         return self.options.checkpoint_dir / name
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay is for weights: biases and normalisation have one dimension and go without."""
-    weights = [parameter for parameter in net.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in net.parameters() if parameter.ndim <= 1]
-    return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def _resumable(path: Path, options: TrainOptions) -> dict[str, Any]:
-    checkpoint = load_checkpoint(path)
-    missing = [name for name in ("net", "optimizer", "history", "options") if name not in checkpoint]
-    if missing:
-        raise UserError(
-            f"{path} cannot be resumed from: it has no {', '.join(missing)}; was it written by fastema train?"
-        )
-    trained = checkpoint["options"].get("backbone")
-    if trained != options.backbone:
-        raise UserError(f"{path} was trained with --backbone {trained}, not {options.backbone}")
-    return checkpoint
-
-
-def _is_inside(file: Path | None, folder: Path) -> bool:
-    return file is not None and folder.resolve() in file.resolve().parents
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device

@@ -1,0 +1,86 @@
+"""What a run says as it goes, beside its tables and bars: a line an epoch, and everything else only when it is news."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from fastema.segmentation.advice import latest_finding
+from fastema.segmentation.averages import Averages
+from fastema.segmentation.experts import expert_names
+from fastema.segmentation.history import EpochRecord
+from fastema.segmentation.options import TrainOptions
+from fastema.segmentation.stages import Stage
+from fastema.segmentation.usage import idle_experts, usage_line
+
+_LONG_WAIT = 0.2  # share of the training time spent waiting for images that is worth a word
+
+
+class Announcements:
+    """Prints to a console, and remembers what was said last of each topic.
+
+    Args:
+        console: where to.
+        options: of the run.
+    """
+
+    def __init__(self, console: Console, options: TrainOptions) -> None:
+        self._console = console
+        self._options = options
+        self._last: dict[str, object] = {}
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def is_news(self, topic: str, what: object) -> bool:
+        """Whether this is other than what was said of the topic last; from now on it is what was."""
+        before = self._last.get(topic)
+        self._last[topic] = what
+        return before != what
+
+    def stage(self, stage: Stage, opened: int, levels: int) -> None:
+        """What trains from here on: `opened` of the backbone's `levels` levels."""
+        if not self.is_news("stage", (stage.number, opened)):
+            return
+        images = f"{stage.group_size} images a step"
+        if stage.group_size > stage.batch_size:
+            images += f" in batches of {stage.batch_size}"
+        if stage.number == 1:
+            what = "the decoder trains, the backbone is frozen"
+        elif opened < levels:
+            what = f"the decoder and the deepest {opened} of {levels} levels of the backbone train"
+        else:
+            what = "everything trains, the backbone at a tenth of the rate"
+        self.say(f"Stage {stage.number}: {what}; {images}")
+
+    def epoch(self, history: Sequence[EpochRecord], averages: Averages | None, updates_per_epoch: int) -> None:
+        """The last epoch's line; and one more for whatever is other than after the epoch before."""
+        record = history[-1]
+        self.say(record.line("" if averages is None else averages.names[0]))
+        if record.expert_usage:
+            names = expert_names(self._options.num_experts)
+            self.say(usage_line(names, record.expert_usage))
+            idle = idle_experts(names, record.expert_usage)
+            if self.is_news("idle", idle) and idle:
+                self.say(f"Experts: hardly learning, since chosen for less than 1 % of the images: {', '.join(idle)}")
+        if record.data_wait >= _LONG_WAIT and self.is_news("data", True):
+            self.say(
+                f"Data: {record.data_wait:.0%} of the training time went by waiting for images; try more --num-workers "
+                f"than {self._options.num_workers}"
+            )
+        if averages is not None:
+            self._finding(history, averages, updates_per_epoch)
+
+    def _finding(self, history: Sequence[EpochRecord], averages: Averages, updates_per_epoch: int) -> None:
+        """What the advisor sees in the main average."""
+        finding = latest_finding(
+            [record.iou for record in history],
+            [record.ema_iou for record in history],
+            self._options.decays[0],
+            self._options.ema_decay_type,
+            updates_per_epoch,
+            averages.total_steps,
+        )
+        if finding is not None and self.is_news("advice", finding.kind):
+            self.say(f"EMA: {finding.text} {finding.next_step}")
