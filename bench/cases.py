@@ -1,4 +1,4 @@
-"""What is measured: lists of tensor shapes, and models made of them. Nothing is downloaded.
+"""What is measured: lists of tensor shapes, and models made of them. Synthetic lists here, real nets in `nets`.
 
 Cases hold parameters only. Peers disagree about buffers (copied, averaged, ignored), so with buffers they would not do
 the same work.
@@ -7,8 +7,9 @@ the same work.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,11 @@ class Case:
     @property
     def params(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def decay(self) -> float:
+        """0.999; of 16-bit averages 0.9, since at 0.99 they stand still, and FastEMA refuses them."""
+        return 0.9 if self.shadow_dtype.itemsize == 2 else 0.999
 
     @property
     def live_bytes(self) -> int:
@@ -107,14 +113,19 @@ def one_large_tensor() -> Case:
     return Case("25 M in one", ((25_000_000,),))
 
 
-def mixed_one_tensor(live_dtype: torch.dtype = torch.bfloat16) -> Case:
+def mixed_one_tensor() -> Case:
     """64 M 16-bit weights in one tensor, averaged in float32."""
-    return Case(f"64 M in one, f32 <- {_short(live_dtype)}", ((64_000_000,),), torch.float32, live_dtype)
+    return Case("64 M in one, f32 <- bf16", ((64_000_000,),), torch.float32, torch.bfloat16)
 
 
-def mixed_list(live_dtype: torch.dtype = torch.bfloat16) -> Case:
+def mixed_list() -> Case:
     """The same 64 M as 64 matrices: temporaries of 4 MB instead of 256 MB, which is kinder to torch's ways."""
-    return Case(f"64 x 1 M, f32 <- {_short(live_dtype)}", ((1000, 1000),) * 64, torch.float32, live_dtype)
+    return Case("64 x 1 M, f32 <- bf16", ((1000, 1000),) * 64, torch.float32, torch.bfloat16)
+
+
+def half_list() -> Case:
+    """The same 64 matrices, averaged in 16 bits."""
+    return Case("64 x 1 M, bf16 <- bf16", ((1000, 1000),) * 64, torch.bfloat16, torch.bfloat16)
 
 
 def validation_list() -> Case:
@@ -122,84 +133,38 @@ def validation_list() -> Case:
     return Case("1,000 x 25,000", ((25_000,),) * 1000)
 
 
-def _short(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[dtype]
+def ladder(tensors: int, elements: int) -> Case:
+    """Equal tensors of float32, a rung of `bench.scale`."""
+    return Case(f"{tensors:,} x {elements:,}", ((elements,),) * tensors)
 
 
-# ---- real nets ----
-
-REAL_NET_NAMES = ("ResNet-50", "EdgeNeXt-base", "746 tensors, 31 M")
+# ---- packages that may be missing ----
 
 
-def resnet50() -> Case:
-    """ResNet-50's 161 parameters (25,557,032), written down from its definition."""
-    shapes: list[Shape] = []
-
-    def convolution(inputs: int, outputs: int, kernel: int) -> None:
-        # A convolution without a bias, and the normalisation that follows it.
-        shapes.extend([(outputs, inputs, kernel, kernel), (outputs,), (outputs,)])
-
-    convolution(3, 64, 7)
-    inputs = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            convolution(inputs, width, 1)
-            convolution(width, width, 3)
-            convolution(width, 4 * width, 1)
-            if block == 0:
-                convolution(inputs, 4 * width, 1)
-            inputs = 4 * width
-    shapes.extend([(1000, inputs), (1000,)])
-    return Case(REAL_NET_NAMES[0], tuple(shapes))
-
-
-def edgenext_base() -> Case:
-    """EdgeNeXt-base's 214 parameters (18.5 M, classifier included), from timm, without their memory.
+def make_torchvision_work() -> None:
+    """Several packages import it where it is installed, and next to a CPU-only torch it does not load by itself.
 
     Raises:
-        Unavailable: timm is not installed, or does not load.
+        Unavailable: torchvision is broken in another way.
     """
-    timm = import_timm()
-    with torch.device("meta"):
-        model = timm.create_model("edgenext_base", pretrained=False)
-    return Case(REAL_NET_NAMES[1], tuple(tuple(parameter.shape) for parameter in model.parameters()))
+    from fastema.segmentation.torchvision_shim import import_torchvision
+
+    try:
+        import_torchvision()
+    except ImportError:
+        pass  # not installed: then nobody imports it
+    except RuntimeError as error:
+        raise Unavailable(f"torchvision does not load ({error})") from None
 
 
-def segmentation_list() -> Case:
-    """746 tensors like a segmentation net with experts: 514 of at most 1,024 elements, 9 of 1 M and more.
-
-    An approximation: the counts, the classes of size and the 31 M in all are that net's; the sizes within a class are
-    spread evenly on a logarithmic scale, and the classes are interleaved as layers interleave them.
-    """
-    small = [int(2 ** (4 + 6 * index / 513)) for index in range(514)]  # 16 ... 1,024: norms, biases, gates
-    large = [1_000_000 + 150_000 * index for index in range(9)]  # 1.0 M ... 2.2 M: 14.4 M together
-    middle = [int(2 ** (11 + 8 * index / 222)) for index in range(223)]  # 2,048 ... 524,288: 21 M before scaling
-    left = 31_000_000 - sum(small) - sum(large)
-    middle = [max(1025, int(size * left / sum(middle))) for size in middle]
-    classes = [_strided(sizes, step) for sizes, step in ((small, 5), (middle, 7), (large, 2))]
-    # Each tensor stands where its share of its own class puts it.
-    placed = [(index / len(sizes), size) for sizes in classes for index, size in enumerate(sizes)]
-    return Case(REAL_NET_NAMES[2], tuple((size,) for _, size in sorted(placed)))
-
-
-def _strided(sizes: list[int], step: int) -> list[int]:
-    """All sizes in another order: every `step`-th, from each start."""
-    return [size for start in range(step) for size in sizes[start::step]]
-
-
-REAL_NETS: tuple[Callable[[], Case], ...] = (resnet50, edgenext_base, segmentation_list)
-
-
-def import_timm():  # type: ignore[no-untyped-def]  # a module of a package that may be missing
-    """timm, also next to a CPU-only torch, whose torchvision needs help (see `torchvision_shim`).
+def import_timm() -> Any:
+    """timm, also next to a CPU-only torch.
 
     Raises:
         Unavailable: it is not installed, or does not load.
     """
+    make_torchvision_work()
     try:
-        from fastema.segmentation.torchvision_shim import import_torchvision
-
-        import_torchvision()
         import timm
         import timm.utils
     except ImportError as error:

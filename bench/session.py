@@ -1,8 +1,9 @@
-"""One run of the benchmarks: what is measured, and what was found so far."""
+"""One run of the benchmarks: the machine, what was found so far, and the command line that every benchmark has."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,57 +12,51 @@ from typing import Any
 import torch
 
 from bench.cases import Case
-from bench.measure import Budget, Cache, Clock, Record, Timing, device_name, versions
-from bench.peers import Peer
-from fastema import backends
-
-CACHE_WORDS: dict[Cache, str] = {
-    "warm": "warm: the same model again and again",
-    "cold": "cold: rotating over models that together exceed the cache",
-}
-
-
-@dataclass(frozen=True)
-class Group:
-    """One table: a case, who runs it, in which cache.
-
-    Args:
-        bench: "update", or "host": the same call where there is nothing to move.
-        make_case: builds the case; may raise `Unavailable`.
-        peers: who.
-        cache: of large cases the two are the same; "cold" then.
-        note: a line under the table.
-    """
-
-    bench: str
-    make_case: Callable[[], Case]
-    peers: Sequence[Peer]
-    cache: Cache
-    budget: Budget
-    note: str = ""
+from bench.clocks import Clock, clock_for
+from bench.machine import device_name, environment, pin, versions
+from bench.measure import Budget
+from bench.records import Cache, InstructionCount, Missing, Record, Run, Timing, save
+from bench.table import print_environment
 
 
 @dataclass
 class Session:
-    """One run: the machine, and what was found so far."""
+    """One run.
+
+    Args:
+        quick: fewer cases, and only peers whose import takes no time.
+        stretch: of the time that every table gets.
+    """
 
     device: torch.device
     clock: Clock
-    copy_gbps: float = float("nan")
-    records: list[Record] = field(default_factory=list)
-    unavailable: list[dict[str, str]] = field(default_factory=list)
+    quick: bool = False
+    stretch: float = 1.0
+    run: Run = field(default_factory=lambda: Run({}))
+
+    def budget(self, seconds: float, least: int = 5) -> Budget:
+        """For one table of a full run; a quick one gets a quarter of it."""
+        return Budget(seconds * self.stretch * (0.25 if self.quick else 1.0), least=3 if self.quick else least)
 
     def miss(self, bench: str, case: str, impl: str, reason: object) -> None:
-        self.unavailable.append({"bench": bench, "case": case, "impl": impl, "reason": str(reason)})
+        self.run.missing.append(Missing(bench, case, impl, str(reason)))
 
-    def record(self, group: tuple[str, Case, Cache], impl: str, backend: str, timing: Timing, **more: Any) -> Record:
-        bench, case, cache = group
-        floor: int | None = more.get("bytes_floor")
-        gbps = floor / timing.median_us / 1e3 if floor and bench != "host" else None
-        # What lies in a cache has no share of the memory's bandwidth.
-        share = gbps / self.copy_gbps if gbps is not None and cache == "cold" and bench != "copy" else None
-        if backend == "auto":
-            backend = "native" if backends.native.why_unusable(self.device.type) is None else "torch"
+    def record(
+        self,
+        bench: str,
+        case: Case,
+        impl: str,
+        backend: str,
+        timing: Timing | None = None,
+        cache: Cache = "cold",
+        bytes_floor: int | None = None,
+        copy_gbps: float | None = None,
+        shadows: int = 1,
+        launches: int | None = None,
+        extra_bytes: int | None = None,
+    ) -> Record:
+        """Keeps what was found; `copy_gbps`: of the copy that took turns with it."""
+        gbps = bytes_floor / timing.median_us / 1e3 if bytes_floor and timing is not None else None
         record = Record(
             bench=bench,
             case=case.name,
@@ -72,48 +67,77 @@ class Session:
             dtype_live=str(case.live_dtype).removeprefix("torch."),
             tensors=case.tensors,
             params=case.params,
-            shadows=more.get("shadows", 1),
-            median_us=timing.median_us,
-            p10_us=timing.p10_us,
-            p90_us=timing.p90_us,
-            host_us=timing.median_us if bench == "host" and timing.host_us is None else timing.host_us,
-            bytes_floor=floor,
+            shadows=shadows,
+            median_us=timing.median_us if timing else None,
+            p10_us=timing.p10_us if timing else None,
+            p90_us=timing.p90_us if timing else None,
+            host_us=timing.host_us if timing else None,
+            bytes_floor=bytes_floor,
             gbps=gbps,
-            copy_share=share,
-            launches=more.get("launches"),
-            extra_bytes=more.get("extra_bytes"),
+            # What lies in a cache has no share of the memory's bandwidth.
+            copy_share=gbps / copy_gbps if gbps and copy_gbps and cache == "cold" else None,
+            launches=launches,
+            extra_bytes=extra_bytes,
             versions=versions(),
-            min_us=timing.min_us,
-            samples=timing.samples,
+            min_us=timing.min_us if timing else None,
+            samples=timing.samples if timing else 0,
             cache=cache,
         )
-        self.records.append(record)
+        self.run.records.append(record)
         return record
 
-    def median(self, bench: str, case: str, impl: str, cache: Cache) -> float | None:
-        """Of a record of this run; None where there is none."""
-        for record in self.records:
-            if (record.bench, record.case, record.impl, record.cache) == (bench, case, impl, cache):
-                return record.median_us
-        return None
+    def count(self, case: str, impl: str, backend: str, instructions: int) -> None:
+        self.run.instructions.append(InstructionCount(case, impl, backend, instructions, versions()))
 
 
-# ---- what every benchmark's command line has ----
+Benchmark = Callable[[Session], None]
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """--json, --threads and --seconds."""
+def run_benchmarks(
+    program: str,
+    description: str,
+    benchmarks: dict[str, Benchmark],
+    arguments: Sequence[str] | None = None,
+    prepare: Benchmark | None = None,
+) -> int:
+    """The command line of one benchmark or of all; returns the exit status.
+
+    Args:
+        program: as it is called.
+        description: its first line of help.
+        benchmarks: by name, in their order.
+        arguments: None: those of the process.
+        prepare: measured before all of them.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
+    parser.add_argument("--quick", action="store_true", help="fewer cases, fewer peers, less time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads, each kept on a core (default: torch's)")
     parser.add_argument("--seconds", type=float, default=1.0, help="stretch the time of every table (default: 1)")
+    parsed = parser.parse_args(arguments)
+    _check(parser, parsed)
+    pin(parsed.threads)
+    device = torch.device(parsed.device)
+    session = Session(device, clock_for(device), parsed.quick, parsed.seconds, Run(environment(device)))
+    print_environment(session.run.environment)
+    for name, benchmark in {**({"copy": prepare} if prepare else {}), **benchmarks}.items():
+        begin = time.perf_counter()
+        benchmark(session)
+        session.run.seconds[name] = round(time.perf_counter() - begin, 1)
+        if parsed.json is not None:  # each time: a run that is cut short has measured something all the same
+            save(session.run, parsed.json)
+    print("seconds:", ", ".join(f"{name} {seconds:.0f}" for name, seconds in session.run.seconds.items()))
+    if parsed.json is not None:
+        print(f"written: {parsed.json}")
+    return 0
 
 
-def apply_common_arguments(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
-    """Checks them before anything is measured, and sets the threads."""
-    if parsed.threads is not None:
-        if parsed.threads < 1:
-            parser.error(f"--threads must be at least 1, got {parsed.threads}")
-        torch.set_num_threads(parsed.threads)
+def _check(parser: argparse.ArgumentParser, parsed: Any) -> None:
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    if parsed.threads is not None and parsed.threads < 1:
+        parser.error(f"--threads must be at least 1, got {parsed.threads}")
     if not parsed.seconds > 0:
         parser.error(f"--seconds must be positive, got {parsed.seconds:g}")
     if parsed.json is not None and not parsed.json.parent.is_dir():

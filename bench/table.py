@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
+
+from bench.records import Record
 
 
 def print_table(
@@ -105,3 +107,51 @@ def size(count: float) -> str:
         if count < 1000:
             return f"{number(count)} {unit}"
     return f"{number(count / 1000)} GB"
+
+
+def print_records(
+    title: str, records: Sequence[Record], missed: Sequence[tuple[str, str]] = (), note: str = ""
+) -> None:
+    """One table of timings; the fastest median first, the first of ours as the measure of the others."""
+    timed = [record for record in records if record.median_us is not None]
+    ours = next((record.median_us for record in timed if record.impl.startswith("fastema")), None)
+    rows = []
+    for record in sorted(timed, key=lambda record: record.median_us or 0.0):
+        median, p10, p90, least = (
+            value or 0.0 for value in (record.median_us, record.p10_us, record.p90_us, record.min_us)
+        )
+        rows.append(
+            [
+                record.impl,
+                duration(median),
+                duration(p10),
+                duration(p90),
+                duration(least),
+                "" if record.host_us is None else duration(record.host_us),
+                "" if record.gbps is None else number(record.gbps),
+                "" if record.copy_share is None else f"{record.copy_share:.0%}",
+                "" if record.launches is None else str(record.launches),
+                "" if ours is None else f"{number(median / ours)} x",
+            ]
+        )
+    columns = ["", "median", "p10", "p90", "min", "host", "GB/s", "of copy", "launches", "/ ours"]
+    kept = [index for index in range(len(columns)) if index == 0 or any(row[index] for row in rows)]
+    print_table(title, [columns[index] for index in kept], [[row[index] for index in kept] for row in rows])
+    if note:
+        print(f"  {note}")
+    for name, reason in missed:
+        print(f"  not measured: {name}: {reason}")
+    if note or missed:
+        print()
+    sys.stdout.flush()
+
+
+def print_environment(found: dict[str, Any]) -> None:
+    """What a reader must know first."""
+    packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    cores = ", ".join(map(str, found["cores"])) or "not pinned"
+    print(f"{found['device']}, {found['threads']} threads on cores {cores}, {size(found['cache_bytes'])} cache")
+    print(f"{packages}; {found['date']}")
+    if found["load"] is not None and found["load"] > 0.3:
+        print(f"load {found['load']}: other work is running; use these timings for nothing but debugging")
+    print(flush=True)

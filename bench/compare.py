@@ -1,0 +1,131 @@
+"""`python -m bench.compare OLD.json NEW.json`
+
+What of ours got slower, beyond noise. Only what both files hold, of the same device. A machine's speed differs from
+run to run, and the peers feel that as well as we do: their median change within a table is taken out of ours first.
+Slower is then what has changed by more than 5 %, with the new median above nine tenths of the old samples and the old
+median below nine tenths of the new. Instruction counts do not wobble: there 1 % counts. Exit status 1 if anything got
+slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.records import Record, Run, load
+from bench.table import duration, print_table
+
+OURS = "fastema"
+LEAST_CHANGE = 0.05
+LEAST_CHANGE_OF_COUNTS = 0.01
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of one figure.
+
+    Args:
+        factor: new over old, the machine's own change taken out.
+        machine: that change; 1 where there are no peers.
+        verdict: "slower", "faster" or "" for noise.
+    """
+
+    what: str
+    old: str
+    new: str
+    factor: float
+    machine: float
+    verdict: str
+
+
+def compare(old: Run, new: Run) -> list[Change]:
+    """Every figure of ours that both have.
+
+    Raises:
+        ValueError: they are of different devices, or have nothing in common.
+    """
+    devices = [run.environment.get("device") for run in (old, new)]
+    if devices[0] != devices[1]:
+        raise ValueError(f"the old file is of {devices[0]}, the new one of {devices[1]}: times cannot be compared")
+    before = {record.key: record for record in old.records if record.median_us}
+    pairs = [(before[record.key], record) for record in new.records if record.median_us and record.key in before]
+    tables: dict[tuple[str, str, str], list[tuple[Record, Record]]] = {}
+    for pair in pairs:
+        tables.setdefault((pair[1].bench, pair[1].case, pair[1].cache), []).append(pair)
+    changes = []
+    for table in tables.values():
+        peers = [_median(later) / _median(earlier) for earlier, later in table if not later.impl.startswith(OURS)]
+        machine = statistics.median(peers) if peers else 1.0
+        changes += [_change(earlier, later, machine) for earlier, later in table if later.impl.startswith(OURS)]
+    changes += _counts(old, new)
+    if not changes:
+        raise ValueError("the two files have no figure of ours in common")
+    return sorted(changes, key=lambda change: -change.factor)
+
+
+def _change(old: Record, new: Record, machine: float) -> Change:
+    factor = _median(new) / _median(old) / machine
+    old_p10, old_p90, new_p10, new_p90 = (
+        (old.p10_us or 0.0) * machine,
+        (old.p90_us or 0.0) * machine,
+        new.p10_us or 0.0,
+        new.p90_us or 0.0,
+    )
+    verdict = ""
+    if factor > 1 + LEAST_CHANGE and _median(new) > old_p90 and _median(old) * machine < new_p10:
+        verdict = "slower"
+    elif factor < 1 / (1 + LEAST_CHANGE) and _median(new) < old_p10 and _median(old) * machine > new_p90:
+        verdict = "faster"
+    shadows = f", {new.shadows} averages" if new.shadows > 1 else ""
+    what = f"{new.bench}: {new.case}, {new.impl}{shadows}, {new.cache}"
+    return Change(what, duration(_median(old)), duration(_median(new)), factor, machine, verdict)
+
+
+def _counts(old: Run, new: Run) -> list[Change]:
+    before = {(one.case, one.impl): one.instructions for one in old.instructions}
+    changes = []
+    for one in new.instructions:
+        earlier = before.get((one.case, one.impl))
+        if earlier and one.impl.startswith(OURS):
+            factor = one.instructions / earlier
+            verdict = "slower" if factor > 1 + LEAST_CHANGE_OF_COUNTS else ""
+            verdict = "faster" if factor < 1 - LEAST_CHANGE_OF_COUNTS else verdict
+            what = f"instructions: {one.case}, {one.impl}"
+            changes.append(Change(what, f"{earlier:,}", f"{one.instructions:,}", factor, 1.0, verdict))
+    return changes
+
+
+def _median(record: Record) -> float:
+    assert record.median_us is not None
+    return record.median_us
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 1 if something got slower, 2 if nothing can be compared."""
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description="What got slower, beyond noise.")
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parsed = parser.parse_args(arguments)
+    try:
+        old, new = load([parsed.old]), load([parsed.new])
+        changes = compare(old, new)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    rows = [[one.what, one.old, one.new, f"{one.factor:.2f} x", f"{one.machine:.2f} x", one.verdict] for one in changes]
+    print_table("ours, the slower first", ["", "old", "new", "change", "the machine's", ""], rows)
+    versions = [run.environment["versions"].get("torch") for run in (old, new)]
+    if versions[0] != versions[1]:
+        print(f"torch {versions[0]} before, {versions[1]} now: some of a change may be torch's")
+    slower = sum(one.verdict == "slower" for one in changes)
+    faster = sum(one.verdict == "faster" for one in changes)
+    print(f"{slower} slower, {faster} faster, {len(changes) - slower - faster} within noise")
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
