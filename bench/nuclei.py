@@ -12,7 +12,6 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -44,7 +43,6 @@ class SeedResult:
     seed: int
     validation: dict[str, list[float]]
     test: dict[str, float]
-    seconds: float
 
 
 def train_flags(arguments: argparse.Namespace) -> list[str]:
@@ -64,7 +62,6 @@ def run_seed(seed: int, arguments: argparse.Namespace) -> SeedResult:
     """
     validation: dict[str, list[float]] = {}
     test: dict[str, float] = {}
-    started = time.perf_counter()
     for name, (flags, columns) in RUNS.items():
         folder = arguments.out / f"seed{seed}-{name}"
         if not (folder / "test.json").exists():
@@ -79,7 +76,7 @@ def run_seed(seed: int, arguments: argparse.Namespace) -> SeedResult:
             if validation.setdefault(weights, values) != values:
                 raise RuntimeError(f"seed {seed}: {weights} differs between the runs: {validation[weights]}, {values}")
         test.update(_test_ious(folder / "test.json", list(columns)[:2]))
-    return SeedResult(seed, validation, test, time.perf_counter() - started)
+    return SeedResult(seed, validation, test)
 
 
 def _fastema(*arguments: str) -> None:

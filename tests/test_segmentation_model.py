@@ -149,6 +149,16 @@ def test_every_weight_learns_when_every_expert_is_chosen() -> None:
     assert idle == []
 
 
+def test_usage_goes_from_fine_to_coarse_and_the_balance_reaches_every_gate() -> None:
+    decoder = PyramidDecoder([4, 6, 8], width=8, num_experts=3, top_k=1).train()
+    for level, mixture in enumerate(decoder.mixtures):
+        mixture.gate.bias.data[level] = 9
+    decoded = decoder([torch.randn(2, c, 16 // 2**i, 16 // 2**i) for i, c in enumerate([4, 6, 8])])
+    assert decoded.usage.tolist() == torch.eye(3).tolist()
+    decoded.balance.backward()
+    assert all(mixture.gate.bias.grad.any() for mixture in decoder.mixtures)
+
+
 @pytest.mark.parametrize("num_experts", [0, 3])
 def test_an_image_does_not_depend_on_its_batch(num_experts: int) -> None:
     net = small_net(num_experts).eval()

@@ -38,6 +38,7 @@ from fastema.segmentation.errors import UserError
 from fastema.segmentation.evaluation import evaluate
 from fastema.segmentation.inference import load_net, read_checkpoint
 from fastema.segmentation.processes import Processes, padded
+from fastema.segmentation.spread import Spread
 from fastema.segmentation.synthetic import ensure_dataset
 from fastema.segmentation.trainer import Trainer
 from segmentation_runs import Pairs, tiny_options, tiny_pairs, tiny_run
@@ -78,9 +79,13 @@ def group(rank: Rank) -> Processes:
 
 
 def refuse_unlike(one: Any, other: Any, where: str = "") -> None:
-    """Nested values that are not the same up to rounding."""
+    """Nested values that are not the same up to rounding.
+
+    Where a gradient is nothing but rounding, AdamW makes a whole step of its sign, so weights tell less than moments.
+    """
     if isinstance(one, torch.Tensor):
-        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4, msg=lambda text: f"{where}: {text}")
+        limit = 1e-6 if where.startswith("optimizer") else 1e-3
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=limit, msg=lambda text: f"{where}: {text}")
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), where
         for key in one:
@@ -143,9 +148,26 @@ def test_shadows_and_weights_are_the_same_on_all_replicas(rank: Rank) -> None:
     digests = processes.gather([digest(state) for state in states])
     assert digests[0] == digests[1]
     assert len(set(digests[0])) == 3
-    assert processes.gather(run.history)[0] == run.history or rank.rank  # but for the seconds
+    histories = processes.gather([replace(record, seconds=0.0, data_wait=0.0) for record in run.history])
+    assert histories[0] == histories[1]
     if rank.rank == 0:
         refuse_other_ious(run, rank.folder / "run" / "last.pth")
+
+
+@on_ranks(2)
+def test_buffers_become_their_mean_over_the_images(rank: Rank) -> None:
+    net = torch.nn.BatchNorm1d(2)
+    spread = Spread(net, group(rank))
+    mean, batches = net.get_buffer("running_mean"), net.get_buffer("num_batches_tracked")
+    mean.copy_(torch.tensor([rank.rank, 0.1]))
+    batches.fill_(7)
+    for images in ((3, 1), (1, 2), (5, 0)):  # what is alike stays so, to the bit
+        spread.agree(images[rank.rank])
+    assert mean.tolist() == torch.tensor([0.25, 0.1]).tolist()
+    assert batches.item() == 7
+    mean.fill_(rank.rank)
+    spread.agree((5, 0)[rank.rank])
+    assert mean.tolist() == [0, 0]
 
 
 @on_ranks(2)
@@ -224,7 +246,7 @@ def evaluated(checkpoint: Path, data: Path, scores: Path) -> list[float]:
     arguments = ["--dataset-path", str(data), "--split", "validation", "--device", "cpu", "--json", str(scores)]
     assert cli.main(["evaluate", str(checkpoint), *arguments]) == 0
     written = json.loads(scores.read_text())
-    return [written["weights"][name]["mean"]["iou"] for name in ("net", "ema_net")]
+    return [weights["means"]["iou"] for weights in written["weights"]]
 
 
 class Run:
@@ -248,6 +270,7 @@ class Run:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                start_new_session=True,
             )
             for rank in range(2)
         ]
@@ -312,11 +335,11 @@ def test_an_error_in_one_process_is_said_once_and_ends_all(data: Path, tmp_path:
 
 
 def test_a_terminated_run_says_once_how_to_go_on(data: Path, tmp_path: Path, started: list[Run]) -> None:
-    run = Run(data, tmp_path)
+    run = Run(data, tmp_path, "--num-workers", "1")
     started.append(run)
     run.wait_for("Epoch 2:")  # what the first left is written
-    for process in run.ranks:
-        process.send_signal(signal.SIGTERM)
+    for process in run.ranks:  # and to those that read images, as torchrun and schedulers do
+        os.killpg(process.pid, signal.SIGTERM)
     ends = run.ends()
     assert sorted(status for status, _ in ends) == [1, 143]
     (line,) = [line for _, said in ends for line in said]

@@ -72,13 +72,15 @@ def test_a_stage_too_short_for_its_levels_opens_several_at_once() -> None:
 def test_freezing_takes_gradient_and_batch_statistics_from_the_shallow_levels() -> None:
     levels: list[list[nn.Module]] = [[nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)], [nn.Sequential(nn.BatchNorm2d(4))]]
     net = nn.Sequential(*(module for modules in levels for module in modules))
+    net.position = nn.Parameter(torch.zeros(1))  # on the backbone itself, as in vision transformers
     statistics = [norm for norm in net.modules() if isinstance(norm, nn.BatchNorm2d)]
     for opened, moved in ((0, [False, False]), (1, [False, True]), (2, [True, True])):
         net.train()
-        freeze(levels, opened)
+        freeze(net, levels, opened)
         before = [norm.running_mean.clone() for norm in statistics if norm.running_mean is not None]
         net(torch.rand(2, 3, 4, 4) + opened)
         after = [norm.running_mean for norm in statistics if norm.running_mean is not None]
         assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == moved
         trains = [all(p.requires_grad for m in modules for p in m.parameters()) for modules in levels]
         assert trains == moved
+        assert net.position.requires_grad == all(moved)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from rich.console import Console
+from torch import nn
 
-from fastema.segmentation.advice import latest_finding
+from fastema.segmentation.advice import latest_finding, outlook
 from fastema.segmentation.averages import Averages
 from fastema.segmentation.experts import expert_names
 from fastema.segmentation.history import EpochRecord
 from fastema.segmentation.options import TrainOptions
+from fastema.segmentation.processes import Processes
 from fastema.segmentation.stages import Stage
 from fastema.segmentation.usage import idle_experts, usage_line
 
@@ -38,6 +41,26 @@ class Announcements:
         before = self._last.get(topic)
         self._last[topic] = what
         return before != what
+
+    def model(self, net: nn.Module, weights: str, device: torch.device, processes: Processes) -> None:
+        """What is trained, from which weights, and where."""
+        options = self._options
+        parameters = sum(parameter.numel() for parameter in net.parameters())
+        experts = f"{options.num_experts} experts a level, {options.top_k} an image" if options.num_experts else ""
+        what = ", ".join(filter(None, (options.backbone, experts)))
+        self.say(f"Model: {what}; {parameters / 1e6:.1f} M parameters")
+        precision = options.amp if options.amp != "none" else ""
+        where = ", ".join(filter(None, (f"on {device}", precision, processes.described(options.fsdp))))
+        self.say(f"       weights: {options.resume_from or weights}; {where}")
+
+    def averages(self, averages: Averages, updates_per_epoch: int) -> None:
+        """Which averages there are from here on, and what to expect of each."""
+        options, several = self._options, len(averages.names) > 1
+        decays = f"{'decays' if several else 'decay'} {', '.join(averages.names)}"
+        self.say(f"EMA: {decays}, {options.ema_decay_type}, backend {averages.ema.backend_name}")
+        for name, decay in zip(averages.names, options.decays, strict=True):
+            expected = outlook(decay, options.ema_decay_type, updates_per_epoch, averages.total_steps)
+            self.say(f"{f'EMA {name}' if several else 'EMA'}: {expected}")
 
     def stage(self, stage: Stage, opened: int, levels: int) -> None:
         """What trains from here on: `opened` of the backbone's `levels` levels."""

@@ -72,7 +72,7 @@ class LocalGlobal(nn.Module):
     def __init__(self, width: int, scale: int) -> None:
         super().__init__()
         self.local = normalised(width, width, kernel=3, dilation=scale)
-        self.attention = nn.Conv2d(width, 1, 1)
+        self.attention = nn.Conv2d(width, 1, 1, bias=False)  # a softmax would not see it
         self.context = nn.Sequential(
             nn.Conv2d(width, width // 4, 1), group_norm(width // 4), nn.GELU(), nn.Conv2d(width // 4, width, 1)
         )

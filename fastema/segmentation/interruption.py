@@ -22,6 +22,7 @@ def termination_raises() -> Iterator[None]:
     """A block in which SIGTERM raises `Terminated`, as SIGINT raises KeyboardInterrupt."""
 
     def raise_it(_number: int, _frame: FrameType | None) -> None:
+        _expect_children_to_end()
         raise Terminated
 
     if not _can_handle_signals():
@@ -41,7 +42,13 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {number: signal.signal(number, lambda got, _: came.append(got)) for number in _SIGNALS}
+
+    def note_it(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        if number == signal.SIGTERM:
+            _expect_children_to_end()
+
+    before = {number: signal.signal(number, note_it) for number in _SIGNALS}
     try:
         yield
     finally:
@@ -49,6 +56,15 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
     if came:
         signal.raise_signal(came[0])
+
+
+def _expect_children_to_end() -> None:
+    """torchrun and schedulers send SIGTERM to a whole group: that the processes that read images end is no error then.
+
+    torch's handler would raise one, wherever this process is. It stays away, since this process is about to end.
+    """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, lambda *_: None)
 
 
 def _can_handle_signals() -> bool:

@@ -101,17 +101,20 @@ def open_levels(stage: Stage, epoch: int, levels: int, progressive: bool) -> int
     return sum(done >= level / levels * _OPEN_BY for level in range(levels))
 
 
-def freeze(backbone_stages: list[list[nn.Module]], opened: int) -> None:
+def freeze(backbone: nn.Module, backbone_stages: list[list[nn.Module]], opened: int) -> None:
     """Lets the `opened` deepest levels train and freezes the others. Call it after `net.train()`.
 
     Frozen is: no gradient, and evaluation mode, in which BatchNorm keeps its statistics. The optimizer is not told: it
     leaves out parameters without a gradient, and keeps its moments for the time when they have one.
 
     Args:
-        backbone_stages: modules by depth, the shallowest level first.
+        backbone: the whole of it.
+        backbone_stages: its modules by depth, the shallowest level first.
         opened: how many levels train.
     """
     frozen = len(backbone_stages) - opened
+    # What hangs on the backbone itself, as a vision transformer's position embedding, goes with the shallowest level.
+    backbone.requires_grad_(frozen == 0)
     for depth, modules in enumerate(backbone_stages):
         for module in modules:
             module.requires_grad_(depth >= frozen)

@@ -20,7 +20,6 @@ from rich.console import Console
 from fastema import FastEMA
 from fastema.advisor import should_start
 from fastema.checkpoint import CheckpointError, load_weights
-from fastema.segmentation.advice import outlook
 from fastema.segmentation.announcements import Announcements
 from fastema.segmentation.averages import Averages, evaluate_each
 from fastema.segmentation.backbones import check_input_size
@@ -175,18 +174,7 @@ class Trainer:
         architecture = Architecture(options.backbone, options.num_experts, options.top_k)
         net, weights = create_net(architecture, options.pretrained and resumed is None)
         check_input_size(net, options.backbone, options.img_size)
-        parameters = sum(parameter.numel() for parameter in net.parameters())
-        source = weights if options.resume_from is None else f"{options.resume_from}"
-        experts = f"{options.num_experts} experts a level, {options.top_k} an image" if options.num_experts else ""
-        self._tell.say(
-            f"Model: {', '.join(filter(None, (options.backbone, experts)))}; {parameters / 1e6:.1f} M parameters"
-        )
-        how = (
-            f"on {self.device}",
-            options.amp if options.amp != "none" else "",
-            self.processes.described(options.fsdp),
-        )
-        self._tell.say(f"       weights: {source}; {', '.join(filter(None, how))}")
+        self._tell.model(net, weights, self.device, self.processes)
         if resumed is not None:
             load_weights(net, resumed, prefer="net")  # here, where they are whole
         return net.to(self.device)
@@ -260,13 +248,7 @@ class Trainer:
         total_steps = self.stages.total_steps - self.stages.steps_before(start_epoch)
         averages = Averages(self.net, self.optimisation.optimizer, options, start_epoch, total_steps, self.costs)
         self.averages = averages
-        word = "decays" if len(averages.names) > 1 else "decay"
-        backend = averages.ema.backend_name
-        self._tell.say(f"EMA: {word} {', '.join(averages.names)}, {options.ema_decay_type}, backend {backend}")
-        updates = self.stages.at(start_epoch).steps_per_epoch
-        for name, decay in zip(averages.names, options.decays, strict=True):
-            label = f"EMA {name}" if len(averages.names) > 1 else "EMA"
-            self._tell.say(f"{label}: {outlook(decay, options.ema_decay_type, updates, total_steps)}")
+        self._tell.averages(averages, self.stages.at(start_epoch).steps_per_epoch)
 
     # --- an epoch ----------------------------------------------------------------------------------------------------
 
@@ -276,7 +258,7 @@ class Trainer:
         opened = open_levels(stage, epoch, levels, self.options.progressive_unfreeze)
         self._tell.stage(stage, opened, levels)
         self.net.train()
-        freeze(self._levels, opened)
+        freeze(self.net.backbone, self._levels, opened)
         self._sampler.epoch = epoch
         # Dropout differs from process to process.
         torch.manual_seed(seed_of(self.options.seed, epoch, *filter(None, [self.processes.rank])))
