@@ -8,7 +8,7 @@ CPP := csrc/*.h csrc/*.cpp csrc/*.cu
 
 demo: .venv/.ready  ## trains a small segmentation model, its EMA validated at no copy (two minutes)
 	$(BIN)/fastema train --dataset-path synthetic --checkpoint-dir runs/demo --backbone tf_efficientnet_lite0 \
-		--img-size 96 --batch-size 16 --epochs 8 --lr 0.002 --use-ema --ema-decay 0.99
+		--img-size 96 --batch-size 16 --epochs 6 --lr 0.002 --use-ema --ema-decay 0.99
 
 test: .venv/.ready  ## the whole test suite
 	$(BIN)/python -m pytest
