@@ -313,7 +313,7 @@ def test_a_process_that_is_killed_ends_the_others(data: Path, tmp_path: Path, st
     assert killed == -signal.SIGKILL
     assert status == 2
     assert len(said) == 1
-    assert said[0].startswith("fastema: error: another process of this run is gone, killed or out of memory maybe: ")
+    assert said[0].startswith("fastema: error: another process of this run is gone, killed or out of memory maybe (")
     assert load_checkpoint(tmp_path / "last.pth")["epoch"] >= 1
 
 

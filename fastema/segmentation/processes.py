@@ -148,7 +148,7 @@ def joined() -> Iterator[Processes]:
             group_store = dist.PrefixStore("group", store)
             dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"the processes of this run cannot find each other: {_first_line(error)}") from error
+            raise UserError(f"the processes of this run cannot find each other: {_first_sentence(error)}") from error
         yield Processes(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)), joined=True)
         dist.destroy_process_group()
     except BaseException as error:
@@ -156,8 +156,8 @@ def joined() -> Iterator[Processes]:
             raise SystemExit(1) from None
         if _is_lost_connection(error):
             raise UserError(
-                f"another process of this run is gone, killed or out of memory maybe: {_first_line(error)}. The last "
-                "checkpoint is whole; go on from it with --resume-from"
+                f"another process of this run is gone, killed or out of memory maybe ({_first_sentence(error)}). "
+                "The last checkpoint is whole: go on from it with --resume-from"
             ) from error
         raise
 
@@ -189,5 +189,5 @@ def _is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def _first_sentence(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].partition(". ")[0]
