@@ -6,7 +6,7 @@ CPP := csrc/*.h csrc/*.cpp csrc/*.cu
 
 .PHONY: demo test lint format bench gpu sanitize fuzz faults soak clean
 
-demo: .venv/.ready  ## trains a small segmentation model, its EMA validated at no copy (two minutes)
+demo: .venv/.ready  ## trains a small segmentation model, its EMA validated at no copy (three minutes)
 	$(BIN)/fastema train --dataset-path synthetic --checkpoint-dir runs/demo --backbone tf_efficientnet_lite0 \
 		--img-size 96 --batch-size 16 --epochs 6 --lr 0.002 --use-ema --ema-decay 0.99
 
