@@ -10,7 +10,8 @@ import argparse
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from fastema.advise_command import add_advise_arguments, run_advise
 from fastema.segmentation.distill_command import add_distill_arguments, run_distill
@@ -18,6 +19,9 @@ from fastema.segmentation.errors import Terminated, UserError
 from fastema.segmentation.evaluate_command import add_evaluate_arguments, run_evaluate
 from fastema.segmentation.predict_command import add_predict_arguments, run_predict
 from fastema.segmentation.train_command import add_train_arguments, run_train
+
+Run: TypeAlias = Callable[[argparse.Namespace], None]
+AddArguments: TypeAlias = Callable[[argparse.ArgumentParser], None]
 
 # What a shell reports: 128 + SIGINT, and 128 + SIGTERM.
 _INTERRUPTED, _TERMINATED = 130, 143
@@ -44,48 +48,56 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastema", description="Exponential moving averages of model weights, at the speed of memory."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    train = commands.add_parser(
+
+    def command(name: str, run: Run, add_arguments: AddArguments | None, help: str, description: str) -> None:
+        added = commands.add_parser(name, help=help, description=description)
+        if add_arguments is not None:
+            add_arguments(added)
+        added.set_defaults(run=run)
+
+    command(
         "train",
+        run_train,
+        add_train_arguments,
         help="train a segmentation model and validate its EMA at no copy",
         description="Trains a segmentation model; with --use-ema, base and EMA are validated after every epoch.",
     )
-    add_train_arguments(train)
-    train.set_defaults(run=run_train)
-    distill = commands.add_parser(
+    command(
         "distill",
+        run_distill,
+        add_distill_arguments,
         help="train a small student from a trained teacher, the student averaged",
         description="Trains as fastema train does, with an EMA, towards the masks and towards what a teacher says of "
         "the same images. The teacher is frozen, is never averaged, and is in no checkpoint.",
     )
-    add_distill_arguments(distill)
-    distill.set_defaults(run=run_distill)
-    evaluate = commands.add_parser(
+    command(
         "evaluate",
+        run_evaluate,
+        add_evaluate_arguments,
         help="every metric of a checkpoint, trained and averaged weights side by side",
         description="Evaluates a checkpoint of fastema train: IoU, Dice, S-measure, weighted F, mean E and MAE.",
     )
-    add_evaluate_arguments(evaluate)
-    evaluate.set_defaults(run=run_evaluate)
-    predict = commands.add_parser(
+    command(
         "predict",
+        run_predict,
+        add_predict_arguments,
         help="write the masks of images",
         description="Writes a PNG for every image, at its size: grey levels are the probability of foreground.",
     )
-    add_predict_arguments(predict)
-    predict.set_defaults(run=run_predict)
-    advise = commands.add_parser(
+    command(
         "advise",
+        run_advise,
+        add_advise_arguments,
         help="which decay, when to start, and why an average is worse",
         description="Advises on the EMA of a run: from its length, from its history, or from both.",
     )
-    add_advise_arguments(advise)
-    advise.set_defaults(run=run_advise)
-    info = commands.add_parser(
+    command(
         "info",
+        _print_info,
+        None,
         help="versions, and which backends are usable here",
         description="Prints versions, which backends are built and usable, and why one is not.",
     )
-    info.set_defaults(run=_print_info)
     return parser
 
 

@@ -7,7 +7,6 @@ import doctest
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from callback_cases import DECAY, assert_average, assert_same, average
 from fastema import FastEMA
 from fastema.segmentation.torchvision_shim import import_torchvision
 
@@ -33,9 +33,10 @@ from fastema.integrations import extras  # noqa: E402
 from fastema.integrations import lightning as ours  # noqa: E402
 from fastema.integrations.lightning import FastEMACallback  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(num_workers|logging interval|TensorBoard|exists and is not empty).*")
-
-DECAY = 0.8
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*(num_workers|logging interval|TensorBoard|exists and is not empty).*"),
+]
 
 
 class Net(pl.LightningModule):
@@ -105,36 +106,6 @@ def trainer(folder: Path, *callbacks: Any, **args: Any) -> Any:
         "callbacks": list(callbacks),
     }
     return pl.Trainer(**{**given, **args})
-
-
-def average(first: dict[str, Tensor], steps: list[dict[str, Tensor]], decay: float = DECAY) -> dict[str, Tensor]:
-    """What the average must be, from the weights after each real step: in double, by the definition."""
-    averages = {name: value.double() for name, value in first.items()}
-    for live in steps:
-        for name, value in live.items():
-            copied = not value.is_floating_point()
-            averages[name] = value.double() if copied else decay * averages[name] + (1 - decay) * value.double()
-    return averages
-
-
-def assert_average(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name].double(), value, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    assert [name for name in actual if not torch.equal(actual[name], expected[name])] == []
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These nets are too small to share out: several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- updates ----

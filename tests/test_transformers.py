@@ -7,7 +7,6 @@ import doctest
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from callback_cases import DECAY, assert_average, assert_same, average
 from fastema.segmentation.torchvision_shim import import_torchvision
 
 with contextlib.suppress(ImportError):
@@ -36,7 +36,7 @@ from transformers import (
 from fastema.integrations import transformers as ours
 from fastema.integrations.transformers import FastEMATrainerCallback
 
-DECAY = 0.8
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):
@@ -115,41 +115,11 @@ def build(folder: Path, net: nn.Module | None = None, **args: Any) -> tuple[Trai
     return trainer, optimizer
 
 
-def average(first: dict[str, Tensor], steps: list[dict[str, Tensor]], decay: float = DECAY) -> dict[str, Tensor]:
-    """What the average must be, from the weights after each real step: in double, by the definition."""
-    averages = {name: value.double() for name, value in first.items()}
-    for live in steps:
-        for name, value in live.items():
-            copied = not value.is_floating_point()
-            averages[name] = value.double() if copied else decay * averages[name] + (1 - decay) * value.double()
-    return averages
-
-
-def assert_average(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name].double(), value, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    assert [name for name in actual if not torch.equal(actual[name], expected[name])] == []
-
-
 def loss_with(weights: dict[str, Tensor], data: Data) -> float:
     net = Net().eval()
     net.load_state_dict(weights)
     with torch.no_grad():
         return net(data.x, (data.x.sum(1) > 0).long())["loss"].item()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These nets are too small to share out: several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- updates ----

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fastema.checks import checked_count
 from fastema.ema import FastEMA
+from fastema.integrations.arguments import refuse_early
 from fastema.integrations.extras import require
 
 if TYPE_CHECKING:
@@ -115,10 +116,7 @@ class FastEMACallback(Callback):
             checked_count("optimizer", optimizer, at_least=0)
         self._optimizer = optimizer
         self._ema_args = {"decay": decay, **ema_args}
-        # What FastEMA refuses is refused now, and not after the data has been prepared; but for what is said of the
-        # module itself and of its device, which are not known yet.
-        later = ("policy", "device", "backend", "capturable")
-        FastEMA([("", torch.zeros(1))], **{name: value for name, value in self._ema_args.items() if name not in later})
+        refuse_early(self._ema_args)
         self._ema: FastEMA | None = None
         self._module: LightningModule | None = None  # the one that is averaged
         self._device: torch.device | None = None  # where it was then

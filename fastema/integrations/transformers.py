@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fastema.checks import checked_count
 from fastema.ema import AttachedHandle, FastEMA
+from fastema.integrations.arguments import refuse_early
 from fastema.integrations.extras import require
 
 if TYPE_CHECKING:
@@ -103,10 +104,7 @@ class FastEMATrainerCallback(TrainerCallback):
             raise ValueError(f"predict must be 'ema' or 'base', got {predict!r}")
         self._evaluate_weights, self._predict_weights = evaluate, predict
         self._ema_args = {"decay": decay, **ema_args}
-        # What FastEMA refuses is refused now, and not after the data has been prepared; but for what is said of the
-        # model itself and of its device, which are not known yet.
-        later = ("policy", "device", "backend", "capturable")
-        FastEMA([("", torch.zeros(1))], **{name: value for name, value in self._ema_args.items() if name not in later})
+        refuse_early(self._ema_args)
         self._ema: FastEMA | None = None
         self._trainer: Trainer | None = None
         self._handle: AttachedHandle | None = None  # on the optimizer
