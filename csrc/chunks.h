@@ -48,6 +48,9 @@ struct Chunk {
 static_assert(sizeof(Chunk) == 24, "the chunk table is read by host and device");
 
 constexpr int64_t kChunkElements = 16384;
+// On a CPU: the live values of a chunk (16 KiB of floats) stay in the first-level cache while several shadows take
+// them in turn. One shadow does not mind the size.
+constexpr int64_t kCpuChunkElements = 4096;
 constexpr int64_t kChunkAlignment = 64;  // elements; cuts fall on multiples of it, so that a cut misaligns nobody
 
 // The chunk size for `elements` in all, so that `workers` blocks have about eight chunks each: few mid-size tensors

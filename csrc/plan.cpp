@@ -88,9 +88,9 @@ void check(CudaError error, const char* what) {
 }
 #endif
 
-// A GPU wants chunks small enough to fill it; a CPU core takes them as large as they come.
+// A GPU wants chunks small enough to fill it.
 int64_t chunk_size(const std::vector<Segment>& segments, at::Device device) {
-  if (device.is_cpu()) return kChunkElements;
+  if (device.is_cpu()) return kCpuChunkElements;
 #ifdef FASTEMA_WITH_CUDA
   int64_t blocks = 0, elements = 0;
   check(resident_blocks(device.index(), blocks), "resident_blocks");
@@ -166,9 +166,7 @@ void Plan::update(const std::vector<double>& weights, bool guard, const std::opt
   args.skip = static_cast<const float*>(scalars(skip, at::kFloat, 1, device_, "skip"));
   const auto* device = static_cast<const double*>(scalars(device_weights, at::kDouble, shadows, device_, "weights"));
   if (device_.is_cpu() && args.skip != nullptr && *args.skip != 0.0f) return;
-  for (const c10::VariableVersion& version : view_versions_) {
-    c10::VariableVersion(version).bump();
-  }
+  for (c10::VariableVersion& version : view_versions_) version.bump();
   for (int first = 0; first < shadows; first += kMaxShadows) {
     args.shadows = std::min(kMaxShadows, shadows - first);
     args.count_kept = first == 0;

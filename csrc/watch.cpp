@@ -15,7 +15,12 @@ const c10::StorageImpl* storage_of(const c10::TensorImpl* tensor) {
   return tensor->unsafe_storage().unsafeGetStorageImpl();
 }
 
-bool same(at::IntArrayRef now, const int64_t* then) { return std::equal(now.begin(), now.end(), then); }
+// One to four numbers, as a rule: std::equal would call memcmp for them.
+bool same(at::IntArrayRef now, const int64_t* then) {
+  bool equal = true;
+  for (size_t i = 0; i < now.size(); ++i) equal &= now[i] == then[i];
+  return equal;
+}
 
 }  // namespace
 
@@ -41,7 +46,7 @@ bool Watch::holds() const {
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (i + kAhead < slots_.size()) __builtin_prefetch(slots_[i + kAhead].dict);
     const Slots& slots = slots_[i];
-    if (PyDict_Size(slots.dict) != static_cast<Py_ssize_t>(slots.end - begin)) return false;
+    if (PyDict_GET_SIZE(slots.dict) != static_cast<Py_ssize_t>(slots.end - begin)) return false;
     PyObject *key, *value;
     Py_ssize_t position = 0;
     for (; begin < slots.end; ++begin) {

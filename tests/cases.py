@@ -13,7 +13,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: (shadow, live)
 DTYPE_PAIRS = tuple((shadow, live) for shadow in FLOATS for live in FLOATS)
 #: Around the widths of vectors, the smallest and the largest chunk.
-SIZES = (0, 1, 3, 4, 5, 15, 16, 17, 1023, 1024, 1025, 16383, 16384, 16385)
+SIZES = (0, 1, 3, 4, 5, 15, 16, 17, 1023, 1024, 1025, 4095, 4096, 4097, 16383, 16384, 16385)
 #: In elements: 1, 2 and 3 leave no vector aligned.
 OFFSETS = (0, 1, 2, 3)
 #: 0 keeps, 1 copies; from 0.5 on the rule is computed from the live end.

@@ -58,7 +58,8 @@ def run_with_fault(action: Callable[[], Any], at: int, opcodes: bool) -> int:
     before = sys.gettrace()
     sys.settrace(enter)
     try:
-        action()
+        with torch.enable_grad():  # what a `no_grad` that was cut off between its entry and its block left behind
+            action()
     finally:
         sys.settrace(before)
     return events

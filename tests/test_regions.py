@@ -241,6 +241,6 @@ def test_chunks_cover_every_element_once(native: Any, segments: list[tuple[int, 
         assert torch.equal(live, torch.full_like(live, 1.0 if copy else 0.5))
 
 
-def test_chunks_are_cut_at_16384_elements(native: Any) -> None:
-    for size, chunks in ((0, 0), (1, 1), (16384, 1), (16385, 2), (3 * 16384, 3)):
+def test_chunks_are_cut_at_4096_elements(native: Any) -> None:
+    for size, chunks in ((0, 0), (1, 1), (4096, 1), (4097, 2), (3 * 4096, 3)):
         assert native.Plan([[torch.zeros(size)]], [torch.zeros(size)], [False], []).chunk_count() == chunks

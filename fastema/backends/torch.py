@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from itertools import compress
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from fastema.uncut import Step, run_uncut
 
 NAME = "torch"
+
+Pair: TypeAlias = tuple[Tensor, Tensor]  # a shadow segment and its live one
+_BATCH = 1 << 18  # elements: the temporaries of a batch stay in a CPU's cache
 
 
 def why_unusable(device_type: str) -> str | None:
@@ -37,7 +41,10 @@ class Plan:
         copies: Sequence[bool],
         views: Sequence[Tensor],
     ) -> None:
-        self._shadows = [list(zip(shadow, lives, copies, strict=True)) for shadow in shadows]
+        self._pairs = [list(zip(shadow, lives, strict=True)) for shadow in shadows]
+        self._copied = [list(compress(pairs, copies)) for pairs in self._pairs]
+        averaged = [not copy for copy in copies]
+        self._batches = [_batches(compress(pairs, averaged)) for pairs in self._pairs]
         self._views = list(views)
         self._kept: Tensor | int = 0
 
@@ -53,24 +60,27 @@ class Plan:
             return
         if device_weights is not None:
             weights = device_weights.tolist()
-        for which, (segments, weight) in enumerate(zip(self._shadows, weights, strict=True)):
-            for shadow, live, copy in segments:
-                if copy:
-                    shadow.copy_(live)
-                else:
-                    self._average(shadow, live, weight, guard, counts=which == 0)
+        for which, (copied, batches, weight) in enumerate(zip(self._copied, self._batches, weights, strict=True)):
+            for shadow, live in copied:
+                shadow.copy_(live)
+            for batch in batches:
+                self._average(batch, weight, guard, counts=which == 0)
         torch.autograd.graph.increment_version(self._views)
 
-    def _average(self, shadow: Tensor, live: Tensor, weight: float, guard: bool, counts: bool) -> None:
-        opmath = torch.float64 if shadow.dtype == torch.float64 else torch.float32
-        old, new = shadow.to(opmath), live.to(shadow.device, opmath)
+    def _average(self, batch: list[Pair], weight: float, guard: bool, counts: bool) -> None:
+        shadows, lives = [shadow for shadow, _ in batch], [live for _, live in batch]
+        opmath = torch.float64 if shadows[0].dtype == torch.float64 else torch.float32
+        old, new = _joined(shadows).to(opmath), _joined(lives).to(shadows[0].device, opmath)
         result = torch.lerp(old, new, weight)
         if guard:
             finite = new.isfinite()
             result = torch.where(finite, result, old)
             if counts:  # an element is counted once for all shadows
                 self._kept = self._kept + (finite.numel() - finite.count_nonzero())
-        shadow.copy_(result)
+        if len(batch) == 1:
+            shadows[0].copy_(result)
+        else:
+            torch._foreach_copy_(shadows, result.split([shadow.numel() for shadow in shadows]))
 
     def nonfinite_count(self) -> int:
         return int(self._kept)
@@ -82,14 +92,36 @@ class Plan:
 
     def exchange_steps(self, which: int) -> list[Step]:
         """What `exchange()` does, for `run_uncut`."""
-        segments = self._shadows[which]
-        if any(shadow.dtype != live.dtype for shadow, live, _ in segments):
+        pairs = self._pairs[which]
+        if any(shadow.dtype != live.dtype for shadow, live in pairs):
             raise ValueError("contents of different dtypes cannot be exchanged exactly")
         return [
             step
-            for shadow, live, _ in segments
+            for shadow, live in pairs
             for step in _exchange_contents(shadow.view(torch.uint8), live.view(torch.uint8))
         ]
+
+
+def _batches(pairs: Iterable[Pair]) -> list[list[Pair]]:
+    """Small segments of the same dtypes in one batch: an operation on 256 elements takes as long as one on none."""
+    batches: list[list[Pair]] = []
+    open_batches: dict[Any, tuple[list[Pair], int]] = {}
+    for shadow, live in pairs:
+        if shadow.dim() != 1:  # no segment, but a stand-in for a tensor: see `Shadow.update_operands`
+            batches.append([(shadow, live)])
+            continue
+        alike = shadow.dtype, shadow.device, live.dtype, live.device
+        batch, elements = open_batches.get(alike, ([], _BATCH))
+        if elements + shadow.numel() > _BATCH:
+            batch, elements = [], 0
+            batches.append(batch)
+        batch.append((shadow, live))
+        open_batches[alike] = batch, elements + shadow.numel()
+    return batches
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 _EXCHANGE_BLOCK = 1 << 20  # bytes held twice while contents change places

@@ -98,7 +98,7 @@ void run(const Case& c) {
   std::vector<Chunk> gpu_chunks, cpu_chunks;
   for (int k = 0; k < c.shadows; ++k) {
     for (const Chunk& chunk : cut(gpu_segments[k], 1024)) gpu_chunks.push_back(chunk);
-    for (const Chunk& chunk : cut(cpu_segments[k], kChunkElements)) cpu_chunks.push_back(chunk);
+    for (const Chunk& chunk : cut(cpu_segments[k], kCpuChunkElements)) cpu_chunks.push_back(chunk);
   }
   const CpuChunks work(cpu_chunks, c.shadows);
   UpdateArgs args{};
