@@ -10,6 +10,7 @@
 #include <cstring>
 #include <numeric>
 #include <thread>
+#include <type_traits>
 #include <utility>
 
 #include "ema_math.h"
@@ -29,6 +30,7 @@ namespace {
 
 template <bool kGuard, class Shadow, class Live>
 EMA_FN int64_t average_chunk(const Chunk& chunk, double weight_of_live) {
+  static_assert(std::is_scalar_v<Shadow> && std::is_scalar_v<Live>, "loops over structs are not vectorised");
   Shadow* __restrict shadow = static_cast<Shadow*>(chunk.shadow);
   const Live* __restrict live = static_cast<const Live*>(chunk.live);
   const Weight<Opmath<Shadow>> weight(weight_of_live);

@@ -22,13 +22,10 @@
 
 namespace fastema {
 
-// Storage formats only: all arithmetic happens in the opmath type.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
+// Storage formats only: all arithmetic happens in the opmath type. Enumerations, because a compiler knows them as
+// numbers: it does not vectorise a loop that stores structs.
+enum class BFloat16 : uint16_t {};
+enum class Float16 : uint16_t {};
 
 // The type an average is computed in, chosen by the shadow: double for double, else float.
 template <class Shadow>
@@ -48,21 +45,21 @@ EMA_FN float bits_float(uint32_t bits) {
 
 // ---- 16-bit formats. Widening is exact; narrowing rounds to nearest even. Branch-free, so that loops vectorise. ----
 
-EMA_FN float widen(BFloat16 value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
+EMA_FN float widen(BFloat16 value) { return bits_float(static_cast<uint32_t>(value) << 16); }
 
 EMA_FN BFloat16 narrow_to_bfloat16(float value) {
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+  return static_cast<BFloat16>(is_nan ? 0x7fc0u : rounded);
 }
 
 EMA_FN float widen(Float16 value) {
 #if defined(__CUDA_ARCH__)
-  return __half2float(__ushort_as_half(value.bits));
+  return __half2float(__ushort_as_half(static_cast<uint16_t>(value)));
 #else
-  const uint32_t sign = (static_cast<uint32_t>(value.bits) & 0x8000u) << 16;
-  const uint32_t magnitude = value.bits & 0x7fffu;
+  const uint32_t sign = (static_cast<uint32_t>(value) & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(value) & 0x7fffu;
   const uint32_t rebias = 112u << 23;  // 127 - 15
   const uint32_t normal = (magnitude << 13) + rebias + (magnitude >= 0x7c00u ? rebias : 0u);
   // A subnormal is magnitude * 2^-24, the spacing of floats in [0.5, 1): exact, and safe with denormals flushed.
@@ -73,7 +70,7 @@ EMA_FN float widen(Float16 value) {
 
 EMA_FN Float16 narrow_to_float16(float value) {
 #if defined(__CUDA_ARCH__)
-  return {__half_as_ushort(__float2half_rn(value))};
+  return static_cast<Float16>(__half_as_ushort(__float2half_rn(value)));
 #else
   const uint32_t bits = float_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
@@ -83,7 +80,7 @@ EMA_FN Float16 narrow_to_float16(float value) {
   uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= 0x47800000u ? 0x7c00u : half;  // 65536 and above; rounding carries the rest up to it
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
-  return {static_cast<uint16_t>(sign | half)};
+  return static_cast<Float16>(sign | half);
 #endif
 }
 
