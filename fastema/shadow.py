@@ -243,19 +243,25 @@ class Shadow:
         """
         self.synchronize()
         self._gathered.drop()
+        prepared = None if in_place or self._parts else self._by_pointer.get((which, len(self._tensors)))
+        if prepared is not None and _is_bare(*prepared):
+            self._enter(which, *prepared)
+            return
         with torch.inference_mode(False), torch.no_grad():
-            exchange, stand_ins = self._in_place_exchange(which) if in_place else self._pointer_exchange(which)
-            try:
+            self._enter(which, *(self._in_place_exchange(which) if in_place else self._pointer_exchange(which)))
+
+    def _enter(self, which: int, exchange: Any, stand_ins: list[StandIn]) -> None:
+        try:
+            for stand_in in stand_ins:
+                stand_in.fill()
+            self._exchange, self._which, self._filled = exchange, which, stand_ins
+            claims.owners.add(self)
+            exchange.enter(next(claims.version_steps))
+        except BaseException:
+            if not exchange.entered:  # memory for some of the scratch storages is none for the training
                 for stand_in in stand_ins:
-                    stand_in.fill()
-                self._exchange, self._which, self._filled = exchange, which, stand_ins
-                claims.owners.add(self)
-                exchange.enter(next(claims.version_steps))
-            except BaseException:
-                if not exchange.entered:  # memory for some of the scratch storages is none for the training
-                    for stand_in in stand_ins:
-                        stand_in.free()
-                raise
+                    stand_in.free()
+            raise
 
     def _in_place_exchange(self, which: int) -> tuple[Any, list[StandIn]]:
         if not all(mirror.is_direct for mirror in self._mirrors):
@@ -292,18 +298,24 @@ class Shadow:
         try:
             self._gathered.drop()  # before the exchange: after it, an interrupt could leave them behind
         finally:
-            with torch.inference_mode(False), torch.no_grad():
-                for stand_in in self._filled:
-                    stand_in.carry_rest()
-                self._exchange.leave()
-                claims.owners.discard(self)
-                for stand_in in self._filled:
-                    stand_in.free()
+            if _is_bare(self._exchange, self._filled):
+                self._leave()
+            else:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._leave()
         if self._parts and not self.is_current():
             raise RuntimeError(
                 "restored, but the model's parameters were replaced meanwhile, or are gathered by an FSDP module that "
                 "FastEMA was not given: call reshard() on that one, else its next forward uses averaged weights"
             )
+
+    def _leave(self) -> None:
+        for stand_in in self._filled:
+            stand_in.carry_rest()
+        self._exchange.leave()
+        claims.owners.discard(self)
+        for stand_in in self._filled:
+            stand_in.free()
 
     def __del__(self) -> None:
         # Nothing is exchanged back: who keeps the model and drops the EMA may mean just that, and weights that change
@@ -327,6 +339,14 @@ class Shadow:
             (entry, sharded.described_as(entry.whole, (entry.tensor if in_model and direct else view).detach()))
             for entry, view, direct in zip(self.managed, self._views[which], self._is_direct, strict=True)
         ]
+
+
+def _is_bare(exchange: Any, stand_ins: list[StandIn]) -> bool:
+    """Whether pointers change places in C++ and that is all: no operation of torch runs, so its modes do not matter.
+
+    To enter and leave them would take a third of the time of an exchange.
+    """
+    return not stand_ins and not isinstance(exchange, plain_torch.ContentsExchange)
 
 
 def _refuse_two_storages_over_one_memory(entries: list[Managed]) -> None:
