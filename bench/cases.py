@@ -128,11 +128,6 @@ def half_list() -> Case:
     return Case("64 x 1 M, bf16 <- bf16", ((1000, 1000),) * 64, torch.bfloat16, torch.bfloat16)
 
 
-def validation_list() -> Case:
-    """25 M floats in 1,000 tensors: what has to change places for a validation."""
-    return Case("1,000 x 25,000", ((25_000,),) * 1000)
-
-
 def ladder(tensors: int, elements: int) -> Case:
     """Equal tensors of float32, a rung of `bench.scale`."""
     return Case(f"{tensors:,} x {elements:,}", ((elements,),) * tensors)

@@ -21,13 +21,13 @@ import torch
 
 from bench import cases, peers
 from bench.cases import Unavailable, build_model
-from bench.peers import AVG_FN, FOREACH, MULTI_FN, OURS, OURS_SWA_UTILS
+from bench.peers import FOREACH, MULTI_FN, OURS, OURS_SWA_UTILS
 from bench.session import Session, run_benchmarks
 from bench.table import print_table
 
 #: Without other packages: to import one under valgrind takes minutes.
-ENTRANTS = (OURS, OURS_SWA_UTILS, FOREACH, MULTI_FN, AVG_FN)
-CALLS = 10
+ENTRANTS = (OURS, OURS_SWA_UTILS, FOREACH, MULTI_FN)
+CALLS = 5
 _LIMIT_S = 300
 #: valgrind sees these instructions, which do nothing elsewhere, as requests of the program (valgrind.h).
 _REQUESTS = r"""
@@ -137,7 +137,7 @@ def _be_counted(library: str) -> None:
             calls[f"swap: {peer.name}"] = contender.swap
     requests.begin()  # only now, since it makes everything slower: imports would take minutes
     for title, call in calls.items():
-        for _ in range(3):
+        for _ in range(2):
             call()
         requests.start()
         for _ in range(CALLS):

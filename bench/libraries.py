@@ -220,8 +220,8 @@ LIBRARIES = (
     *(MULTI_FN, AVG_FN, TIMM, ULTRALYTICS, EMA_PYTORCH, EMA_PYTORCH_FOREACH),
     *(TORCH_EMA, DIFFUSERS, DIFFUSERS_FOREACH, LIGHTNING),
 )
-#: Those that import in a second or two: for a quick run.
-QUICK_LIBRARIES = (MULTI_FN, AVG_FN, TIMM, ULTRALYTICS, EMA_PYTORCH, TORCH_EMA)
+#: For a quick run: those that import in a second or two.
+QUICK_LIBRARIES = (MULTI_FN, AVG_FN, TIMM, TORCH_EMA)
 
 #: (original, what stands in its place after one changed import)
 REPLACEMENTS: tuple[tuple[Peer, Peer], ...] = (

@@ -2,9 +2,10 @@
 
 Medians with p10 and p90 of single calls. All implementations of a case take turns within one run, in a new order every
 round, so that whatever else the machine does hits all of them. Warm: each timed call follows a millisecond of untimed
-ones of the same implementation. Cold: each implementation rotates over several models, together larger than the
-last-level cache, as weights are cold in a training step. Bandwidth is the floor of bytes over time, and its share is of
-the bandwidth of a plain copy that took its turns in the same rounds.
+ones of the same implementation. Cold: each implementation has a model of its own, and before every round twice the
+last-level cache is swept through, so that model, average, their objects and the implementation's own code come from
+memory, as after a training step. Bandwidth is the floor of bytes over time; its share is of the bandwidth of a plain
+copy that took its turns in the same rounds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,21 +40,23 @@ class Budget:
     most: int = 2000
 
 
-def take_turns(calls: Mapping[str, Sequence[Call]], clock: Clock, cache: Cache, budget: Budget) -> dict[str, Timing]:
+def take_turns(
+    calls: Mapping[str, Call], clock: Clock, cache: Cache, budget: Budget, sweep: Call | None = None
+) -> dict[str, Timing]:
     """Times all implementations of a case, one call each a round.
 
     Args:
-        calls: by implementation; several calls of one are the same work on other memory, taken in rotation.
+        calls: by implementation.
         clock: of the device.
         cache: "warm" makes untimed calls of the same before each timed one.
         budget: how many rounds.
+        sweep: empties the caches before each round; None: the calls move so much that they do it for each other.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     host: dict[str, list[float]] = {name: [] for name in calls}
-    for name, copies in calls.items():  # what is built on first use (plans, caches, thread pools) is no update's cost
-        for call in copies:
-            call()
-        host[name].append(clock.host_us(copies[0]))
+    for name, call in calls.items():  # what is built on first use (plans, caches, thread pools) is no update's cost
+        call()
+        host[name].append(clock.host_us(call))
     order = list(calls)
     shuffle = random.Random(0).shuffle
     gc.collect()
@@ -66,8 +69,10 @@ def take_turns(calls: Mapping[str, Sequence[Call]], clock: Clock, cache: Cache, 
             if turn >= budget.least * rounds_a_sample and time.perf_counter() > deadline:
                 break
             shuffle(order)
+            if sweep is not None:
+                sweep()
             for name in order:
-                call = calls[name][turn % len(calls[name])]
+                call = calls[name]
                 if cache == "warm":
                     _warm_up(call)
                 if turn % rounds_a_sample == 0:
@@ -113,6 +118,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
-def rounds_until_cold(bytes_a_round: int, device: torch.device) -> int:
-    """After how many rounds twice the last-level cache has passed, so that memory seen before them is cold."""
-    return max(1, math.ceil(2 * cache_bytes(device) / max(bytes_a_round, 1)))
+def sweeper(device: torch.device) -> Callable[[], object]:
+    """What reads and writes twice the last-level cache, on every core, so that all else is out of it."""
+    swept = torch.zeros(cache_bytes(device) // 2, device=device)  # of 4 bytes
+    return lambda: swept.add_(1)

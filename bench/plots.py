@@ -23,6 +23,10 @@ _COLOURS = (
     "#5d6d7e",
     "#a04000",
     "#117864",
+    "#e59aa2",
+    "#1b2631",
+    "#a9cce3",
+    "#c39bd3",
 )
 #: Those with a bar for each net.
 _IN_BARS = (OURS, COPY, peers.FOREACH, *libraries.LIBRARIES)

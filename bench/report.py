@@ -1,4 +1,4 @@
-"""`python -m bench.report FILE... [--plots FOLDER] [--readme README.md [--check]]`
+"""`python -m bench.report FILE... [--plots FOLDER] [--readme PAGE... [--check]]`
 
 Tables and plots from the records of one machine. Prints the tables as Markdown; `--readme` puts each between its
 markers, `<!-- bench:begin NAME -->` and `<!-- bench:end -->`, and leaves all other text alone; `--check` writes nothing
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench import cases, libraries, nets, peers, swap, train_step
 from bench.cases import Unavailable
+from bench.losses import LOSS_COLUMNS, loss_rows, losses
 from bench.peers import COPY, LIMIT, OURS
 from bench.records import Cache, Run, load
 from bench.scale import GROWTH_COLUMNS, growth, growth_rows
@@ -32,7 +33,44 @@ _HAND_WRITTEN = (peers.CASTS[0], peers.CASTS[1], peers.CASTS[5])
 def _environment(run: Run) -> str:
     found = run.environment
     packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{found['device']}, {found['threads']} threads, {found['date'][:10]}; {packages}."
+    cores = f" on cores {', '.join(map(str, found['cores']))}" if found.get("cores") else ""
+    more = f", {size(found['cache_bytes'])} cache" if found.get("cache_bytes") else ""
+    more += f", load {found['load']:.1f} at the start" if found.get("load") is not None else ""
+    return f"{found['device']}, {found['threads']} threads{cores}{more}, {found['date'][:10]}; {packages}."
+
+
+def _headline(run: Run) -> str:
+    """The first table of the page: few rows, few peers."""
+    everybody = (OURS, COPY, peers.FOREACH, peers.MULTI_FN, libraries.TIMM, libraries.DIFFUSERS)
+    mixed = cases.mixed_one_tensor().name
+    labels = {
+        cases.small_tensors().name: "1,000 tensors of 256, in the cache",
+        mixed: "64 M bfloat16 in a float32 average",
+    }
+    rows = []
+    for case in (*_NET_COLUMNS, mixed):
+        if run.median("update", case, OURS.name, _cache_of(case)):
+            cells = [_cell(run, "update", case, peer.name, _cache_of(case)) for peer in everybody]
+            rows.append([f"update: {labels.get(case, case)}", *cells])
+    cells = [_cell(run, "swap", nets.RESNET50, peer.name, "warm") for peer in everybody]
+    if any(cells):
+        modules = (peers.MULTI_FN, libraries.TIMM)
+        cells = ["a second module" if peer in modules else cell for peer, cell in zip(everybody, cells, strict=True)]
+        rows.append([f"average in and out for a validation: {nets.RESNET50}", *cells])
+        extra = [run.find("memory: validation", nets.RESNET50, peer.name) for peer in everybody]
+        rows.append(["memory that takes", *("" if one is None else size(one.extra_bytes or 0) for one in extra)])
+    rows = [[row[0], _bold(row[1]), *row[2:]] for row in rows]
+    return _markdown(["one run, medians", "fastema", "copy of the model", *(peer.name for peer in everybody[2:])], rows)
+
+
+def _cell(run: Run, bench: str, case: str, impl: str, cache: Cache) -> str:
+    median = run.median(bench, case, impl, cache)
+    if median is not None:
+        return duration(median)
+    raised = any(
+        (one.bench, one.case, one.impl) == (bench, case, impl) and "Error: " in one.reason for one in run.missing
+    )
+    return "raises" if raised else ""
 
 
 def _updates(run: Run) -> str:
@@ -159,7 +197,11 @@ def _instructions(run: Run) -> str:
 
 
 def _targets(run: Run) -> str:
-    return _markdown(TARGET_COLUMNS, target_rows(targets(run)))
+    return _markdown(TARGET_COLUMNS, target_rows(targets(run)), right=False)
+
+
+def _losses(run: Run) -> str:
+    return _markdown(LOSS_COLUMNS, loss_rows(losses(run)), right=False)
 
 
 def _missing(run: Run) -> str:
@@ -174,6 +216,7 @@ def _missing(run: Run) -> str:
 
 
 TABLES: dict[str, Callable[[Run], str]] = {
+    "headline": _headline,
     "environment": _environment,
     "update": _updates,
     "mixed": _mixed,
@@ -187,12 +230,14 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "train_step": _train_steps,
     "instructions": _instructions,
     "targets": _targets,
+    "losses": _losses,
     "missing": _missing,
 }
 
 
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], right: bool = True) -> str:
+    """`right`: all columns but the first are numbers."""
+    head = ["| " + " | ".join(columns) + " |", "|---" + ("|---:" if right else "|---") * (len(columns) - 1) + "|"]
     return "\n".join(head + ["| " + " | ".join(row) + " |" for row in rows])
 
 
@@ -229,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables and plots of a run.")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="of one machine, written with --json")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the plots there")
-    parser.add_argument("--readme", type=Path, metavar="PAGE", help="renew the marked tables of this page")
+    parser.add_argument("--readme", type=Path, nargs="+", metavar="PAGE", help="renew the marked tables of these pages")
     parser.add_argument("--check", action="store_true", help="with --readme: change nothing, fail if it would change")
     parsed = parser.parse_args(arguments)
     if parsed.check and parsed.readme is None:
@@ -242,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for path in draw(run, parsed.plots):
                 print(f"written: {path}")
         if parsed.readme is not None:
-            return _renew(parsed.readme, run, parsed.check)
+            return max(_renew(page, run, parsed.check) for page in parsed.readme)
     except (OSError, ValueError, Unavailable) as error:
         print(error, file=sys.stderr)
         return 2

@@ -56,12 +56,15 @@ class Growth:
 
 def ladders(quick: bool) -> dict[str, list[tuple[int, int]]]:
     """(tensors, elements of each), by the name of the bench."""
-    most = 7 if quick else 9
+    tensors = [1, 10, 1000] if quick else [10**power for power in range(5)]
+    parameters = [10**power for power in range(3, 10)] + [3 * 10**7, 3 * 10**8]
+    if quick:
+        parameters = [10**5, 10**7, 2 * 10**7]
+    elements = [1, 1000] if quick else [10**power for power in range(6)]
     return {
-        "scale: tensors": [(10**power, ELEMENTS_OF_SMALL) for power in range(4 if quick else 5)],
-        "scale: parameters": [(1, 10**power) for power in range(3, most + 1)]
-        + ([(1, 2 * 10**7)] if quick else [(1, 3 * 10**7), (1, 3 * 10**8)]),
-        "scale: elements": [(TENSORS_OF_THIRD, 10**power) for power in range(3 if quick else 6)],
+        "scale: tensors": [(count, ELEMENTS_OF_SMALL) for count in tensors],
+        "scale: parameters": [(1, size) for size in parameters],
+        "scale: elements": [(TENSORS_OF_THIRD, size) for size in elements],
     }
 
 
@@ -111,10 +114,10 @@ def run(session: Session) -> None:
     for bench, rungs in ladders(session.quick).items():
         for tensors, elements in rungs:
             # Of what takes seconds to build, the few that say most.
-            few = tensors * elements > 2 * 10**8
-            chosen = (OURS, COPY, FOREACH, MULTI_FN) if few else entrants
+            slow = tensors * elements > 4 * 10**7 or tensors > 2000
+            chosen = (OURS, FOREACH) if elements > 2 * 10**8 else entrants[:4] if slow else entrants
             make_case = partial(cases.ladder, tensors, elements)
-            race(session, Group(bench, make_case, chosen, "cold", session.budget(1.5)))
+            race(session, Group(bench, make_case, chosen, "cold", session.budget(1.5, least=3 if slow else 7)))
     rows = growth_rows(growth(session.run.records))
     print_table("growth: two straight lines", GROWTH_COLUMNS, rows)
 

@@ -6,15 +6,16 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.cases import Case
-from bench.clocks import Clock, clock_for
-from bench.machine import device_name, environment, pin, versions
-from bench.measure import Budget
+from bench.clocks import Call, Clock, clock_for
+from bench.machine import device_name, environment, pin, settle_allocator, versions
+from bench.measure import Budget, sweeper
 from bench.records import Cache, InstructionCount, Missing, Record, Run, Timing, save
 from bench.table import print_environment
 
@@ -33,6 +34,11 @@ class Session:
     quick: bool = False
     stretch: float = 1.0
     run: Run = field(default_factory=lambda: Run({}))
+
+    @cached_property
+    def sweep(self) -> Call:
+        """Empties the caches."""
+        return sweeper(self.device)
 
     def budget(self, seconds: float, least: int = 5) -> Budget:
         """For one table of a full run; a quick one gets a quarter of it."""
@@ -118,6 +124,7 @@ def run_benchmarks(
     parsed = parser.parse_args(arguments)
     _check(parser, parsed)
     pin(parsed.threads)
+    settle_allocator()
     device = torch.device(parsed.device)
     session = Session(device, clock_for(device), parsed.quick, parsed.seconds, Run(environment(device)))
     print_environment(session.run.environment)

@@ -13,21 +13,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench import cases, libraries, nets, peers
+from bench import libraries, nets, peers
 from bench.cases import Case, Unavailable, build_model, import_timm
 from bench.measure import take_turns
 from bench.memory import footprint
 from bench.peers import FOREACH, MULTI_FN, OURS, OURS_IN_PLACE, Build, Contender, Peer
-from bench.race import dtypes
-from bench.records import Cache
+from bench.race import CACHE_WORDS, dtypes
 from bench.session import Session, run_benchmarks
 from bench.table import print_records, size
 
 BASE_TWICE = "the base weights twice, no average"
-_CACHES: dict[Cache, str] = {
-    "warm": "warm: each call straight after others of its own",
-    "cold": "cold: each call after somebody else's",
-}
 
 
 # ---- by hand ----
@@ -114,9 +109,10 @@ def measure_swap(session: Session, case: Case, entrants: Sequence[Peer], seconds
         except Unavailable as error:
             session.miss("swap", case.name, peer.name, error)
             missed.append((peer.name, str(error)))
-    calls = {peer.name: [contender.swap] for peer, contender in contenders.items()}
-    for cache, words in _CACHES.items():
-        timings = take_turns(calls, session.clock, cache, session.budget(seconds))
+    calls = {peer.name: contender.swap for peer, contender in contenders.items()}
+    for cache, words in CACHE_WORDS.items():
+        sweep = session.sweep if cache == "cold" else None
+        timings = take_turns(calls, session.clock, cache, session.budget(seconds), sweep)
         records = []
         for peer, contender in contenders.items():
             record = session.record(
@@ -142,8 +138,8 @@ def measure_validation(session: Session, entrants: Sequence[Peer]) -> None:
         session.miss("validation", "ResNet-18", "", error)
         print(f"validation: left out: {error}\n")
         return
-    case = Case("ResNet-18, 4 batches of 8 x 64 px", tuple(tuple(one.shape) for one in model.parameters()))
-    batches = [torch.rand(8, 3, 64, 64, device=session.device) for _ in range(2 if session.quick else 4)]
+    case = Case("ResNet-18, 2 batches of 8 x 64 px", tuple(tuple(one.shape) for one in model.parameters()))
+    batches = [torch.rand(8, 3, 64, 64, device=session.device) for _ in range(2)]
 
     @torch.no_grad()
     def validate(net: nn.Module) -> None:
@@ -166,7 +162,7 @@ def measure_validation(session: Session, entrants: Sequence[Peer]) -> None:
         validate(model)
         validate(model)
 
-    calls: dict[str, list[Callable[[], object]]] = {BASE_TWICE: [validate_twice]}
+    calls: dict[str, Callable[[], object]] = {BASE_TWICE: validate_twice}
     backends = {BASE_TWICE: "torch"}
     missed: list[tuple[str, str]] = []
     for peer in entrants:
@@ -174,12 +170,12 @@ def measure_validation(session: Session, entrants: Sequence[Peer]) -> None:
             contender = peers.built(peer, model, case)
             if contender.second_module is not None:
                 contender.second_module.eval()
-            calls[peer.name] = [partial(validate_both, contender)]
+            calls[peer.name] = partial(validate_both, contender)
             backends[peer.name] = contender.backend or "torch"
         except Unavailable as error:
             session.miss("validation", case.name, peer.name, error)
             missed.append((peer.name, str(error)))
-    timings = take_turns(calls, session.clock, "cold", session.budget(10))
+    timings = take_turns(calls, session.clock, "cold", session.budget(8))
     records = [
         session.record("validation", case, name, backends[name], timings[name], launches=None, extra_bytes=None)
         for name in calls
@@ -192,11 +188,7 @@ def run(session: Session) -> None:
     packages = PACKAGES[:1] if session.quick else PACKAGES
     entrants = (OURS, OURS_IN_PLACE, *packages, *BY_HAND)
     measure_swap(session, nets.resnet50(), entrants)
-    if not session.quick:
-        measure_swap(session, nets.segmentation_list(), entrants)
-        measure_swap(session, cases.validation_list(), entrants)
-    second_module = (MULTI_FN, libraries.TIMM)
-    measure_validation(session, (OURS, OURS_IN_PLACE, *packages, *second_module))
+    measure_validation(session, (OURS, OURS_IN_PLACE, libraries.TORCH_EMA, MULTI_FN, libraries.TIMM))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

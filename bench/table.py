@@ -31,16 +31,18 @@ def print_table(
     except ImportError:
         print(plain_table(title, columns, rows, left), file=out)
         return
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    table.title = Text(title)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    prose = left == len(columns)  # then the last columns are sentences, which may take several lines
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+        wraps = prose and index >= 2
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=not wraps)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: no cell is markup
     # Into a file a table is as wide as it is; only a terminal has an edge.
     console = Console(file=out, highlight=False)
     if not console.is_terminal:
-        console = Console(file=out, highlight=False, width=160)
+        console = Console(file=out, highlight=False, width=200)
+    console.print(Text(title, style="bold"))  # not the table's own title, which would wrap to the table's width
     console.print(table)
 
 

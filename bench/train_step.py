@@ -104,7 +104,7 @@ def workloads(session: Session) -> list[Callable[[], Workload]]:
     small = device.type == "cpu"
     return [
         lambda: classifier("resnet50", "ResNet-50", 8 if small else 64, 128 if small else 224, device),
-        lambda: classifier("vit_small_patch16_224", "ViT-S/16", 4 if small else 64, 224, device),
+        lambda: classifier("vit_small_patch16_224", "ViT-S/16", 4 if small else 64, 160 if small else 224, device),
         lambda: segmentation("edgenext_base", 7, 4 if small else 16, 128 if small else 384, device),
     ]
 
@@ -176,7 +176,7 @@ def run(session: Session) -> None:
             session.miss("train_step", "", "", error)
             print(f"train_step: left out: {error}\n")
             continue
-        print_shares(measure(session, workload, (OURS, FOREACH, *shipped), session.budget(20, least=3)))
+        print_shares(measure(session, workload, (OURS, FOREACH, *shipped), session.budget(14, least=3)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

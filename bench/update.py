@@ -42,7 +42,7 @@ def measure_copy(session: Session, elements: int | None = None) -> None:
         elements = 64_000_000 if session.device.type == "cpu" else 1_000_000_000
     source = torch.ones(elements, device=session.device)
     target = torch.zeros_like(source)
-    timing = take_turns({"": [lambda: target.copy_(source)]}, session.clock, "cold", session.budget(2))[""]
+    timing = take_turns({"": lambda: target.copy_(source)}, session.clock, "cold", session.budget(2))[""]
     case = Case(f"{elements / 1e6:g} M in one", ((elements,),))
     record = session.record("copy", case, LIMIT.name, "torch", timing, bytes_floor=8 * elements)
     note = _CPU_COPY_NOTE if session.device.type == "cpu" else ""
@@ -58,7 +58,7 @@ def plan(session: Session) -> list[Group]:
     with_copies = (LIMIT, COPY, *everybody)
     replacing = () if session.quick else REPLACING
     few = (OURS, FOREACH, peers.MULTI_FN, libraries.TIMM)
-    mixed = (LIMIT, COPY, *ours, *(peers.CASTS[:2] if session.quick else peers.CASTS), *shipped)
+    mixed = (LIMIT, COPY, *ours, *((peers.CASTS[1], libraries.TIMM) if session.quick else (*peers.CASTS, *shipped)))
 
     def group(
         make_case: Callable[[], Case], entrants: Sequence[Peer], seconds: float, warm: bool = False, least: int = 5
@@ -67,30 +67,29 @@ def plan(session: Session) -> list[Group]:
 
     small = (*ours, OURS_TORCH, FOREACH, *shipped, *replacing)
     groups = [
-        group(cases.small_tensors, (*small, *(() if on_gpu else (OURS_TRITON,))), 4, warm=True),
-        group(cases.small_tensors, small, 4),
+        group(cases.small_tensors, (*small, *(() if on_gpu else (OURS_TRITON,))), 5, warm=True, least=9),
+        group(cases.small_tensors, small, 5, least=9),
         Group("host", cases.one_element_tensors, few, "warm", session.budget(1.5), _HOST_NOTE),
     ]
     if session.quick:
-        return [*groups, group(nets.resnet50, with_copies, 8), group(cases.mixed_list, mixed, 8)]
+        return [*groups, group(nets.resnet50, with_copies, 8), group(cases.mixed_list, mixed, 6)]
     groups += [
-        Group("host", cases.one_element_tensors, few, "cold", session.budget(1.5)),
+        Group("host", cases.one_element_tensors, few, "cold", session.budget(2.5)),
         group(cases.one_large_tensor, (LIMIT, COPY, *ours, FOREACH, peers.MULTI_FN, libraries.TIMM), 4),
-        group(nets.resnet50, (*with_copies, *replacing), 12),
-        *(group(make, with_copies, 12) for make in (nets.edgenext_base, nets.segmentation_list)),
-        group(nets.vit_b, with_copies, 20, least=9),
-        group(cases.mixed_one_tensor, mixed, 10),
-        group(cases.mixed_list, (*mixed, peers.COMPILED), 12),
-        group(nets.vit_b_bf16, mixed, 15),
-        group(cases.half_list, (LIMIT, COPY, *everybody), 8),
+        group(nets.resnet50, (*with_copies, *replacing), 13, least=11),
+        *(group(make, with_copies, 9, least=11) for make in (nets.edgenext_base, nets.segmentation_list)),
+        group(nets.vit_b, with_copies, 15, least=9),
+        group(cases.mixed_one_tensor, mixed, 9),
+        group(cases.mixed_list, (*mixed, peers.COMPILED), 8),
+        group(nets.vit_b_bf16, mixed, 9),
+        group(cases.half_list, (LIMIT, COPY, *everybody), 6, least=9),
     ]
-    # As many of these, in this order, as the memory holds at once; it frees what others have taken first.
-    large = (OURS, LIMIT, COPY, FOREACH, peers.MULTI_FN, libraries.DIFFUSERS, libraries.TIMM)
-    groups += [group(make, large, 8) for make in (nets.vit_h, nets.sd15_unet)]
-    large_mixed = (OURS, LIMIT, COPY, peers.CASTS[1], libraries.TIMM)
+    # As many of these, in this order, as the memory holds at once; most of their time goes into building them.
+    large = (OURS, LIMIT, COPY, FOREACH, peers.MULTI_FN)
+    groups += [group(make, large, 4) for make in (nets.vit_h, nets.sd15_unet)]
     free = free_bytes(session.device)
     if free is not None:
-        groups.append(group(partial(nets.llama_7b, free), large_mixed, 8))
+        groups.append(group(partial(nets.llama_7b, free), (OURS, LIMIT, COPY, peers.CASTS[1]), 5, least=3))
     return groups
 
 
@@ -106,9 +105,9 @@ def measure_several(session: Session, case: Case) -> None:
         for ema in apart[:count]:
             ema.update()
 
-    calls = {f"{TOGETHER} {count}": [together[count].update] for count in counts}
-    calls |= {f"{APART} {count}": [partial(one_after_the_other, count)] for count in counts}
-    timings = take_turns(calls, session.clock, "cold", session.budget(6))
+    calls: dict[str, Callable[[], object]] = {f"{TOGETHER} {count}": together[count].update for count in counts}
+    calls |= {f"{APART} {count}": partial(one_after_the_other, count) for count in counts}
+    timings = take_turns(calls, session.clock, "cold", session.budget(6), session.sweep)
     records = []
     for count in counts:
         floors = {TOGETHER: (4 + 8 * count) * case.params, APART: 12 * count * case.params}
@@ -117,7 +116,7 @@ def measure_several(session: Session, case: Case) -> None:
                 *("several", case, name, apart[0].backend_name, timings[f"{name} {count}"]),
                 bytes_floor=floor,
                 shadows=count,
-                launches=session.clock.launches(calls[f"{name} {count}"][0]),
+                launches=session.clock.launches(calls[f"{name} {count}"]),
             )
             records.append(record)
     for count in counts:

@@ -7,6 +7,7 @@ import doctest
 import importlib
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -84,8 +85,6 @@ def test_synthetic_cases_are_as_large_as_their_names_say() -> None:
     assert (cases.small_tensors().tensors, cases.small_tensors().params) == (1000, 256_000)
     assert (cases.one_element_tensors().tensors, cases.one_element_tensors().params) == (600, 600)
     assert cases.one_large_tensor().params == 25_000_000
-    assert cases.validation_list().tensors == 1000
-    assert cases.validation_list().params == cases.one_large_tensor().params
     assert cases.mixed_one_tensor().params == cases.mixed_list().params == cases.half_list().params == 64_000_000
     assert (cases.ladder(10, 16).tensors, cases.ladder(10, 16).params) == (10, 160)
 
@@ -216,22 +215,44 @@ def test_a_swap_that_does_not_put_back_is_refused() -> None:
 
 def test_implementations_take_turns() -> None:
     called: list[str] = []
-    calls = {name: [lambda name=name: called.append(name)] for name in "ab"}
+    calls = {name: partial(called.append, name) for name in "ab"}
     timings = measure.take_turns(calls, CpuClock(), "cold", Budget(0.0, least=3, most=9))
     assert [timings[name].samples for name in "ab"] == [3, 3]
     rounds = called[4:]  # after the warm-up
     assert [sorted(rounds[at : at + 2]) for at in range(0, 6, 2)] == [["a", "b"]] * 3
 
 
-def test_cold_calls_rotate_over_the_models() -> None:
-    called: list[int] = []
-    calls = {"a": [lambda model=model: called.append(model) for model in range(3)]}
-    measure.take_turns(calls, CpuClock(), "cold", Budget(0.0, least=6, most=6))
-    assert called[-6:] == [0, 1, 2, 0, 1, 2]
+def test_a_sweep_comes_before_every_cold_round() -> None:
+    called: list[str] = []
+    calls = {name: partial(called.append, name) for name in "ab"}
+    measure.take_turns(calls, CpuClock(), "cold", Budget(0.0, least=2, most=2), sweep=lambda: called.append("sweep"))
+    assert [called[at] for at in (-6, -3)] == ["sweep", "sweep"]
+    assert sorted(called[-6:]) == ["a", "a", "b", "b", "sweep", "sweep"]
+
+
+def test_a_sweep_goes_through_twice_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1000)
+    swept = measure.sweeper(CPU)()
+    assert isinstance(swept, torch.Tensor) and swept.nbytes == 2000
+
+
+def test_small_cases_are_swept_and_have_models_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    swept: list[int] = []
+    one = tiny_session()
+    one.sweep = lambda: swept.append(1)  # type: ignore[misc]
+    built: list[nn.Module] = []
+    monkeypatch.setattr(
+        "bench.race.build_model", lambda case, device: built.append(build_model(case, device)) or built[-1]
+    )
+    race(one, Group("update", tiny, (peers.LIMIT, peers.OURS, peers.FOREACH), "cold", TINY))
+    assert (len(swept), len(built)) == (2, 3)
+    monkeypatch.setattr("bench.race.cache_bytes", lambda device: 8)
+    race(one, Group("update", tiny, (peers.LIMIT, peers.OURS, peers.FOREACH), "cold", TINY))
+    assert (len(swept), len(built)) == (2, 4)
 
 
 def test_percentiles_are_in_order() -> None:
-    timing = measure.take_turns({"a": [lambda: None]}, CpuClock(), "warm", TINY)["a"]
+    timing = measure.take_turns({"a": lambda: None}, CpuClock(), "warm", TINY)["a"]
     assert timing.min_us <= timing.p10_us <= timing.median_us <= timing.p90_us
     assert timing.host_us is None
 
@@ -365,7 +386,7 @@ def test_every_benchmark_has_the_same_command_line(
     assert name in run.seconds
 
 
-def test_all_of_them_go_into_one_file_and_the_targets_follow(
+def test_all_of_them_go_into_one_file_and_the_verdict_follows(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for module in (update, swap, scale, memory, train_step, instructions):
@@ -376,8 +397,9 @@ def test_all_of_them_go_into_one_file_and_the_targets_follow(
     run = records.load([tmp_path / "it.json"])
     names = ["copy", "update", "swap", "scale", "memory", "train_step", "instructions"]
     assert [missing.bench.removeprefix("bench.") for missing in run.missing] == names
-    assert list(run.seconds) == [*names, "targets"]
-    assert "targets, from the medians above" in capsys.readouterr().out
+    assert list(run.seconds) == [*names, "verdict"]
+    printed = capsys.readouterr().out
+    assert "targets, from the medians above" in printed and "where ours is not ahead" in printed
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import cases, compare, fit, libraries, nets, peers, records, report, scale, swap, update
+from bench import cases, compare, fit, libraries, losses, nets, peers, records, report, scale, swap, update
 from bench.cases import Case
 from bench.clocks import CpuClock
 from bench.peers import COPY, FOREACH, OURS
@@ -18,6 +19,7 @@ from bench.session import Session
 from bench.targets import targets
 
 RESNET = nets.resnet50()
+ROOT = Path(__file__).parent.parent
 
 
 def new_run(device: str = "a processor") -> Session:
@@ -32,6 +34,11 @@ def add(
     spread = float(more.pop("spread", 0.02))  # type: ignore[arg-type]
     timing = Timing(median, median * (1 - spread), median * (1 + spread), median * (1 - spread), 20)
     session.record(bench, case, impl, "torch", timing, cache, **more)  # type: ignore[arg-type]
+
+
+def committed() -> list[Path]:
+    """The run that README's tables are made from."""
+    return sorted((ROOT / "bench/results").glob("cpu-*.json"))
 
 
 # ---- files ----
@@ -202,10 +209,67 @@ def test_targets_say_what_was_reached_and_what_was_not() -> None:
     assert (several.measured, several.reached) == ("0.67 x", True)
     mixed = found["update f32 <- bf16, 64 x 1 M vs the best torch way"]
     assert mixed.reached is False and "cache" in mixed.reason
-    swapped = found[f"swap {RESNET.name}, warm, vs the fastest store, copy, restore"]
-    assert (swapped.measured, swapped.reached) == ("10,000 x (3 foreach copy_ through kept memory)", True)
+    swapped = found[f"swap {RESNET.name}, warm, vs the fastest package's store, copy, restore"]
+    assert (swapped.measured, swapped.reached) == ("10,000 x (Lightning EMAWeightAveraging)", True)
+    by_hand = found[f"swap {RESNET.name}, warm, vs the fastest store, copy, restore by hand"]
+    assert (by_hand.measured, by_hand.reached) == ("10,000 x (3 foreach copy_ through kept memory)", None)
     assert found["extra memory in a validation, fastema"].reached is True
     assert found["extra memory in a validation, fastema, in place"].reached is False
+
+
+# ---- where ours is not ahead ----
+
+
+def test_who_is_ahead_or_level_is_found_and_who_is_not_is_not() -> None:
+    session = new_run()
+    for median, impl in ((100.0, OURS.name), (95.0, FOREACH.name), (102.0, libraries.TIMM.name), (110.0, "slower")):
+        add(session, median, impl, bytes_floor=RESNET.update_bytes)
+    add(session, 50.0, COPY.name)  # no average
+    found = {loss.theirs.impl: loss for loss in losses.losses(session.run)}
+    assert list(found) == [FOREACH.name, libraries.TIMM.name]
+    assert not found[FOREACH.name].level and found[libraries.TIMM.name].level
+    assert {loss.reason for loss in found.values()} == {losses.MEMORY}
+
+
+def test_the_speed_of_memory_explains_no_large_difference() -> None:
+    session = new_run()
+    add(session, 100.0, bytes_floor=RESNET.update_bytes)
+    add(session, 50.0, FOREACH.name)
+    (loss,) = losses.losses(session.run)
+    assert loss.reason == ""
+    assert losses.loss_rows([loss])[0][-1] == "not explained"
+
+
+def test_a_difference_inside_the_spread_is_called_noise_unless_it_is_systematic() -> None:
+    for spread, reason in ((0.6, losses.NOISE), (0.02, "")):
+        session = new_run()
+        add(session, 100.0, bytes_floor=RESNET.update_bytes, spread=spread)
+        add(session, 70.0, FOREACH.name, spread=spread)
+        assert [loss.reason for loss in losses.losses(session.run)] == [reason]
+
+
+def test_few_small_tensors_do_not_pay_for_the_fixed_part() -> None:
+    session = new_run()
+    case = cases.ladder(1, 16)
+    add(session, 9.0, case=case, bench="scale: tensors", bytes_floor=case.update_bytes)
+    add(session, 3.0, FOREACH.name, case=case, bench="scale: tensors")
+    assert [loss.reason for loss in losses.losses(session.run)] == [losses.FIXED_PART]
+
+
+def test_what_takes_the_place_of_a_package_is_compared_with_it() -> None:
+    session = new_run()
+    add(session, 100.0)
+    add(session, 200.0, libraries.OUR_TIMM.name)
+    add(session, 150.0, libraries.TIMM.name)
+    (loss,) = losses.losses(session.run)
+    assert (loss.ours.impl, loss.theirs.impl) == (libraries.OUR_TIMM.name, libraries.TIMM.name)
+
+
+def test_every_place_where_the_committed_run_is_not_ahead_has_its_reason() -> None:
+    for path in committed():
+        run = records.load([path])
+        assert [loss.where for loss in losses.losses(run) if not loss.reason] == []
+        assert [target.figure for target in targets(run) if target.reached is False and not target.reason] == []
 
 
 # ---- the page ----
@@ -258,13 +322,13 @@ def test_a_page_is_checked_and_renewed(tmp_path: Path, capsys: pytest.CaptureFix
     assert "### targets" in capsys.readouterr().out
 
 
-def test_readme_says_what_the_committed_records_say() -> None:
-    root = Path(__file__).parent.parent
-    page = (root / "README.md").read_text()
-    files = sorted((root / "bench" / "results").glob("cpu-*.json"))
-    if "<!-- bench:begin" not in page:
-        pytest.skip("README has no marked tables")
-    assert report.filled(page, records.load(files)) == page
+def test_every_page_says_what_the_committed_records_say() -> None:
+    shown: set[str] = set()
+    for name in ("README.md", "bench/results/README.md"):
+        page = (ROOT / name).read_text()
+        shown.update(re.findall("<!-- bench:begin (.*) -->", page))
+        assert report.filled(page, records.load(committed())) == page
+    assert shown == set(report.TABLES), "a table that no page shows"
 
 
 def test_plots_are_small_and_the_same_for_the_same_records(tmp_path: Path) -> None:
