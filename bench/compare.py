@@ -1,10 +1,10 @@
 """`python -m bench.compare OLD.json NEW.json`
 
 What of ours got slower, beyond noise. Only what both files hold, of the same device. A machine's speed differs from
-run to run, and the peers feel that as well as we do: their median change within a table is taken out of ours first.
-Slower is then what has changed by more than 5 %, with the new median above nine tenths of the old samples and the old
-median below nine tenths of the new. Instruction counts do not wobble: there 1 % counts. Exit status 1 if anything got
-slower.
+run to run, and the peers feel that as well as we do: their median change within a table is taken out of ours first, and
+what they disagree by is noise. Slower is then what has changed by more than that and by more than 5 %, with the
+machine's change in it as well as without, with the new median above nine tenths of the old samples and the old median
+below nine tenths of the new. Instruction counts hardly wobble: there 2 % count. Exit status 1 if anything got slower.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.table import duration, print_table
 
 OURS = "fastema"
 LEAST_CHANGE = 0.05
-LEAST_CHANGE_OF_COUNTS = 0.01
+LEAST_CHANGE_OF_COUNTS = 0.02
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,18 @@ def compare(old: Run, new: Run) -> list[Change]:
     for table in tables.values():
         peers = [_median(later) / _median(earlier) for earlier, later in table if not later.impl.startswith(OURS)]
         machine = statistics.median(peers) if peers else 1.0
-        changes += [_change(earlier, later, machine) for earlier, later in table if later.impl.startswith(OURS)]
+        noise = max((abs(peer / machine - 1) for peer in peers), default=0.0)
+        changes += [_change(earlier, later, machine, noise) for earlier, later in table if later.impl.startswith(OURS)]
     changes += _counts(old, new)
     if not changes:
         raise ValueError("the two files have no figure of ours in common")
     return sorted(changes, key=lambda change: -change.factor)
 
 
-def _change(old: Record, new: Record, machine: float) -> Change:
+def _change(old: Record, new: Record, machine: float, noise: float) -> Change:
     factor = _median(new) / _median(old) / machine
+    least = 1 + max(LEAST_CHANGE, noise)
+    as_it_stands = _median(new) / _median(old)
     old_p10, old_p90, new_p10, new_p90 = (
         (old.p10_us or 0.0) * machine,
         (old.p90_us or 0.0) * machine,
@@ -76,9 +79,17 @@ def _change(old: Record, new: Record, machine: float) -> Change:
         new.p90_us or 0.0,
     )
     verdict = ""
-    if factor > 1 + LEAST_CHANGE and _median(new) > old_p90 and _median(old) * machine < new_p10:
+    if (
+        min(factor / least, as_it_stands / (1 + LEAST_CHANGE)) > 1
+        and _median(new) > old_p90
+        and _median(old) * machine < new_p10
+    ):
         verdict = "slower"
-    elif factor < 1 / (1 + LEAST_CHANGE) and _median(new) < old_p10 and _median(old) * machine > new_p90:
+    elif (
+        max(factor * least, as_it_stands * (1 + LEAST_CHANGE)) < 1
+        and _median(new) < old_p10
+        and _median(old) * machine > new_p90
+    ):
         verdict = "faster"
     shadows = f", {new.shadows} averages" if new.shadows > 1 else ""
     what = f"{new.bench}: {new.case}, {new.impl}{shadows}, {new.cache}"

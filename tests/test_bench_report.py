@@ -139,10 +139,28 @@ def test_a_slower_machine_is_not_a_slower_kernel() -> None:
     assert verdicts(old, new) == {"fastema": ""}
 
 
+def test_what_the_peers_disagree_by_is_noise() -> None:
+    old, new = new_run(), new_run()
+    for session, factor in ((old, 1.0), (new, 1.2)):
+        add(session, 100.0 * factor, "fastema")
+        add(session, 300.0, FOREACH.name)
+        add(session, 300.0, libraries.TIMM.name)
+        add(session, 300.0 * factor**2, libraries.TORCH_EMA.name)
+    assert verdicts(old, new) == {"fastema": ""}
+
+
+def test_what_takes_less_time_than_before_is_not_slower() -> None:
+    old, new = new_run(), new_run()
+    for session, ours, theirs in ((old, 100.0, 300.0), (new, 80.0, 150.0)):
+        add(session, ours, "fastema")
+        add(session, theirs, FOREACH.name)
+    assert verdicts(old, new) == {"fastema": ""}
+
+
 def test_counts_are_compared_exactly() -> None:
     old, new = new_run(), new_run()
     old.run.instructions.append(InstructionCount("update", "fastema", "native", 1000, {}))
-    new.run.instructions.append(InstructionCount("update", "fastema", "native", 1011, {}))
+    new.run.instructions.append(InstructionCount("update", "fastema", "native", 1021, {}))
     (change,) = compare.compare(old.run, new.run)
     assert change.verdict == "slower"
 
