@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -182,12 +184,33 @@ def _fastema_callback(model: nn.Module, case: Case) -> Contender:
 
 def _ultralytics(model: nn.Module, case: Case) -> Contender:
     _keep_ultralytics_quiet()
-    from ultralytics.utils.torch_utils import ModelEMA
+    with _process_as_it_was():
+        from ultralytics.utils.torch_utils import ModelEMA
 
     ema = ModelEMA(model, decay=case.decay, updates=_LONG_AGO)
     if _mixes(case):
         ema.ema.to(case.shadow_dtype)
     return Contender(lambda: ema.update(model), lambda: lives_of(ema.ema), second_module=ema.ema)
+
+
+@contextmanager
+def _process_as_it_was() -> Iterator[None]:
+    """For an import that puts its own in the place of torch.save and of PIL's Image.open, and sets OMP_NUM_THREADS."""
+    environment, save = dict(os.environ), torch.save
+    try:
+        from PIL import Image
+    except ImportError:
+        Image = None  # type: ignore[assignment]
+    open_image = Image.open if Image is not None else None
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        torch.save = save
+        torch.set_printoptions(profile="default")
+        if Image is not None and open_image is not None:
+            Image.open = open_image
 
 
 def _keep_ultralytics_quiet() -> None:

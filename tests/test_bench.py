@@ -6,6 +6,7 @@ import dataclasses
 import doctest
 import importlib
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -172,6 +173,13 @@ def test_peers_average_bfloat16_in_float32(peer: peers.Peer) -> None:
 @pytest.mark.parametrize("peer", [peers.OURS, peers.FOREACH], ids=lambda peer: peer.name)
 def test_peers_average_bfloat16_in_bfloat16(peer: peers.Peer) -> None:
     check(peers.check_update, peer, tiny_half())
+
+
+def test_importing_a_peer_leaves_the_process_as_it_was() -> None:
+    image = pytest.importorskip("PIL.Image")
+    before = (torch.save, image.open, os.environ.get("OMP_NUM_THREADS"))
+    check(peers.check_update, libraries.ULTRALYTICS, tiny())
+    assert (torch.save, image.open, os.environ.get("OMP_NUM_THREADS")) == before
 
 
 def test_a_missing_package_is_named() -> None:
