@@ -58,10 +58,10 @@ def compare(old: Run, new: Run) -> list[Change]:
         tables.setdefault((pair[1].bench, pair[1].case, pair[1].cache), []).append(pair)
     changes = []
     for table in tables.values():
-        peers = [_median(later) / _median(earlier) for earlier, later in table if not later.impl.startswith(OURS)]
+        peers = [later.time / earlier.time for earlier, later in table if not later.is_ours]
         machine = statistics.median(peers) if peers else 1.0
         noise = max((abs(peer / machine - 1) for peer in peers), default=0.0)
-        changes += [_change(earlier, later, machine, noise) for earlier, later in table if later.impl.startswith(OURS)]
+        changes += [_change(earlier, later, machine, noise) for earlier, later in table if later.is_ours]
     changes += _counts(old, new)
     if not changes:
         raise ValueError("the two files have no figure of ours in common")
@@ -69,9 +69,9 @@ def compare(old: Run, new: Run) -> list[Change]:
 
 
 def _change(old: Record, new: Record, machine: float, noise: float) -> Change:
-    factor = _median(new) / _median(old) / machine
+    factor = new.time / old.time / machine
     least = 1 + max(LEAST_CHANGE, noise)
-    as_it_stands = _median(new) / _median(old)
+    as_it_stands = new.time / old.time
     old_p10, old_p90, new_p10, new_p90 = (
         (old.p10_us or 0.0) * machine,
         (old.p90_us or 0.0) * machine,
@@ -81,19 +81,19 @@ def _change(old: Record, new: Record, machine: float, noise: float) -> Change:
     verdict = ""
     if (
         min(factor / least, as_it_stands / (1 + LEAST_CHANGE)) > 1
-        and _median(new) > old_p90
-        and _median(old) * machine < new_p10
+        and new.time > old_p90
+        and old.time * machine < new_p10
     ):
         verdict = "slower"
     elif (
         max(factor * least, as_it_stands * (1 + LEAST_CHANGE)) < 1
-        and _median(new) < old_p10
-        and _median(old) * machine > new_p90
+        and new.time < old_p10
+        and old.time * machine > new_p90
     ):
         verdict = "faster"
     shadows = f", {new.shadows} averages" if new.shadows > 1 else ""
     what = f"{new.bench}: {new.case}, {new.impl}{shadows}, {new.cache}"
-    return Change(what, duration(_median(old)), duration(_median(new)), factor, machine, verdict)
+    return Change(what, duration(old.time), duration(new.time), factor, machine, verdict)
 
 
 def _counts(old: Run, new: Run) -> list[Change]:
@@ -108,11 +108,6 @@ def _counts(old: Run, new: Run) -> list[Change]:
             what = f"instructions: {one.case}, {one.impl}"
             changes.append(Change(what, f"{earlier:,}", f"{one.instructions:,}", factor, 1.0, verdict))
     return changes
-
-
-def _median(record: Record) -> float:
-    assert record.median_us is not None
-    return record.median_us
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -52,37 +52,28 @@ def losses(run: Run) -> list[Loss]:
     found = []
     for table in tables.values():
         by_name = {record.impl: record for record in table}
-        others = [record for record in table if not _is_ours(record.impl) and record.impl not in _NOT_COMPARED]
+        others = [record for record in table if not record.is_ours and record.impl not in _NOT_COMPARED]
         pairs = [(by_name[OURS.name], other) for other in others] if OURS.name in by_name else []
         for before, after in libraries.REPLACEMENTS:
             if before.name in by_name and after.name in by_name:
                 pairs.append((by_name[after.name], by_name[before.name]))
-        found += [_loss(ours, theirs) for ours, theirs in pairs if _time(theirs) <= _time(ours) * (1 + LEVEL)]
+        found += [_loss(ours, theirs) for ours, theirs in pairs if theirs.time <= ours.time * (1 + LEVEL)]
     return found
 
 
-def _is_ours(name: str) -> bool:
-    return name.startswith("fastema")
-
-
-def _time(record: Record) -> float:
-    assert record.median_us is not None
-    return record.median_us
-
-
 def _loss(ours: Record, theirs: Record) -> Loss:
-    level = _time(theirs) >= _time(ours) * (1 - LEVEL)
+    level = theirs.time >= ours.time * (1 - LEVEL)
     return Loss(f"{ours.bench}: {ours.case}, {ours.cache}", ours, theirs, level, _reason(ours, theirs))
 
 
 def _is_far(theirs: Record, ours: Record) -> bool:
     """Whether their slowest tenth is faster than our median: no accident."""
-    return (theirs.p90_us or 0.0) < _time(ours)
+    return (theirs.p90_us or 0.0) < ours.time
 
 
 def _reason(ours: Record, theirs: Record) -> str:
     moved = ours.bytes_floor or 0
-    near = _time(theirs) >= _time(ours) * (1 - _NEAR)
+    near = theirs.time >= ours.time * (1 - _NEAR)
     if ours.bench == "validation" and near:
         return NO_TIME
     if ours.impl == libraries.OUR_DIFFUSERS.name and not near:
@@ -93,7 +84,7 @@ def _reason(ours: Record, theirs: Record) -> str:
         return FIXED_PART
     if moved >= _CACHED_BYTES and near:
         return MEMORY
-    if _time(theirs) >= (ours.p10_us or 0.0) and not _is_far(theirs, ours):
+    if theirs.time >= (ours.p10_us or 0.0) and not _is_far(theirs, ours):
         return NOISE
     return ""
 
@@ -108,8 +99,8 @@ def loss_rows(found: Sequence[Loss]) -> list[list[str]]:
         rows.setdefault((one.where, one.ours.impl, one.reason or "not explained"), []).append(one)
     cells = []
     for (where, impl, reason), of in sorted(rows.items(), key=lambda row: all(one.level for one in row[1])):
-        ours = duration(_time(of[0].ours)) + (f" ({impl})" if impl != OURS.name else "")
-        ahead = sorted(of, key=lambda one: _time(one.theirs))
-        others = ", ".join(f"{one.theirs.impl} {duration(_time(one.theirs))}" for one in ahead)
+        ours = duration(of[0].ours.time) + (f" ({impl})" if impl != OURS.name else "")
+        ahead = sorted(of, key=lambda one: one.theirs.time)
+        others = ", ".join(f"{one.theirs.impl} {duration(one.theirs.time)}" for one in ahead)
         cells.append([where, ours, others, reason])
     return cells

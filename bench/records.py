@@ -63,6 +63,16 @@ class Record:
     cache: Cache
 
     @property
+    def is_ours(self) -> bool:
+        return self.impl.startswith("fastema")
+
+    @property
+    def time(self) -> float:
+        """The median of a record that was timed."""
+        assert self.median_us is not None
+        return self.median_us
+
+    @property
     def key(self) -> tuple[object, ...]:
         """What two runs have in common where they measured the same."""
         return (

@@ -116,7 +116,7 @@ def print_records(
 ) -> None:
     """One table of timings; the fastest median first, the first of ours as the measure of the others."""
     timed = [record for record in records if record.median_us is not None]
-    ours = next((record.median_us for record in timed if record.impl.startswith("fastema")), None)
+    ours = next((record.median_us for record in timed if record.is_ours), None)
     rows = []
     for record in sorted(timed, key=lambda record: record.median_us or 0.0):
         median, p10, p90, least = (
