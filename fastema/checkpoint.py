@@ -20,11 +20,10 @@ import torch
 from torch import nn
 
 from fastema import sharded
+from fastema.checks import listed
 
 StrPath: TypeAlias = str | os.PathLike[str]
 
-# How many differences an error lists before it says "and N more".
-_SHOWN = 5
 _ZIP_MAGIC = b"PK\x03\x04"
 _DOS_DIRECTORY = 0x10  # of an entry's attributes in a zip
 
@@ -166,7 +165,7 @@ def load_weights(model: nn.Module, source: StrPath | Mapping[str, Any], prefer: 
     weights = content.get(taken)
     if not isinstance(weights, Mapping):
         raise CheckpointError(
-            f"{origin} has no weights under {taken!r}; it has {_listed([repr(name) for name in content])}. "
+            f"{origin} has no weights under {taken!r}; it has {listed([repr(name) for name in content])}. "
             "A bare state_dict is loaded with model.load_state_dict(...)"
         )
     model.load_state_dict(_matched(model, weights, f"{taken!r} of {origin}"), strict=True)
@@ -214,7 +213,7 @@ def _check_loadable(temporary: Path, target: Path) -> None:
     refused = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
     if refused:
         raise TypeError(
-            f"not written to {target}: load_checkpoint() would refuse {_listed(sorted(refused))}. "
+            f"not written to {target}: load_checkpoint() would refuse {listed(sorted(refused))}. "
             "Save tensors and plain Python values (int, float, str, list, dict) only"
         )
 
@@ -316,7 +315,7 @@ def _matched(model: nn.Module, weights: Mapping[str, Any], origin: str) -> dict[
                 differences.append(f"{name}: no ordinary tensor in the checkpoint, but {given.layout}, {given.device}")
     if differences:
         raise CheckpointError(
-            f"{origin} does not fit this model ({len(differences)} differences): {_listed(differences, '; ')}. "
+            f"{origin} does not fit this model ({len(differences)} differences): {listed(differences, '; ')}. "
             "Nothing was loaded; build the model as it was when the checkpoint was written"
         )
     return renamed
@@ -344,9 +343,4 @@ def _checkpoints_in(folder: Path, but: Path | None = None) -> str:
     if not others:
         return f"there is no {'other ' if but and but.exists() else ''}*.pth in {folder}"
     others.sort(key=lambda file: (-file.stat().st_mtime_ns, file.name))
-    return f"in {folder} there is {_listed([file.name for file in others])}{' (newest first)' if others[1:] else ''}"
-
-
-def _listed(items: list[str], separator: str = ", ") -> str:
-    more = len(items) - _SHOWN
-    return separator.join(items[:_SHOWN]) + (f"{separator}and {more} more" if more > 0 else "")
+    return f"in {folder} there is {listed([file.name for file in others])}{' (newest first)' if others[1:] else ''}"

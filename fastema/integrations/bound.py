@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from fastema.core.state import averages_by_name
+from fastema.core.storages import shadow_dtype
 from fastema.ema import FastEMA
-from fastema.mirror import shadow_dtype
 from fastema.policy import Policy, Source
-from fastema.state import averages_by_name
 
 
 class BoundEMA:

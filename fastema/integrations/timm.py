@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from fastema import backends
 from fastema.checks import difference, refuse_differences
+from fastema.core.storages import shadow_dtype
 from fastema.integrations.bound import BoundEMA, shadow_like
-from fastema.mirror import shadow_dtype
 from fastema.policy import AVERAGED_DTYPES, Policy, Rule, Source, named_tensors
 
 
