@@ -21,6 +21,7 @@ from torch import nn
 
 from fastema import sharded
 from fastema.checks import listed
+from fastema.ema import FastEMA
 
 StrPath: TypeAlias = str | os.PathLike[str]
 
@@ -61,27 +62,30 @@ def save_checkpoint(
             and plain Python values, since `load_checkpoint` accepts nothing else.
 
     Raises:
-        RuntimeError: the EMA weights are applied: `net` would then be the averaged weights.
+        RuntimeError: the weights of an `ema` that is no FastEMA are applied: `net` would be the averaged weights. Of a
+            FastEMA both sides are known, and a save inside the block (by a handler of a signal, say) writes each to
+            its own name.
         ValueError: a name in `extra` is one that the checkpoint uses itself; the model is sharded.
         TypeError: a value is of a type that `load_checkpoint` would refuse; nothing is written.
         CheckpointError: the file cannot be written; what was at `path` before is untouched.
     """
-    if ema is not None and ema.is_applied:
+    if ema is not None and ema.is_applied and not isinstance(ema, FastEMA):
         raise RuntimeError(
             "save_checkpoint() while the EMA weights are applied: `net` would hold the averaged weights and the "
             "trained ones would be lost; call restore(), or leave the swapped() block, first"
         )
     if "ema_net" in extra:
         raise ValueError("'ema_net' is written from ema=...: pass the EMA itself, or another name")
-    content: dict[str, Any] = {"net": _state_of(net)}
+    content: dict[str, Any] = {"net": ema.live_state_dict(net) if isinstance(ema, FastEMA) else _state_of(net)}
     if any(map(sharded.is_dtensor, content["net"].values())):
         raise ValueError(
             "the model is sharded, and each process would write its own part to one file: save its state_dict() and "
             "the EMA's with torch.distributed.checkpoint, or gather both on one process first"
         )
-    if ema is not None:
-        content["ema_net"] = ema.shadow_state_dict()
-        content["ema"] = ema.state_dict()
+    if isinstance(ema, FastEMA):
+        content["ema_net"], content["ema"] = ema.checkpoint_states()
+    elif ema is not None:
+        content["ema_net"], content["ema"] = ema.shadow_state_dict(), ema.state_dict()
     if optimizer is not None:
         content["optimizer"] = _state_of(optimizer)
     content.update((name, _state_of(value)) for name, value in extra.items())

@@ -126,10 +126,8 @@ class FastEMA:
         self._num_updates = 0
         self._nonfinite_before = 0  # counted by the FastEMA that this is a copy of
         self._warned_nonfinite = False
-        before = state.reference_counts(self._source)
+        self._own_references: list[int] = []  # to each of the named tensors that were given instead of a module
         self._shadow = self._build_shadow()
-        after = state.reference_counts(self._source)
-        self._own_references = [now - then for now, then in zip(after, before, strict=True)]
         self._clock = self._build_clock()
 
     @classmethod
@@ -323,7 +321,9 @@ class FastEMA:
         compiled.refuse_freezing((entry.whole for entry in self._shadow.managed), modules)
         self._warn_about_nonfinite()
         self._warn_about_steps_unseen()
+        before = state.reference_counts(self._source, self._own_references)
         self._shadow.apply(which, in_place)
+        self._own_references = state.reference_counts(self._source, before)
 
     @one_thread
     def restore(self) -> None:
@@ -587,10 +587,12 @@ class FastEMA:
     # ---- inside ----
 
     def _build_shadow(self) -> Shadow:
+        before = state.reference_counts(self._source)
         managed = collect(self._source, self._buffers, self._policy, self._replaced)
         modules = list(self._source.modules()) if isinstance(self._source, nn.Module) else []
         tensors_now = partial(_tensors_by_name, self._source)
         shadow = Shadow(managed, len(self._decays), self._dtype, self._device, self._backend, modules, tensors_now)
+        self._own_references = state.reference_counts(self._source, before)
         self._defer_copies(shadow)
         return shadow
 

@@ -163,8 +163,11 @@ class Shadow:
             return watch() and all(dtensor._local_tensor is part for dtensor, part in self._parts)
 
     def follow_averages(self) -> None:
-        """Make the averages' memory, which somebody replaced, the one that plans use."""
-        if self._watch.shadows_hold():
+        """Make the averages' memory, which somebody replaced, the one that plans use.
+
+        Where the model has changed too, nothing is done: a new shadow will take the averages over.
+        """
+        if self._watch.shadows_hold() or not self._is_unchanged():
             return
         self.synchronize()
         self.nonfinite_elsewhere = self.nonfinite_count()

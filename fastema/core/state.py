@@ -6,9 +6,10 @@ Everything here checks first and lists the first differences; nothing is changed
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
@@ -133,9 +134,12 @@ def refuse_averages_as_weights(source: Source, shadow: Shadow) -> None:
         )
 
 
-def reference_counts(pairs: Source) -> list[int]:
-    """Return how many references each tensor of a list of pairs has; nothing for a module."""
-    return [] if isinstance(pairs, nn.Module) else [sys.getrefcount(tensor) for _, tensor in pairs]
+def reference_counts(pairs: Source, others: Sequence[int] = ()) -> list[int]:
+    """Return how many references each tensor of a list of pairs has, less `others`; nothing for a module."""
+    if isinstance(pairs, nn.Module):
+        return []
+    counts = [sys.getrefcount(tensor) for _, tensor in pairs]
+    return [count - other for count, other in zip_longest(counts, others, fillvalue=0)]
 
 
 def refuse_orphans(pairs: Source, own: list[int]) -> None:
@@ -146,9 +150,9 @@ def refuse_orphans(pairs: Source, own: list[int]) -> None:
     """
     if isinstance(pairs, nn.Module):
         return
-    counts = reference_counts(pairs)
-    # One is the pair's own, one the call's; the third is whoever uses the tensor.
-    orphans = [pair[0] for pair, count, ours in zip(pairs, counts, own, strict=False) if count - ours < 3]
+    (pair_alone,) = reference_counts([("", torch.empty(0))])
+    counts = zip(pairs, reference_counts(pairs, own), strict=True)
+    orphans = [name for (name, _), others in counts if others <= pair_alone]
     if orphans:
         raise RuntimeError(
             f"nobody but this FastEMA has {listed([repr(name) for name in orphans])} any more: it was built from named "

@@ -229,13 +229,13 @@ class Swap:
                 {name: value.clone() for name, value in self.live_values().items()},
             )
         for tensor, value in moves:
-            with torch.inference_mode(tensor.is_inference()):  # such a tensor takes nothing elsewhere
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # such a tensor takes nothing elsewhere
                 tensor.copy_(value)
         self._leave([index for index, buffer in enumerate(self._buffers) if damage[buffer.live._cdata] is not None])
         if news:
             warnings.warn(
-                f"the model was changed while the averaged weights were in it: {listed(news, '; ')}. Its tensors have "
-                "their trained values again",
+                f"the model was changed while the averaged weights were in it: {listed(news, '; ')}. All others have "
+                "their trained values again, by copy where they were replaced or moved",
                 stacklevel=6,
             )
 

@@ -50,11 +50,14 @@ class BoundEMA:
         Returns:
             Whether the live weights had moved in memory, so that the averages are other tensors now.
         """
-        self._ema._decays.targets = (decay,)  # the schedule is "constant"
-        self._ema.update()
+        self._ema.update(decay=decay)
         moved = self._ema._shadow is not self._shadow
         self._shadow = self._ema._shadow
         return moved
+
+    def refuse_while_swapped(self, what: str) -> None:
+        """Raise RuntimeError while any averages are in the weights, or others in the place of these averages."""
+        self._ema._refuse_while_applied(what)
 
     def swapped(self) -> AbstractContextManager[FastEMA]:
         """A block in which the averages are in the live tensors."""

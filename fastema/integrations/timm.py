@@ -169,6 +169,8 @@ class ModelEmaV3(nn.Module):
             and any(part is bound.source for part in model.modules())  # itself, or inside a wrapper
         ):
             return bound
+        if bound is not None:
+            bound.refuse_while_swapped("update()")
         pairs = self._pairs(model)
         refuse_differences(
             "the model is not built like the averaged one",
