@@ -237,9 +237,11 @@ class FastEMA:
             self._num_updates += 1
         self._step = step
 
-    @torch.compiler.assume_constant_result
     def _compiled_handle(self) -> int:
         return compiled.register(self._update_operands)
+
+    # torch.compiler.assume_constant_result() would import all of the compiler: this runs once, when a graph is made.
+    _compiled_handle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def attach(self, *optimizers: torch.optim.Optimizer) -> AttachedHandle:
         """Call `update()` after every `optimizer.step()`; a step while the EMA is applied raises instead.

@@ -15,7 +15,7 @@ from torch import Tensor
 class StepGroup:
     """Optimizers that make one training step together: `after` is called when each of them has stepped.
 
-    They keep nothing alive: where the owner of the two methods is gone, the hooks remove themselves.
+    They keep nothing alive: where the owner of the two methods is gone, the hooks do nothing.
 
     Args:
         optimizers: with step hooks.
@@ -48,9 +48,7 @@ class StepGroup:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         before = self._before()
-        if before is None:
-            self.discard(optimizer)
-        else:
+        if before is not None:
             before()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

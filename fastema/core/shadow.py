@@ -156,6 +156,14 @@ class Shadow:
         """Return whether the model has the same tensors in the same storages, wherever those have their memory."""
         return self._holds(self._watch.layout_holds)
 
+    def _weights_now(self) -> dict[str, Tensor]:
+        """Return the model's tensors by name; for one that an FSDP module gathered, the sharded one behind it."""
+        now = self._tensors_now()
+        for entry in self._bound:
+            if entry.tensor is not entry.whole:
+                now.update({name: entry.whole for name in entry.names if not sharded.is_dtensor(now.get(name))})
+        return now
+
     def _holds(self, watch: Callable[[], bool]) -> bool:
         if not self._parts and not self._gathered:
             return watch()
@@ -407,7 +415,7 @@ class Shadow:
             averages = [entry.current() for _, entry in self._loose]
             self._set_loose(self._loose_live)
             try:
-                is_unchanged = self._swap.leave(self._is_unchanged, self._tensors_now)
+                is_unchanged = self._swap.leave(self._is_unchanged, self._weights_now)
             except swap.SwapError:
                 self._set_loose(averages)
                 raise

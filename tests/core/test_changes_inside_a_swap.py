@@ -1,4 +1,4 @@
-"""A model that is changed while the averaged weights are in it gets its trained weights back, or says that it cannot."""
+"""A model that is changed inside a swap gets its trained weights back, or says that it cannot."""
 
 from __future__ import annotations
 
