@@ -78,6 +78,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
            py::arg("parts") = std::vector<std::pair<at::Tensor, at::Tensor>>())
       .def("enter", &StorageExchange::enter, py::arg("version_step"))
       .def("untouched", &StorageExchange::untouched)
+      .def("leave_untouched", &StorageExchange::leave_untouched)
       .def("leave", &StorageExchange::leave, py::arg("staying") = std::vector<size_t>())
       .def_property_readonly("entered", &StorageExchange::entered);
   module.def("second_owner", &fastema::second_owner, "A second storage over the memory of a tensor's.");

@@ -91,14 +91,12 @@ void StorageExchange::swap(const std::vector<bool>& staying) {
 void StorageExchange::enter(uint32_t version_step) {
   if (entered_) throw std::logic_error("the exchange is already entered");
   check({});
-  // Writing access materialises copy-on-write storages; it may allocate, so it comes before the first swap.
-  for (const c10::Storage& storage : lives_) storage.mutable_data();
-  for (const c10::Storage& storage : others_) storage.mutable_data();
-  swap({});
   for (size_t i = 0; i < lives_.size(); ++i) {
-    as_entered_[2 * i] = {lives_[i].data(), lives_[i].nbytes()};
-    as_entered_[2 * i + 1] = {others_[i].data(), others_[i].nbytes()};
+    // Writing access materialises copy-on-write storages; it may allocate, so it comes before the first swap.
+    as_entered_[2 * i] = {others_[i].mutable_data(), others_[i].nbytes()};
+    as_entered_[2 * i + 1] = {lives_[i].mutable_data(), lives_[i].nbytes()};
   }
+  swap({});
   // First all are read: slices of one buffer share one counter.
   for (size_t i = 0; i < counters_.size(); ++i) versions_[i] = counters_[i].current_version();
   for (size_t i = 0; i < counters_.size(); ++i) {
@@ -117,12 +115,23 @@ bool StorageExchange::untouched() const {
   return same;
 }
 
+bool StorageExchange::leave_untouched() {
+  if (!untouched()) return false;
+  swap({});
+  restore_versions();
+  return true;
+}
+
 void StorageExchange::leave(const std::vector<size_t>& staying) {
   if (!entered_) throw std::logic_error("the exchange is not entered");
   std::vector<bool> stays(staying.empty() ? 0 : lives_.size());
   for (const size_t index : staying) stays.at(index) = true;
   check(stays);
   swap(stays);
+  restore_versions();
+}
+
+void StorageExchange::restore_versions() {
   for (size_t i = 0; i < counters_.size(); ++i) counters_[i].set_version(versions_[i]);
   entered_ = false;
 }

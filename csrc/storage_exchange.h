@@ -21,6 +21,8 @@ class StorageExchange {
   void enter(uint32_t version_step);
   // Whether every storage has the memory and the size that it had when enter() was done.
   bool untouched() const;
+  // leave() in one pass, where that is so; false, with nothing done, where it is not.
+  bool leave_untouched();
   // Swaps back and puts the version counters back, so that such a backward works again. `staying`: pairs (by index)
   // that do not change back. Throws, with nothing changed, where sizes or devices of any other pair differ now.
   void leave(const std::vector<size_t>& staying);
@@ -29,6 +31,7 @@ class StorageExchange {
  private:
   void check(const std::vector<bool>& staying) const;
   void swap(const std::vector<bool>& staying);
+  void restore_versions();
 
   struct Memory {
     const void* data;

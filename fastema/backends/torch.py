@@ -175,6 +175,12 @@ class _Exchange:
     def untouched(self) -> bool:
         return all(map(self.is_untouched, range(len(self._storages))))
 
+    def leave_untouched(self) -> bool:
+        if not self.untouched():
+            return False
+        self._undo()
+        return True
+
     def is_untouched(self, index: int) -> bool:
         """Return whether one pair of storages has the memory and the sizes that it had when `enter()` was done."""
         return self._memory(index) == self._as_entered[index]

@@ -357,9 +357,12 @@ class Shadow:
         if key not in self._swaps:
             self._swaps[key] = self._new_swap(which, versioned, in_place)
         chosen = self._swaps[key]
+        self._swap, self._which = chosen, which
+        if not self._loose:
+            chosen.enter()
+            return
         self._loose_live = [entry.current() for _, entry in self._loose]
         averages = [self._views[which][index].clone() for index, _ in self._loose]
-        self._swap, self._which = chosen, which
         chosen.enter()
         self._set_loose(averages)
 

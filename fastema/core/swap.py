@@ -165,17 +165,17 @@ class Swap:
             SwapError: a tensor cannot take its live value. Nothing is changed.
         """
         torch.clear_autocast_cache()
-        if not (is_unchanged() and self._exchange.untouched() and self._parts_hold()):
-            with torch.inference_mode(False), torch.no_grad():
-                self._leave_changed(tensors_now())
-            return False
         if self._is_bare:
-            self._exchange.leave()
-            entered.pop(id(self), None)
-        else:
+            if is_unchanged() and self._exchange.leave_untouched():
+                entered.pop(id(self), None)
+                return True
+        elif is_unchanged() and self._exchange.untouched() and self._parts_hold():
             with torch.inference_mode(False), torch.no_grad():
                 self._leave(())
-        return True
+            return True
+        with torch.inference_mode(False), torch.no_grad():
+            self._leave_changed(tensors_now())
+        return False
 
     def _parts_hold(self) -> bool:
         return not self._has_parts or not any(self._damage(i) for i, buffer in enumerate(self._buffers) if buffer.parts)
