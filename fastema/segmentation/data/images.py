@@ -1,0 +1,79 @@
+"""Image and mask files to arrays: the one place that knows how pixels are stored."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastema.segmentation.data.listing import Pair
+from fastema.segmentation.errors import UserError
+
+# A mask is 0/255 (foreground from the middle up, which forgives JPEG-like noise) or 0/1.
+_FOREGROUND_FROM = 128
+
+
+class MaskValuesError(ValueError):
+    """The mask is an image, but not of foreground and background."""
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Reads an image as uint8 [H, W, 3]."""
+    with Image.open(path) as image:
+        return np.array(image.convert("RGB"))
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Reads a mask as uint8 [H, W] of 0 and 1.
+
+    Raises:
+        MaskValuesError: the values are neither 0/255 nor 0/1, for example class numbers.
+    """
+    with Image.open(path) as image:
+        values = np.array(image.convert("L"))
+    highest = int(values.max(initial=0))
+    if highest <= 1:
+        return values
+    if highest < _FOREGROUND_FROM:
+        raise MaskValuesError(f"values up to {highest}, expected 0/255 or 0/1")
+    return (values >= _FOREGROUND_FROM).astype(np.uint8)
+
+
+def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """Reads an image, uint8 [H, W, 3], and its mask, uint8 [H, W] of 0 and 1.
+
+    Raises:
+        UserError: one of the files cannot be read or does not fit the other; names it. Everything was verified when
+            the run began, so somebody has touched it since.
+    """
+    path = pair.image
+    try:
+        image = read_image(path)
+        path = pair.mask
+        mask = read_mask(path)
+    except Exception as error:  # Pillow raises whatever the damage leads to
+        raise UserError(f"{path} cannot be read ({reason(error)}): was it moved or changed during the run?") from error
+    if mask.shape != image.shape[:2]:
+        sizes = f"{mask.shape[1]}x{mask.shape[0]}, its image is {image.shape[1]}x{image.shape[0]}"
+        raise UserError(f"{pair.mask} is {sizes}: was one of them changed during the run?")
+    return image, mask
+
+
+def size_of_whole(data: bytes) -> tuple[int, int]:
+    """Width and height of an encoded image, decoded to its end to find damage; small where the format can."""
+    with Image.open(io.BytesIO(data)) as image:
+        size = image.size
+        image.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
+        image.load()
+    return size
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read, in a few words and without the path."""
+    if "cannot identify image file" in str(error):
+        return "not an image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

@@ -1,0 +1,107 @@
+"""Any timm `features_only` model as a backbone, with ImageNet weights from a package or by download."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import nn
+
+from fastema.segmentation.errors import UserError
+from fastema.segmentation.model import packaged_weights as offline_weights
+from fastema.segmentation.torchvision_shim import import_torchvision
+
+import_torchvision()
+
+import timm  # noqa: E402
+
+
+@dataclass
+class Backbone:
+    """A feature pyramid, and what is needed to use it."""
+
+    module: nn.Module
+    channels: Sequence[int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    weights: str  # where they come from, for the reader of the log
+
+
+def create_backbone(name: str, pretrained: bool) -> Backbone:
+    """Creates a timm model that returns its pyramid.
+
+    Raises:
+        UserError: there is no such model, it has no pyramid, or its weights cannot be had.
+    """
+    _check_name(name)
+    source = offline_weights.find(name) if pretrained else None
+    download = pretrained and source is None
+    try:
+        module = _download(name) if download else _create(name, pretrained=False)
+    except UserError:
+        raise
+    # timm raises whatever a model does not support: RuntimeError, NotImplementedError, AssertionError, TypeError, ...
+    except Exception as error:
+        raise UserError(f"backbone {name} cannot be used as a feature pyramid: {error}") from error
+    if source is not None:
+        offline_weights.load(source, name, module)
+    info = module.feature_info
+    config = module.pretrained_cfg
+    weights = f"ImageNet, from {source.package}" if source else "ImageNet, timm" if download else "random"
+    return Backbone(module, info.channels(), config["mean"], config["std"], weights)
+
+
+def check_input_size(net: nn.Module, name: str, size: int) -> None:
+    """Raises `UserError` if the network cannot take square images of `size`: some transformers take only their own."""
+    was_training = net.training
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, 3, size, size))
+    except Exception as error:
+        raise UserError(f"backbone {name} cannot take --img-size {size}: {error}") from error
+    finally:
+        net.train(was_training)
+
+
+def _create(name: str, pretrained: bool) -> Any:
+    return timm.create_model(name, features_only=True, pretrained=pretrained)
+
+
+def _check_name(name: str) -> None:
+    known = timm.list_models()
+    if name.partition(".")[0] not in known:
+        close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+        hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() lists them"
+        raise UserError(f"timm has no backbone {name!r}{hint}")
+
+
+def _download(name: str) -> Any:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a warning a retry is no news to the user
+    _stay_offline_without_network()
+    try:
+        return _create(name, pretrained=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"no ImageNet weights for {name}: {reason} Either connect to the network once, "
+            f"{offline_weights.advice(name)}or train from random weights with --no-pretrained"
+        ) from error
+
+
+def _stay_offline_without_network() -> None:
+    """Without a network the hub's client retries for most of a minute: look first, and then use only its cache."""
+    from huggingface_hub import constants
+
+    if any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True

@@ -1,0 +1,217 @@
+"""The network: a timm backbone, and a decoder that carries its pyramid from coarse to fine, experts at every level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastema.segmentation.errors import UserError
+from fastema.segmentation.model.backbones import create_backbone
+from fastema.segmentation.model.experts import create_experts, normalised
+from fastema.segmentation.model.mixture_of_experts import Mixture
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is needed to build the network again; plain values, as checkpoints keep them.
+
+    Args:
+        backbone: the name of a timm model.
+        num_experts: per level of the decoder; 0 for a plain decoder.
+        top_k: how many of them each image is given to; without meaning if there are none.
+
+    Raises:
+        UserError: there cannot be so many experts, or so many chosen of them.
+    """
+
+    backbone: str
+    num_experts: int = 7
+    top_k: int = 2
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 0:
+            raise UserError(f"the number of experts must not be negative, got {self.num_experts}")
+        if self.num_experts and not 1 <= self.top_k <= self.num_experts:
+            raise UserError(f"top-k must be between 1 and the number of experts ({self.num_experts}), got {self.top_k}")
+
+
+class Output(NamedTuple):
+    """What the network returns, in training and evaluation."""
+
+    logits: Tensor  # [N, 1, H, W], at the image's size
+    side_logits: list[Tensor]  # fine to coarse, each [N, 1, H, W], at the image's size; [] in evaluation mode
+    balance: Tensor  # scalar, the mean over the levels; 0 without experts
+    usage: Tensor  # [levels, experts], fine to coarse: share of the images that chose each expert; detached
+
+
+class Decoded(NamedTuple):
+    """What the decoder returns: one entry a level, fine to coarse."""
+
+    logits: list[Tensor]  # each [N, 1, H_i, W_i]; only the finest in evaluation mode
+    balance: Tensor  # scalar
+    usage: Tensor  # [levels, experts]
+
+
+class PyramidDecoder(nn.Module):
+    """Adds each level, reduced to `width` channels, to the upsampled coarser one; experts refine the sum.
+
+    Args:
+        channels: of the pyramid's levels, fine to coarse.
+        width: channels within the decoder.
+        num_experts: per level; 0 for none.
+        top_k: how many of them each image is given to.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int = 64, num_experts: int = 0, top_k: int = 2) -> None:
+        super().__init__()
+        self.laterals = nn.ModuleList(normalised(count, width) for count in channels)
+        self.smooth = nn.ModuleList(normalised(width, width, kernel=3) for _ in channels)
+        levels = range(len(channels)) if num_experts else ()
+        self.mixtures = nn.ModuleList(Mixture(create_experts(num_experts, width), width, top_k) for _ in levels)
+        self.heads = nn.ModuleList(nn.Conv2d(width, 1, kernel_size=1) for _ in channels)
+
+    def forward(self, pyramid: Sequence[Tensor]) -> Decoded:  # [N, C_i, H_i, W_i], fine to coarse
+        merged: Tensor | None = None
+        logits: list[Tensor] = []
+        balances: list[Tensor] = []
+        usages: list[Tensor] = []
+        for level in reversed(range(len(self.laterals))):
+            features = self.laterals[level](pyramid[level])
+            if merged is not None:
+                features = features + F.interpolate(merged, features.shape[-2:], mode="bilinear", align_corners=False)
+            merged = self.smooth[level](features)
+            if self.mixtures:
+                merged, balance, usage = self.mixtures[level](merged)
+                balances.insert(0, balance)
+                usages.insert(0, usage)
+            if self.training or level == 0:
+                logits.insert(0, self.heads[level](merged))
+        if not self.mixtures:
+            return Decoded(logits, logits[0].new_zeros(()), logits[0].new_zeros(len(self.laterals), 0))
+        return Decoded(logits, torch.stack(balances).mean(), torch.stack(usages))
+
+
+class SegmentationNet(nn.Module):
+    """Images, float [N, 3, H, W] in [0, 1], to an `Output`.
+
+    Args:
+        backbone: returns a list of feature maps, fine to coarse, as timm's `features_only` models do.
+        channels: how many channels each of them has.
+        mean: per colour, what the backbone expects to be subtracted.
+        std: per colour, what it then expects to be divided by.
+        num_experts: per level of the decoder; 0 for a plain decoder.
+        top_k: how many of them each image is given to.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        channels: Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        num_experts: int = 0,
+        top_k: int = 2,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._channels_last = getattr(backbone, "output_fmt", None) == "NHWC"  # some transformers of timm
+        self.decoder = PyramidDecoder(channels, num_experts=num_experts, top_k=top_k)
+        # Constants of the architecture, not weights: they move with the model but stay out of checkpoints.
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Output:
+        pyramid = self.backbone((images - self.mean) / self.std)
+        if self._channels_last:
+            pyramid = [features.permute(0, 3, 1, 2) for features in pyramid]
+        decoded = self.decoder(pyramid)
+        logits, *side_logits = [_resize(level, images.shape[-2:]) for level in decoded.logits]
+        return Output(logits, side_logits, decoded.balance, decoded.usage)
+
+    def backbone_levels(self) -> list[list[nn.Parameter]]:
+        """The backbone's parameters by depth, shallow first; each is in exactly one level.
+
+        A level holds what its features of the pyramid depend on and those of no shallower level do, the stem in the
+        first. What no level depends on is in the last.
+        """
+        depths = _depths(self.backbone)
+        levels: list[list[nn.Parameter]] = [[] for _ in self.decoder.laterals]
+        for name, parameter in self.backbone.named_parameters():
+            levels[depths[name]].append(parameter)
+        return levels
+
+    def backbone_stages(self) -> list[list[nn.Module]]:
+        """The backbone's modules by depth, as `backbone_levels`: what to put into evaluation mode while it is frozen.
+
+        The largest modules that lie within one level. A parameter that hangs directly on a module which spans several
+        (as a vision transformer's position embedding) is in none of them: freeze parameters by `backbone_levels`.
+        """
+        depths = _depths(self.backbone)
+        stages: list[list[nn.Module]] = [[] for _ in self.decoder.laterals]
+        depth = 0
+
+        def divide(module: nn.Module, prefix: str) -> None:
+            nonlocal depth
+            within = {depths[prefix + name] for name, _ in module.named_parameters() if prefix + name in depths}
+            if len(within) > 1:
+                for name, child in module.named_children():
+                    divide(child, f"{prefix}{name}.")
+                return
+            depth = next(iter(within), depth)  # without parameters: where its predecessor is
+            stages[depth].append(module)
+
+        divide(self.backbone, "")
+        return stages
+
+
+def create_net(architecture: Architecture, pretrained: bool) -> tuple[SegmentationNet, str]:
+    """The network, and where its backbone's weights come from, in words.
+
+    Raises:
+        UserError: there is no such backbone, it has no pyramid, or its weights cannot be had.
+    """
+    backbone = create_backbone(architecture.backbone, pretrained)
+    net = SegmentationNet(
+        backbone.module,
+        backbone.channels,
+        backbone.mean,
+        backbone.std,
+        num_experts=architecture.num_experts,
+        top_k=architecture.top_k,
+    )
+    return net, backbone.weights
+
+
+def _depths(backbone: nn.Module) -> dict[str, int]:
+    """By parameter name, the shallowest level of the pyramid that depends on it.
+
+    Asked of autograd, on tensors without data: that is right for any architecture, where names are only a habit.
+    """
+    state = {name: buffer.to("meta") for name, buffer in backbone.named_buffers()}
+    left = {name: parameter.detach().to("meta").requires_grad_() for name, parameter in backbone.named_parameters()}
+    size = getattr(backbone, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    depths: dict[str, int] = {}
+    with torch.enable_grad():
+        pyramid = torch.func.functional_call(backbone, {**state, **left}, torch.zeros(2, *size, device="meta"))
+        for depth, features in enumerate(pyramid):
+            if not left:
+                break
+            gradients = torch.autograd.grad(features.sum(), list(left.values()), retain_graph=True, allow_unused=True)
+            reached = [name for name, gradient in zip(left, gradients, strict=True) if gradient is not None]
+            depths.update(dict.fromkeys(reached, depth))
+            left = {name: parameter for name, parameter in left.items() if name not in depths}
+    return depths | dict.fromkeys(left, len(pyramid) - 1)
+
+
+def _resize(logits: Tensor, size: torch.Size) -> Tensor:
+    """At least float32: half precision under autocast would show as steps between the pixels."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.interpolate(wide, size, mode="bilinear", align_corners=False)
