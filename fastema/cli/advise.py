@@ -1,4 +1,4 @@
-"""`fastema advise`: from flags and a history to a page, JSON or a picture."""
+"""`fastema advise`: which decay, when to start, and why an average is worse."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ if TYPE_CHECKING:
     from fastema.advisor.page import Advice
 
 
-def add_advise_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags."""
-    run = parser.add_argument_group("the run: which decay, how long to wait")
-    run.add_argument("--epochs", type=int, metavar="N", help="epochs of the whole run")
-    run.add_argument("--images", type=int, metavar="N", help="training images")
-    run.add_argument("--batch-size", type=int, default=1, metavar="N", help="images a batch (default: 1)")
-    run.add_argument(
+HELP = "which decay, when to start, and why an average is worse"
+DESCRIPTION = "Advises on the EMA of a run: from its length, from its history, or from both."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    length = parser.add_argument_group("the run: which decay, how long to wait")
+    length.add_argument("--epochs", type=int, metavar="N", help="epochs of the whole run")
+    length.add_argument("--images", type=int, metavar="N", help="training images")
+    length.add_argument("--batch-size", type=int, default=1, metavar="N", help="images a batch (default: 1)")
+    length.add_argument(
         "--accumulation-steps", type=int, default=1, metavar="N", help="batches an optimizer step (default: 1)"
     )
-    run.add_argument("--drop-last", action="store_true", help="the loader drops a last, short batch")
-    run.add_argument("--updates-per-epoch", type=float, metavar="N", help="optimizer steps an epoch, if you know them")
-    run.add_argument(
+    length.add_argument("--drop-last", action="store_true", help="the loader drops a last, short batch")
+    length.add_argument(
+        "--updates-per-epoch", type=float, metavar="N", help="optimizer steps an epoch, if you know them"
+    )
+    length.add_argument(
         "--stability",
         default="stable",
         choices=("unstable", "stable", "very stable"),
@@ -50,11 +56,11 @@ def add_advise_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--plot", type=Path, metavar="PNG", help="draw the history, the window and the findings")
 
 
-def run_advise(arguments: argparse.Namespace) -> None:
-    """Prints the advice.
+def run(arguments: argparse.Namespace) -> None:
+    """Print the advice as a page or JSON, and draw the picture.
 
     Raises:
-        UserError: whatever the user can put right.
+        UserError: a flag or the history cannot be used.
     """
     if arguments.history is None and arguments.epochs is None:
         raise UserError("give --history FILE, or --epochs with --images (or --updates-per-epoch), or both")
@@ -119,7 +125,7 @@ def _advice(arguments: argparse.Namespace) -> Advice:
 
 
 def _diagnose(arguments: argparse.Namespace, advice: Advice, seen: History, rate: float | None) -> None:
-    """Adds the average's history and the findings, where there is an average."""
+    """Add the average's history and the findings, if the history has an average."""
     from fastema.advisor import diagnose
 
     name = arguments.ema_metric or f"ema_{advice.metric}"
@@ -168,7 +174,7 @@ def _total_steps(arguments: argparse.Namespace, rate: float) -> int | None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no infinity and no NaN: null."""
+    # JSON has no infinity and no NaN.
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

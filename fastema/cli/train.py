@@ -1,39 +1,30 @@
-"""`fastema train`: the flags, and the way from them to a run."""
+"""`fastema train`: the flags, and their checked options."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from fastema.cli.training_params import read_training_params, refuse_conflicts
-from fastema.segmentation.distributed.process_group import Processes, joined
+from fastema.schedules import EMA_DECAY_FUNCTIONS, make_schedule
+from fastema.segmentation.distributed.process_group import process_group
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.options import EMA_STARTS, PRECISIONS, SCHEDULERS, TrainOptions, option_flag
+from fastema.segmentation.options import EMA_STARTS, PRECISIONS, SCHEDULERS, SYNTHETIC, TrainOptions, option_flag
 from fastema.segmentation.train_extra import require_train_extra
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from fastema.segmentation.data.listing import Pair
-    from fastema.segmentation.train.objective import MakeObjective
-    from fastema.segmentation.train.trainer import Trainer
 
 Options = TypeVar("Options", bound=TrainOptions)
 
-#: What to train towards, once the validation images are known; may say something of it.
-ObjectiveFor: TypeAlias = "Callable[[Sequence[Pair], Console], MakeObjective]"
-
-SYNTHETIC = "synthetic"
+HELP = "train a segmentation model and validate its EMA at no copy"
+DESCRIPTION = "Trains a segmentation model; with --use-ema, base and EMA are validated after every epoch."
 
 _REQUIRED = ("dataset_path", "checkpoint_dir")
 _DEFAULTS = {field.name: field.default for field in fields(TrainOptions)}
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags; their defaults are `TrainOptions`'."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags, with the defaults of `TrainOptions`."""
     for add in (_add_data, _add_model, _add_stages, _add_optimisation, _add_ema, _add_checkpoints):
         add(parser)
     parser.set_defaults(**{name: value for name, value in _DEFAULTS.items() if name not in _REQUIRED})
@@ -158,7 +149,7 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
 
 
 class Given(argparse.Action):
-    """Stores a value, and that it was given: a file may say something else."""
+    """Store a value, and that its flag was given: --training-params may set another."""
 
     def __call__(
         self,
@@ -187,14 +178,14 @@ def _decay_args(text: str) -> dict[str, float]:
 
 
 def options_of(arguments: argparse.Namespace, kind: type[Options] = TrainOptions) -> Options:  # type: ignore[assignment]
-    """The checked options of a command line, the file of --training-params included.
+    """Return the checked options of a command line, with those of --training-params.
 
     Args:
         arguments: of the command.
-        kind: a dataclass with a field for each of its flags.
+        kind: a dataclass with a field for each flag.
 
     Raises:
-        UserError: a value that cannot be meant, or values that do not go together.
+        UserError: a value is not allowed, or values do not go together.
     """
     values = {field.name: getattr(arguments, field.name) for field in fields(kind)}
     given: set[str] = getattr(arguments, "given", set())
@@ -209,83 +200,23 @@ def options_of(arguments: argparse.Namespace, kind: type[Options] = TrainOptions
     return options
 
 
-def run_train(arguments: argparse.Namespace) -> None:
-    """Runs a training.
-
-    Raises:
-        UserError: whatever the user can put right.
-    """
-    with joined() as processes:
-        run_training(runnable_options(arguments, TrainOptions), processes)
-
-
 def runnable_options(arguments: argparse.Namespace, kind: type[Options]) -> Options:
-    """`options_of`, and whatever else can be seen before anything is read.
+    """Return the options of a command line that can be run here.
 
     Raises:
-        UserError: options that cannot be meant, or packages that are missing.
+        UserError: an option is not allowed, or a package is missing.
     """
     options = options_of(arguments, kind)
     require_train_extra()
-    _check_schedule(options)
-    _refuse_idle_flags(arguments, options)
-    return options
-
-
-def run_training(options: TrainOptions, processes: Processes, objective_for: ObjectiveFor | None = None) -> Trainer:
-    """Reads the data, trains to the last epoch, and returns the run.
-
-    Args:
-        options: from `runnable_options`.
-        processes: from `joined`.
-        objective_for: what to train towards; the masks unless given.
-
-    Raises:
-        UserError: whatever the user can put right.
-    """
-    # Here, not above: `fastema --help` should not wait for torch and timm.
-    from rich.console import Console
-
-    from fastema.checkpoint import CheckpointError
-    from fastema.segmentation.train.objective import supervised
-    from fastema.segmentation.train.out_of_memory import shortage_explained
-    from fastema.segmentation.train.run_dir import make_writable, set_aside
-    from fastema.segmentation.train.signals import termination_raises
-    from fastema.segmentation.train.trainer import Trainer
-
-    console = Console(quiet=not processes.is_first)
-    try:
-        with termination_raises():
-            processes.check(options)
-            if processes.is_first:
-                make_writable(options.checkpoint_dir)
-            training, validation = processes.from_first(lambda: _data(options, console))
-            first = 1 if options.first_stage_epochs else 2
-            with shortage_explained(options, first, processes.device(options.device), "before the first step"):
-                make_objective = supervised if objective_for is None else objective_for(validation, console)
-                trainer = Trainer(options, training, validation, console, make_objective, processes)
-            previous = set_aside(options.checkpoint_dir, keep=options.resume_from) if processes.is_first else None
-            if previous is not None:
-                console.print(f"The files of the run that was here before are in {previous} now", soft_wrap=True)
-            try:
-                trainer.fit()
-            except KeyboardInterrupt as interrupt:
-                raise type(interrupt)(*_how_to_go_on(options, console)) from None
-            return trainer
-    except (CheckpointError, OSError) as error:
-        raise UserError(str(error)) from error
-
-
-def _refuse_idle_flags(arguments: argparse.Namespace, options: TrainOptions) -> None:
+    check_schedule(options)
     idle = sorted(getattr(arguments, "given", set()) - {"use_ema"})
     if idle and not options.use_ema:
         raise UserError(f"{', '.join(map(option_flag, idle))} without an EMA would do nothing: add --use-ema")
+    return options
 
 
-def _check_schedule(options: TrainOptions) -> None:
-    """Now, and not when the EMA starts, which may be hours later."""
-    from fastema.schedules import EMA_DECAY_FUNCTIONS, make_schedule
-
+def check_schedule(options: TrainOptions) -> None:
+    """Raise `UserError` if the decay schedule cannot be made, before an EMA that may start hours later."""
     if options.ema_decay_type not in EMA_DECAY_FUNCTIONS:
         known = ", ".join(sorted(EMA_DECAY_FUNCTIONS))
         raise UserError(f"--ema-decay-type must be one of {known}, got {options.ema_decay_type}")
@@ -295,35 +226,17 @@ def _check_schedule(options: TrainOptions) -> None:
         raise UserError(f"--ema-decay-type {options.ema_decay_type} cannot be set up: {error}") from error
 
 
-def _data(options: TrainOptions, console: Console) -> tuple[Sequence[Pair], Sequence[Pair]]:
-    """What to train on and what to validate on, every file of it read once."""
-    from fastema.segmentation.console import progress
-    from fastema.segmentation.data.listing import list_pairs
-    from fastema.segmentation.data.split import hold_out
-    from fastema.segmentation.data.synthetic import ensure_dataset
-    from fastema.segmentation.data.verify import verified_pairs
+def run(arguments: argparse.Namespace) -> None:
+    """Run a training.
 
-    if options.dataset_path == SYNTHETIC:
-        console.print(f"Data: camouflage, generated once and kept in {options.checkpoint_dir}", highlight=False)
-        root = ensure_dataset(options.checkpoint_dir, options.seed)
-    else:
-        root = Path(options.dataset_path)
-    listing = list_pairs(root, cam_only=options.cam_only)
-    with progress(console, "Reading every file", len(listing.pairs)) as bar:
-        pairs = verified_pairs(listing, bar.advance)
-    training, validation = hold_out(pairs, options.val_fraction)
-    counts = f"{len(training)} images to train on, {len(validation)} held out to validate on"
-    for text in (f"Data: {root}, every file read; {counts}", *(f"      {note}" for note in listing.notes())):
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-    return training, validation
+    Raises:
+        UserError: a flag, the data or the device cannot be used, or the training cannot go on.
+    """
+    with process_group() as processes:
+        options = runnable_options(arguments, TrainOptions)
+        from fastema.segmentation.train.run import run_training
 
-
-def _how_to_go_on(options: TrainOptions, console: Console) -> list[str]:
-    """What an interrupted run leaves behind, as a part of the last line."""
-    last = options.checkpoint_dir / "last.pth"
-    if last.exists():
-        return [f"go on with --resume-from {last}"]
-    if options.resume_from is not None:
-        return [f"no epoch was finished; start again from {options.resume_from}"]
-    console.print("No epoch was finished, so there is nothing to go on from", highlight=False)
-    return []
+        try:
+            run_training(options, processes)
+        except OSError as error:
+            raise UserError(str(error)) from error

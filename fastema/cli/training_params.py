@@ -1,4 +1,4 @@
-"""`--training-params FILE`: an EMA's recipe as JSON, in the form that YOLO-NAS and super-gradients use."""
+"""`--training-params FILE`: an EMA's recipe as JSON, in the form of YOLO-NAS and super-gradients."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastema.segmentation.errors import UserError, first_few
+from fastema.core.text import first_few
+from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import option_flag
 
 _EXAMPLE = '{"ema": true, "ema_params": {"decay": 0.9999, "decay_type": "exp", "beta": 15}}'
 
 
 def read_training_params(path: Path) -> dict[str, Any]:
-    """The options of `fastema train` that a file sets.
+    """Return the options of `fastema train` that a file sets.
 
     Args:
-        path: JSON with `ema`, true or false, and `ema_params`: `decay`, `decay_type`, and what that schedule takes.
+        path: JSON with `ema`, true or false, and `ema_params`: `decay`, `decay_type`, and the schedule's arguments.
 
     Raises:
-        UserError: the file is missing, no JSON, or has something in it that would not be used.
+        UserError: the file is missing, not JSON, or has a key that would not be used.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -45,13 +46,13 @@ def read_training_params(path: Path) -> dict[str, Any]:
 
 
 def refuse_conflicts(path: Path, options: Mapping[str, Any], given: Collection[str], flags: Mapping[str, Any]) -> None:
-    """Raises `UserError` where the file and a flag that the user gave say different things.
+    """Raise `UserError` where the file and a given flag differ.
 
     Args:
-        path: the file, for the message.
-        options: what it sets.
-        given: the options that the user gave flags for.
-        flags: their values.
+        path: the file.
+        options: that it sets.
+        given: names of the options whose flags were given.
+        flags: values of the flags.
     """
     for name, value in options.items():
         if name in given and flags[name] != value:

@@ -1,4 +1,4 @@
-"""How far an epoch is: a live bar on a terminal, now and then a plain line elsewhere."""
+"""What a command prints while it runs: lines, and a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-# A log file wants a sign of life, not a line a step.
+# Without a terminal, a plain line this often at most.
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+def say(console: Console, text: str) -> None:
+    """Print plain text; wrap it only on a terminal, so that a line stays one in a log."""
+    console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+
 class Bar(Protocol):
-    """Counts the steps of one task."""
+    """The progress of one task."""
 
     def advance(self, note: str = "") -> None: ...
 
 
 @contextmanager
 def progress(console: Console, title: str, steps: int) -> Iterator[Bar]:
-    """Shows a task of `steps` steps while the block runs; the bar goes when it ends."""
+    """Show a task of `steps` steps while the block runs."""
     if not console.is_terminal:
         yield _Lines(console, title, steps)
         return
@@ -34,18 +38,17 @@ def progress(console: Console, title: str, steps: int) -> Iterator[Bar]:
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=console, transient=True) as live:
-        task = live.add_task(title, total=steps, note="")
-        yield _Live(live, int(task))
+    with Progress(*columns, console=console, transient=True) as live:
+        yield _Live(live, live.add_task(title, total=steps, note=""))
 
 
 class _Live:
-    def __init__(self, live: RichProgress, task: int) -> None:
+    def __init__(self, live: Progress, task: TaskID) -> None:
         self._live = live
         self._task = task
 
     def advance(self, note: str = "") -> None:
-        self._live.update(self._task, advance=1, note=note)  # type: ignore[arg-type]
+        self._live.update(self._task, advance=1, note=note)
 
 
 class _Lines:
@@ -60,4 +63,4 @@ class _Lines:
         self._done += 1
         if self._done < self._steps and time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            self._console.print(f"  {self._title}: {self._done}/{self._steps} {note}".rstrip(), highlight=False)
+            say(self._console, f"  {self._title}: {self._done}/{self._steps} {note}".rstrip())

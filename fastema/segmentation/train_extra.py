@@ -1,4 +1,4 @@
-"""What `fastema train` needs beside torch, checked before anything heavy is imported."""
+"""The packages of the `train` extra, looked for before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 
 from fastema.segmentation.errors import UserError
 
-# Module → what it is called on the package index.
+# Module: its name on the package index.
 _NEEDED = {
     "numpy": "numpy",
     "scipy": "scipy",
@@ -18,11 +18,11 @@ _NEEDED = {
 
 
 def missing_packages() -> list[str]:
-    """The packages of the `train` extra that are not installed."""
+    """Return the packages of the `train` extra that are not installed."""
     return [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
 
 
 def require_train_extra() -> None:
-    """Raises `UserError`, naming the one command that helps, if a package of the `train` extra is missing."""
+    """Raise `UserError` with the command to run if a package of the `train` extra is missing."""
     if missing := missing_packages():
         raise UserError(f"{', '.join(missing)} not installed: pip install 'fastema[train]'")

@@ -112,7 +112,7 @@ def test_an_interrupt_leaves_with_130(capsys: pytest.CaptureFixture[str], monkey
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_train", interrupted)
+    monkeypatch.setattr(cli.train, "run", interrupted)
     assert cli.main(["train", "--dataset-path", "x", "--checkpoint-dir", "y"]) == 130
     assert capsys.readouterr().err == "fastema: interrupted\n"
 
@@ -121,7 +121,7 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(_: object) -> None:
         raise KeyError("ours")
 
-    monkeypatch.setattr(cli, "run_train", broken)
+    monkeypatch.setattr(cli.train, "run", broken)
     with pytest.raises(KeyError):
         cli.main(["train", "--dataset-path", "x", "--checkpoint-dir", "y"])
 

@@ -19,11 +19,10 @@ from PIL import Image
 
 from fastema import FastEMA, cli
 from fastema.checkpoint import save_checkpoint
-from fastema.segmentation.data.listing import list_pairs
-from fastema.segmentation.data.loaders import ValidationSet, validation_loader
-from fastema.segmentation.data.split import hold_out
-from fastema.segmentation.eval.evaluation import evaluate, predict
-from fastema.segmentation.model.load import load_both, load_net, network_input, read_checkpoint
+from fastema.segmentation.data.listing import hold_out, list_pairs
+from fastema.segmentation.data.loaders import ValidationSet, network_input, validation_loader
+from fastema.segmentation.eval.scores import evaluate, predict
+from fastema.segmentation.model.load import load_both, load_net, read_checkpoint
 from fastema.segmentation.model.network import SegmentationNet
 from segmentation.cases import ARCHITECTURE, OPTIONS, SIZES, random_net, write_pairs
 
@@ -201,7 +200,7 @@ def test_predict_and_evaluate_see_the_same_image(data: Path) -> None:
     with Image.open(pair.image) as image:
         pixels = np.array(image.convert("RGB"))
     seen = ValidationSet([pair], 20)[0][0]
-    assert torch.equal(network_input(pixels, 20)[0], seen)
+    assert torch.equal(network_input(pixels, 20), seen)
 
 
 # --- from a file to a network ----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from PIL import Image
 
 from fastema import FastEMA, cli
 from fastema.checkpoint import save_checkpoint
-from fastema.segmentation.model.load import network_input
+from fastema.segmentation.data.loaders import network_input
 from segmentation.cases import OPTIONS, random_net, write_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +66,7 @@ def probability(seed: int, file: Path) -> np.ndarray:
     with Image.open(file) as image:
         pixels = np.array(image.convert("RGB"))
     with torch.no_grad():
-        logits = random_net(seed).eval()(network_input(pixels, 32)).logits
+        logits = random_net(seed).eval()(network_input(pixels, 32)[None]).logits
     return F.interpolate(logits, pixels.shape[:2], mode="bilinear").sigmoid()[0, 0].double().numpy()
 
 

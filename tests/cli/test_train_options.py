@@ -150,7 +150,7 @@ def test_an_ema_that_the_file_switches_off_and_a_flag_on(tmp_path: Path) -> None
 def test_a_schedule_is_tried_before_the_training(tmp_path: Path, content: Any, said: str) -> None:
     chosen = parsed(params(tmp_path, {"ema": True, "ema_params": content}))
     with pytest.raises(UserError, match=said):
-        train_command._check_schedule(chosen)
+        train_command.check_schedule(chosen)
 
 
 # --- what cannot be meant ---------------------------------------------------------------------------------------------
@@ -202,5 +202,5 @@ def test_a_flag_of_an_ema_that_there_is_not(tmp_path: Path) -> None:
         ["train", "--dataset-path", "x", "--checkpoint-dir", str(tmp_path / "run"), "--ema-decay", "0.99"]
     )
     with pytest.raises(UserError, match="--ema-decay without an EMA would do nothing: add --use-ema"):
-        train_command.run_train(arguments)
+        train_command.run(arguments)
     assert not (tmp_path / "run").exists()

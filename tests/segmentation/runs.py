@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastema.segmentation.data.listing import Pair, list_pairs
-from fastema.segmentation.data.split import hold_out
+from fastema.segmentation.data.listing import Pair, hold_out, list_pairs
 from fastema.segmentation.data.synthetic import ensure_dataset
 from fastema.segmentation.options import TrainOptions
 from fastema.segmentation.train.trainer import Trainer

@@ -1,4 +1,4 @@
-"""Image and mask files to arrays: the one place that knows how pixels are stored."""
+"""Read image and mask files into arrays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from fastema.segmentation.data.listing import Pair
 from fastema.segmentation.errors import UserError
 
-# A mask is 0/255 (foreground from the middle up, which forgives JPEG-like noise) or 0/1.
+# A mask has 0 and 255, or 0 and 1. From the middle up is foreground, which allows for JPEG noise.
 _FOREGROUND_FROM = 128
 
 
@@ -20,13 +20,13 @@ class MaskValuesError(ValueError):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Reads an image as uint8 [H, W, 3]."""
+    """Read an image as uint8 [H, W, 3]."""
     with Image.open(path) as image:
         return np.array(image.convert("RGB"))
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Reads a mask as uint8 [H, W] of 0 and 1.
+    """Read a mask as uint8 [H, W] of 0 and 1.
 
     Raises:
         MaskValuesError: the values are neither 0/255 nor 0/1, for example class numbers.
@@ -42,18 +42,17 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Reads an image, uint8 [H, W, 3], and its mask, uint8 [H, W] of 0 and 1.
+    """Read an image, uint8 [H, W, 3], and its mask, uint8 [H, W] of 0 and 1.
 
     Raises:
-        UserError: one of the files cannot be read or does not fit the other; names it. Everything was verified when
-            the run began, so somebody has touched it since.
+        UserError: a file cannot be read or does not fit the other. Both were verified at the start of the run.
     """
     path = pair.image
     try:
         image = read_image(path)
         path = pair.mask
         mask = read_mask(path)
-    except Exception as error:  # Pillow raises whatever the damage leads to
+    except Exception as error:  # Pillow raises anything on a damaged file
         raise UserError(f"{path} cannot be read ({reason(error)}): was it moved or changed during the run?") from error
     if mask.shape != image.shape[:2]:
         sizes = f"{mask.shape[1]}x{mask.shape[0]}, its image is {image.shape[1]}x{image.shape[0]}"
@@ -61,17 +60,17 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     return image, mask
 
 
-def size_of_whole(data: bytes) -> tuple[int, int]:
-    """Width and height of an encoded image, decoded to its end to find damage; small where the format can."""
+def decoded_size(data: bytes) -> tuple[int, int]:
+    """Decode an encoded image to its end, so that damage raises; return its width and height."""
     with Image.open(io.BytesIO(data)) as image:
         size = image.size
-        image.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
+        image.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))  # JPEG decodes faster when small
         image.load()
     return size
 
 
 def reason(error: Exception) -> str:
-    """Why a file could not be read, in a few words and without the path."""
+    """Return why a file could not be read, without its path."""
     if "cannot identify image file" in str(error):
         return "not an image"
     if isinstance(error, OSError) and error.strerror:

@@ -1,16 +1,19 @@
-"""Where a data set keeps its images and masks, and which belong together.
+"""Find the image and mask files of a data set, pair them, and hold some out for validation.
 
-COD10K-v3 is the model, `{Train,Test}/{Image,GT_Object}` with `a.jpg` and `a.png` of the same stem; the other common
-names, and folders without the Train and Test level, are understood too. Nothing in a Test folder is ever trained on.
+COD10K-v3 is the model, `{Train,Test}/{Image,GT_Object}` with `a.jpg` and `a.png`; the other common names, and folders
+without the Train and Test level, are read too. Nothing in a Test folder is ever trained on.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastema.segmentation.errors import UserError, first_few
+from fastema.core.text import first_few
+from fastema.segmentation.errors import UserError
 
 # (images, masks), in the order in which they are looked for.
 LAYOUTS = (("Image", "GT_Object"), ("Imgs", "GT"), ("Image", "Mask"))
@@ -18,7 +21,7 @@ LAYOUTS = (("Image", "GT_Object"), ("Imgs", "GT"), ("Image", "Mask"))
 # COD10K's images without a camouflaged animal: 2,960 of its 6,000 training images, with all-black masks.
 NON_CAM = "cod10k-noncam-"
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,16 @@ class Pair:
 
 @dataclass
 class Listing:
-    """What was found in the two folders.
+    """The files of one split of a data set.
 
     Attributes:
-        folder: what the two folders are in.
+        folder: the parent of the images' and the masks' folder.
         pairs: sorted by stem.
-        problems: in words, by kind.
-        left_out: how many COD10K-NonCAM images are not among the pairs.
-        all_black: how many of the masks are empty. Those images are kept: the network learns, and is asked, to find
-            nothing there; their IoU is 1 for an empty prediction and 0 for any other. Known after `verified_pairs`.
-        repeated: images of the same bytes under several names, as `a.jpg = b.jpg`. Known after `verified_pairs`.
+        problems: descriptions by kind.
+        left_out: number of COD10K-NonCAM images that are not in `pairs`.
+        all_black: number of empty masks. Those images stay in: their IoU is 1 for an empty prediction, else 0.
+            Set by `verify_pairs`.
+        repeated: images of the same bytes, as `a.jpg = b.jpg`. Set by `verify_pairs`.
     """
 
     folder: Path
@@ -55,7 +58,7 @@ class Listing:
     repeated: list[str] = field(default_factory=list)
 
     def notes(self) -> list[str]:
-        """What is no problem and still worth knowing, a sentence each without its full stop."""
+        """Return remarks on what is unusual but no problem."""
         notes = []
         if self.left_out:
             notes.append(f"{self.left_out} COD10K-NonCAM images left out")
@@ -67,19 +70,17 @@ class Listing:
 
 
 def list_pairs(root: Path, split: str = "Train", cam_only: bool = True) -> Listing:
-    """Pairs the images and masks of one split of a data set by stem, sorted by stem.
+    """Pair the images and masks of one split by stem.
 
-    A root with folders Train and Test is read in the one that `split` names, never in the other. A root that holds
-    images and masks itself, without that level, is one set: all of it is trained on, or all of it evaluated.
+    A root without folders Train and Test is one set, which is read for either split.
 
     Args:
         root: the data set's folder.
         split: `Train` or `Test`.
-        cam_only: leaves out `COD10K-NonCAM-*`, images and masks, as the papers on COD10K do. Other names are untouched.
+        cam_only: leave out `COD10K-NonCAM-*`, as the papers on COD10K do.
 
     Raises:
-        UserError: `root` is not a folder, has no such split or none of the known layouts, is a Test folder where
-            `split` is Train, or has no image.
+        UserError: `root` has no such split, no known layout or no image, or it is a Test folder to train on.
     """
     images, masks = _find_folders(root, split)
     image_files, mask_files = _by_stem(images), _by_stem(masks)
@@ -87,35 +88,62 @@ def list_pairs(root: Path, split: str = "Train", cam_only: bool = True) -> Listi
         raise UserError(f"no images in {images}: expected files like a.jpg there and a.png in {masks}")
     listing = Listing(images.parent)
     if cam_only:
-        listing.left_out = _leave_out_non_cam(image_files)
-        _leave_out_non_cam(mask_files)
+        listing.left_out = _drop_non_cam(image_files)
+        _drop_non_cam(mask_files)
         if not image_files:
             raise UserError(f"all {listing.left_out} images in {images} are COD10K-NonCAM, which --cam-only leaves out")
     for stem, files in sorted(image_files.items()):
-        if len(files) > 1 or len(mask_files.get(stem, ())) > 1:
-            several = files + mask_files.get(stem, [])
-            listing.problems["stems with several images or masks"].append(first_few([f.name for f in several]))
-        elif stem not in mask_files:
+        own_masks = mask_files.get(stem, [])
+        if len(files) > 1 or len(own_masks) > 1:
+            names = [file.name for file in files + own_masks]
+            listing.problems["stems with several images or masks"].append(first_few(names))
+        elif not own_masks:
             listing.problems["images without a mask"].append(f"{files[0].name} (no {masks.name}/{stem}.png)")
         else:
-            listing.pairs.append(Pair(files[0], mask_files[stem][0]))
+            listing.pairs.append(Pair(files[0], own_masks[0]))
     for stem, files in sorted(mask_files.items()):
         if stem not in image_files:
             listing.problems["masks without an image"].append(f"{files[0].name} (no {images.name}/{stem}.jpg)")
     return listing
 
 
+def hold_out(pairs: Sequence[Pair], fraction: float) -> tuple[list[Pair], list[Pair]]:
+    """Split pairs into (training, validation), with about `fraction` and at least one in the second.
+
+    By a hash of the stem, so the split is the same on every machine and does not change when images are added.
+
+    Raises:
+        UserError: there are fewer than two pairs.
+    """
+    if len(pairs) < 2:
+        raise UserError(f"{len(pairs)} image(s) are not enough: one to train on and one to validate on are the least")
+    ordered = sorted(pairs, key=_hash)
+    count = min(max(sum(_hash(pair) < fraction for pair in pairs), 1), len(pairs) - 1)
+    validation = set(ordered[:count])
+    return [pair for pair in pairs if pair not in validation], [pair for pair in pairs if pair in validation]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files of a folder, sorted; no hidden ones, nothing from folders in it."""
+    return [file for file in sorted(folder.iterdir()) if file.suffix.lower() in _SUFFIXES and file.name[0] != "."]
+
+
+def _hash(pair: Pair) -> float:
+    """Map a stem to [0, 1)."""
+    return int.from_bytes(hashlib.sha256(pair.stem.encode()).digest()[:8], "big") / 2**64
+
+
 def _find_folders(root: Path, split: str) -> tuple[Path, Path]:
     if not root.is_dir():
         raise UserError(f"there is no data set at {root}: it is {'a file' if root.exists() else 'missing'}")
-    name, children = split.lower(), _children(root)
+    name, children = split.lower(), _subfolders(root)
     if name == "train" and name not in children:
         parent = root.resolve().parent
-        if root.resolve().name.lower() == "test" and "train" in _children(parent):
+        if root.resolve().name.lower() == "test" and "train" in _subfolders(parent):
             raise UserError(f"{root} is a test set, for fastema evaluate only; to train, give {parent}")
     where = children.get(name, root)
+    inside = _subfolders(where)
     for images, masks in LAYOUTS:
-        inside = _children(where)
         if images.lower() in inside and masks.lower() in inside:
             return inside[images.lower()], inside[masks.lower()]
     if name == "test" and "train" in children and where is root:
@@ -124,26 +152,24 @@ def _find_folders(root: Path, split: str) -> tuple[Path, Path]:
             f"{children['train']}"
         )
     expected = " or ".join(f"{split}/{images} + {split}/{masks}" for images, masks in LAYOUTS)
-    found = first_few(sorted(f"{child.name}/" for child in _children(where).values()), 6) or "no folders"
+    found = first_few(sorted(f"{folder.name}/" for folder in inside.values()), 6) or "no folders"
     raise UserError(f"{root} is not a data set that is understood: expected {expected}; {where} has {found}")
 
 
-def _leave_out_non_cam(files: dict[str, list[Path]]) -> int:
-    """Removes COD10K's stems without a camouflaged object; returns how many."""
+def _drop_non_cam(files: dict[str, list[Path]]) -> int:
     stems = [stem for stem in files if stem.lower().startswith(NON_CAM)]
     for stem in stems:
         del files[stem]
     return len(stems)
 
 
-def _children(folder: Path) -> dict[str, Path]:
-    """The subfolders by lower-case name: `image` and `Image` are both around."""
+def _subfolders(folder: Path) -> dict[str, Path]:
+    # By lower-case name: both `image` and `Image` are common.
     return {child.name.lower(): child for child in sorted(folder.iterdir()) if child.is_dir()}
 
 
 def _by_stem(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
-            files[file.stem].append(file)
+    for file in image_files(folder):
+        files[file.stem].append(file)
     return files

@@ -1,7 +1,7 @@
-"""Pairs of files to batches of tensors.
+"""Datasets, the sampler and the loaders.
 
-The augmentation of an image is drawn from a seed that is made of run, epoch and image, and comes with the index. So
-it depends neither on the number of workers or processes nor on what ran before: a resumed run sees what it would have.
+An image's augmentation is drawn from a seed made of run, epoch and image, which comes with its index. So it depends
+neither on the number of workers or processes nor on what ran before, and a resumed run sees the same images.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from fastema.segmentation.data.images import read_pair
@@ -20,7 +22,7 @@ from fastema.segmentation.data.listing import Pair
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.torchvision_shim import import_torchvision
 
-import_torchvision()  # also in a worker process, which imports this module anew
+import_torchvision()  # in a worker process too, which imports this module again
 
 from torchvision import tv_tensors  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
@@ -29,26 +31,32 @@ T = TypeVar("T")
 
 
 class Draw(NamedTuple):
-    """Which image, and the seed of its augmentation."""
+    """An image's index, and the seed of its augmentation."""
 
     image: int
     seed: int
 
 
 class Validation(NamedTuple):
-    """A batch to validate on."""
+    """A validation batch."""
 
-    images: torch.Tensor  # [N, 3, S, S] float32 in [0, 1]
-    masks: list[torch.Tensor]  # N of [H, W] bool, each at its file's own size
+    images: Tensor  # [N, 3, S, S] float32 in [0, 1]
+    masks: list[Tensor]  # N of [H, W] bool, each at its file's size
 
 
-def seed_of(*parts: int) -> int:
-    """One seed from several numbers; unlike a sum, (1, 2) and (2, 1) differ."""
+def mix_seed(*parts: int) -> int:
+    """Return one seed from several numbers; unlike with a sum, (1, 2) and (2, 1) differ."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-class TrainingSet(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+def network_input(pixels: np.ndarray, size: int) -> Tensor:
+    """Resize an image, uint8 [H, W, 3], to float32 [3, size, size] in [0, 1], regardless of its proportions."""
+    image = v2.functional.resize(torch.from_numpy(pixels).permute(2, 0, 1), [size, size], antialias=True)
+    return image.float().div_(255)
+
+
+class TrainingSet(Dataset[tuple[Tensor, Tensor]]):
     """Augmented images, float32 [3, S, S] in [0, 1], and masks, float32 [1, S, S] of 0 and 1."""
 
     def __init__(self, pairs: Sequence[Pair], size: int) -> None:
@@ -65,19 +73,18 @@ class TrainingSet(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
         pixels, truth = read_pair(self.pairs[draw.image])
         image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
         mask = tv_tensors.Mask(torch.from_numpy(truth)[None])
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would seed the accelerators too.
-            torch.default_generator.manual_seed(draw.seed)
+            torch.default_generator.manual_seed(draw.seed)  # torch.manual_seed would seed the accelerators too
             image, mask = self._augment(image, mask)
-        return _unit(image), mask.as_subclass(torch.Tensor).float()
+        return image.as_subclass(Tensor).float().div_(255), mask.as_subclass(Tensor).float()
 
 
-class ValidationSet(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Resized images, float32 [3, S, S] in [0, 1], and masks, bool [H, W] as they are in the file."""
+class ValidationSet(Dataset[tuple[Tensor, Tensor]]):
+    """Resized images, float32 [3, S, S] in [0, 1], and masks, bool [H, W] at their file's size."""
 
     def __init__(self, pairs: Sequence[Pair], size: int) -> None:
         self.pairs = list(pairs)
@@ -86,26 +93,24 @@ class ValidationSet(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pixels, truth = read_pair(self.pairs[index])
-        image = torch.from_numpy(pixels).permute(2, 0, 1)
-        image = v2.functional.resize(image, [self._size, self._size], antialias=True)
-        return _unit(image), torch.from_numpy(truth).bool()
+        return network_input(pixels, self._size), torch.from_numpy(truth).bool()
 
 
 def share_of(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
-    """One process's share: every `world_size`-th item from `rank` on, so that each is in exactly one share.
+    """Return one process's share: every `world_size`-th item from `rank` on.
 
-    The shares differ by at most one in length. Nothing is repeated to make them equal: on validation images that would
-    change the mean, and in training an image would count twice.
+    Nothing is repeated to make the shares equal: that would change the mean over the validation images, and count a
+    training image twice.
     """
     return items[rank::world_size]
 
 
 class EpochSampler(Sampler[Draw]):
-    """A new order every epoch, which depends on nothing but the seed and the epoch; of it, this process's share.
+    """This process's share of an order that depends on the seed and the epoch alone.
 
-    The order of the whole and the augmentation of each image are the same for any number of processes.
+    The order and the augmentation of each image are the same for any number of processes.
 
     Attributes:
         epoch: from 1; set it before each epoch.
@@ -122,23 +127,23 @@ class EpochSampler(Sampler[Draw]):
         return len(share_of(range(self._count), self._rank, self._world_size))
 
     def __iter__(self) -> Iterator[Draw]:
-        generator = torch.Generator().manual_seed(seed_of(self._seed, self.epoch))
+        generator = torch.Generator().manual_seed(mix_seed(self._seed, self.epoch))
         order = torch.randperm(self._count, generator=generator).tolist()
         for index in share_of(order, self._rank, self._world_size):
-            yield Draw(index, seed_of(self._seed, self.epoch, index))
+            yield Draw(index, mix_seed(self._seed, self.epoch, index))
 
 
 def training_loader(dataset: TrainingSet, sampler: EpochSampler, batch_size: int, workers: int) -> DataLoader:
-    """Batches of (images, masks) in the sampler's order; the last one may be short.
+    """Return a loader of (images, masks) in the sampler's order; the last batch may be short.
 
-    While it is iterated, a file that cannot be read any more, or a worker that dies, is a `UserError`.
+    Iterating raises `UserError` when a file cannot be read any more, or a worker dies.
     """
     return _loader(dataset, batch_size, workers, default_collate, sampler)
 
 
 def validation_loader(dataset: ValidationSet, batch_size: int, workers: int) -> DataLoader:
-    """Batches of `Validation` in the data set's order; errors as in `training_loader`."""
-    return _loader(dataset, batch_size, workers, _collate)
+    """Return a loader of `Validation` batches in the dataset's order; errors as in `training_loader`."""
+    return _loader(dataset, batch_size, workers, _collate_validation)
 
 
 def _loader(
@@ -151,15 +156,23 @@ def _loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_interrupts_to_the_parent,
-        collate_fn=partial(_unless_error, collate),
-        # The loader's own draws come from here and leave the global generator, which dropout uses, alone.
-        generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_ignore_interrupts,
+        collate_fn=partial(_collate_or_error, collate),
+        generator=torch.Generator().manual_seed(0),  # the global one is for dropout
     )
 
 
-# A worker's exception reaches the trainer with the worker's traceback for its message. So a `UserError` crosses over as
-# a value instead: sample → batch → raised where it is taken out of the loader.
+def _collate_validation(samples: list[tuple[Tensor, Tensor]]) -> Validation:
+    return Validation(torch.stack([image for image, _ in samples]), [mask for _, mask in samples])
+
+
+def _ignore_interrupts(_: int) -> None:
+    # A terminal sends Ctrl-C to the workers too: each would print a traceback before the parent ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# An exception in a worker reaches the trainer with the worker's traceback as its message. A `UserError` is returned as
+# a value instead, sample to batch, and raised where the batch is taken from the loader.
 
 
 class _ErrorsAsSamples(Dataset[Any]):
@@ -176,9 +189,8 @@ class _ErrorsAsSamples(Dataset[Any]):
             return error
 
 
-def _unless_error(collate: Callable[[list], Any], samples: list) -> Any:
-    errors = [sample for sample in samples if isinstance(sample, UserError)]
-    return errors[0] if errors else collate(samples)
+def _collate_or_error(collate: Callable[[list], Any], samples: list) -> Any:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
 
 
 class _Loader(DataLoader[Any]):
@@ -200,20 +212,7 @@ class _Loader(DataLoader[Any]):
             )
         if problem is not None:
             if self.num_workers > 0:
-                # Left to the garbage collector, with a traceback around them, they are waited for in vain, 5 s each.
+                # Left to the garbage collector, which waits 5 s for each worker.
                 batches._shutdown_workers()  # type: ignore[attr-defined]
                 self._iterator = None
             raise problem
-
-
-def _leave_interrupts_to_the_parent(_: int) -> None:
-    # A terminal sends Ctrl-C to the whole group: every worker would print a traceback before the parent ends it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _collate(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> Validation:
-    return Validation(torch.stack([image for image, _ in samples]), [mask for _, mask in samples])
-
-
-def _unit(image: torch.Tensor) -> torch.Tensor:
-    return image.as_subclass(torch.Tensor).float().div_(255)

@@ -1,8 +1,7 @@
-"""Camouflage made to measure: objects that differ from their surroundings only in the direction of their texture.
+"""Generate a camouflage data set: objects that differ from their background only in the direction of their texture.
 
-Object and background are the same random texture, combed in different directions. Inside and outside, the values
-are ranked and put on the same scale, so both have the same histogram, the same colours, mean and contrast: no
-threshold, no colour and no brightness finds the object; only structure does.
+Object and background are the same random texture, stretched in different directions. Inside and outside, the values are
+replaced by their ranks, so both have the same histogram: no threshold, colour or brightness finds the object.
 """
 
 from __future__ import annotations
@@ -15,28 +14,27 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# Raise it whenever the images change: the cache is keyed with it.
+# Part of the folder's name: raise it when the images change.
 _VERSION = 2
 
 IMAGE_COUNT = 480
 IMAGE_SIZE = 128
 
-# Of a set, Test has a quarter as many images as Train, drawn from other seeds.
+# Test has a quarter as many images as Train, from other seeds.
 _TEST_SHARE = 4
 
 
 def ensure_dataset(parent: Path, seed: int, count: int = IMAGE_COUNT, size: int = IMAGE_SIZE) -> Path:
-    """Returns the folder of the generated data set in `parent`; generates it if it is not there.
+    """Return the folder of the generated data set in `parent`; generate it if it is not there.
 
-    It has COD10K's layout, Train and Test, so it is a data set like any other: `fastema evaluate CHECKPOINT
-    --dataset-path FOLDER` reads its Test part. It appears under its name only when it is whole, so an interrupted run
-    leaves nothing that looks like a data set.
+    It has COD10K's layout with Train and Test. It gets its name only when it is complete, so an interrupted run leaves
+    nothing that looks like a data set.
 
     Args:
-        parent: `synthetic-…/` is made here.
+        parent: where the folder is made.
         seed: of all images.
         count: training images.
-        size: of an image, in pixels.
+        size: of an image, pixels.
     """
     folder = parent / f"synthetic-v{_VERSION}-{count}x{size}-seed{seed}"
     if folder.is_dir():
@@ -50,7 +48,7 @@ def ensure_dataset(parent: Path, seed: int, count: int = IMAGE_COUNT, size: int 
         try:
             partial.rename(folder)
         except OSError:
-            # Another process of the same run was quicker: the images are the same.
+            # Another process of the same run was faster; its images are the same.
             if not folder.is_dir():
                 raise
     finally:
@@ -69,26 +67,26 @@ def _write_split(folder: Path, name: str, seeds: Sequence[Sequence[int]], size: 
 
 
 def camouflaged_pair(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One image, uint8 [size, size, 3], and its mask, uint8 [size, size] of 0 and 1."""
+    """Return one image, uint8 [size, size, 3], and its mask, uint8 [size, size] of 0 and 1."""
     mask = _blob(rng, size)
     direction = rng.uniform(0, np.pi)
     turned = direction + rng.choice([-1, 1]) * rng.uniform(np.pi / 6, np.pi / 2)
     wavelength = rng.uniform(5, 11)
-    background = _combed_texture(rng, size, direction, wavelength)
-    foreground = _combed_texture(rng, size, turned, wavelength)
+    background = _directed_texture(rng, size, direction, wavelength)
+    foreground = _directed_texture(rng, size, turned, wavelength)
     values = np.empty((size, size))
     values[mask] = _ranks(foreground[mask])
     values[~mask] = _ranks(background[~mask])
     colours = _palette(rng)
     image = np.stack([np.interp(values, np.linspace(0, 1, len(colours)), channel) for channel in colours.T], axis=-1)
-    # Light falls on both alike.
+    # Uneven light over object and background alike.
     image *= 1 + 0.25 * _smooth_noise(rng, size, scale=size / 2)[..., None]
     image += rng.normal(0, 6, image.shape)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), mask.astype(np.uint8)
 
 
 def _blob(rng: np.random.Generator, size: int) -> np.ndarray:  # bool [size, size]
-    """A smooth, star-shaped object of 6 to 25 % of the image, anywhere in it."""
+    """Return a smooth, star-shaped object of 6 to 25 % of the image."""
     centre = rng.uniform(0.3, 0.7, 2) * size
     y, x = np.mgrid[:size, :size] + 0.5
     angle = np.arctan2(y - centre[0], x - centre[1])
@@ -96,33 +94,33 @@ def _blob(rng: np.random.Generator, size: int) -> np.ndarray:  # bool [size, siz
     for wave in range(1, 6):
         radius += rng.uniform(-0.35, 0.35) / wave * np.cos(wave * angle + rng.uniform(0, 2 * np.pi))
     wanted = rng.uniform(0.06, 0.25) * size * size
-    # Star-shaped: the area grows steadily with the scale, so the scale is a quantile of the relative distance.
+    # Star-shaped: the scale that gives the wanted area is a quantile of the relative distance.
     relative = np.hypot(y - centre[0], x - centre[1]) / np.maximum(radius, 0.25)
     return relative <= np.partition(relative.ravel(), int(wanted))[int(wanted)]
 
 
-def _combed_texture(rng: np.random.Generator, size: int, direction: float, wavelength: float) -> np.ndarray:
-    """Noise whose spectrum is a fuzzy ring (the wavelength) and stronger along one direction."""
+def _directed_texture(rng: np.random.Generator, size: int, direction: float, wavelength: float) -> np.ndarray:
+    """Return noise whose spectrum is a soft ring (the wavelength), stronger along one direction."""
     frequency_y, frequency_x = np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :]
     frequency = np.hypot(frequency_y, frequency_x)
     ring = np.exp(-(((frequency - 1 / wavelength) / 0.04) ** 2))
-    comb = np.exp(2.0 * np.cos(2 * (np.arctan2(frequency_y, frequency_x) - direction)))
-    return np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size))) * ring * comb).real
+    directed = np.exp(2.0 * np.cos(2 * (np.arctan2(frequency_y, frequency_x) - direction)))
+    return np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size))) * ring * directed).real
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, scale: float) -> np.ndarray:
-    """Noise in [-1, 1] that varies over about `scale` pixels."""
+    """Return noise in [-1, 1] that varies over about `scale` pixels."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :])
     noise = np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size))) * np.exp(-((frequency * scale) ** 2))).real
     return noise / np.abs(noise).max()
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Every value's rank among its own, scaled to [0, 1]: the histogram is flat, whatever it was."""
+    """Return each value's rank, scaled to [0, 1], which makes the histogram flat."""
     return np.argsort(np.argsort(values)) / max(1, len(values) - 1)
 
 
-def _palette(rng: np.random.Generator) -> np.ndarray:  # [3, 3]: dark to light, red green blue
-    """Three related colours, as bark, sand and leaves have them."""
+def _palette(rng: np.random.Generator) -> np.ndarray:
+    """Return three related colours, [dark to light, RGB]."""
     base = rng.uniform(90, 160) + rng.normal(0, 22, 3)
     return np.clip(np.outer([0.45, 1.0, 1.5], base) + rng.normal(0, 12, (3, 3)), 0, 255)

@@ -1,7 +1,7 @@
-"""The network of a run on all its processes: a replica in each (DistributedDataParallel), or a shard (fully_shard).
+"""The network on all processes of a run: a replica in each (DistributedDataParallel) or a shard (fully_shard).
 
-Either way a step's gradient is the mean over the images of all processes, as it is in one; and after every step all
-have the same weights, the same buffers, and so the same averages.
+Either way a step's gradient is the mean over the images of all processes, and after every step all have the same
+weights and buffers, and so the same averages.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from fastema.sharded import is_dtensor, local_part
 _CPU = torch.device("cpu")
 
 
-class Spread:
-    """One network on the processes of a run; in a single one, just the network.
+class ParallelModel:
+    """A network on the processes of a run; with a single one, just the network.
 
     Args:
-        net: with the weights to begin with, on its device, all of its parameters trainable.
-        processes: that take part, each with such a network.
+        net: on its device, all of its parameters trainable, the same in every process.
+        processes: of the run.
         device: the network's.
-        shard: of weights, gradients and moments each process keeps a part only; the network is a `SegmentationNet`.
+        shard: keep only a part of weights, gradients and moments in each process; `net` is a `SegmentationNet`.
 
     Attributes:
         processes: as given.
-        forward: what to call in training in place of the network.
+        forward: to call in training in place of the network.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Spread:
             self._shard(net, device)
         elif self.processes.world_size > 1:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name in newer torch
-                # Frozen levels, and experts that nobody chose, have no gradient. Buffers are seen to in `agree`.
+                warnings.simplefilter("ignore", FutureWarning)  # newer torch renames broadcast_buffers
+                # Frozen levels and unchosen experts have no gradient. `sync_buffers` is for the buffers.
                 self.forward = self._replicas = DistributedDataParallel(
-                    _NeverAllUsed(net),
+                    _WithUnusedParameter(net),
                     device_ids=[device] if device.type == "cuda" else None,
                     broadcast_buffers=False,
                     find_unused_parameters=True,
@@ -66,13 +66,11 @@ class Spread:
     def is_sharded(self) -> bool:
         return bool(self._shards)
 
-    # --- training ----------------------------------------------------------------------------------------------------
-
     @contextmanager
-    def exchanging(self, now: bool) -> Iterator[None]:
-        """A block for the forward and the backward of a batch, whose gradients are exchanged now or with a later one's.
+    def reduce_gradients(self, now: bool) -> Iterator[None]:
+        """Run a batch's forward and backward in a block; average its gradients now, or with a later batch's.
 
-        The exchange takes the mean over the processes, so a loss must be scaled by their number.
+        The average is over the processes, so a loss must be scaled by their number.
         """
         if self._replicas is not None and not now:
             with self._replicas.no_sync():
@@ -82,34 +80,34 @@ class Spread:
             part.set_requires_gradient_sync(now, recurse=False)
         yield
 
-    def agree(self, images: int) -> None:
-        """Before an optimizer step: buffers become their mean over the processes, by the images that each has had.
+    def sync_buffers(self, images: int) -> None:
+        """Average the buffers over the processes, before an optimizer step.
 
-        Statistics of a batch are its process's own (there is no SyncBatchNorm); the running ones are everyone's.
+        A batch's statistics are its process's own (there is no SyncBatchNorm); the running ones become everyone's.
 
         Args:
-            images: how many of the step's images this process has had.
+            images: of the step, in this process; the weight of its buffers.
         """
         if self.processes.world_size == 1 and not self.is_sharded:
             return
-        # In float64, in which the mean of equal float32 values is that value again, whatever the weights.
+        # In float64, in which the weighted mean of equal float32 values is that value.
         parts = [buffer.flatten().double() * images for buffer in self._buffers]
         parts += [self._chosen.flatten().double(), torch.tensor([images], dtype=torch.float64)]
         device = self._chosen.device
         total = torch.cat([part.to(device) for part in parts])
         dist.all_reduce(total)
-        *means, chosen, everywhere = total.split([part.numel() for part in parts])
+        *means, chosen, all_images = total.split([part.numel() for part in parts])
         for buffer, mean in zip(self._buffers, means, strict=True):
-            mean = (mean / everywhere).view_as(buffer)
+            mean = (mean / all_images).view_as(buffer)
             buffer.copy_(mean if buffer.is_floating_point() else mean.round())
         if self.is_sharded:
-            self._forget_unchosen(chosen.view_as(self._chosen))
+            self._drop_unchosen_gradients(chosen.view_as(self._chosen))
 
     # --- shards ------------------------------------------------------------------------------------------------------
 
     def _shard(self, net: Any, device: torch.device) -> None:
-        # Not by expert: which of them run differs from process to process, and what is gathered must not. And not by
-        # level: backward begins where forward ends, so to gather twice would save hardly any memory.
+        # Not by expert: which ones run differs between processes, and all must gather the same. Not by level: backward
+        # begins where forward ends, so gathering twice would save hardly any memory.
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -117,23 +115,23 @@ class Spread:
         if mixtures:
             self._experts = [list(mixture.experts) for mixture in mixtures]
             self._chosen = torch.zeros(len(mixtures), len(mixtures[0].experts), device=device)
-            net.decoder.register_forward_hook(self._note_experts)  # before FSDP's own: the parameters are whole then
+            net.decoder.register_forward_hook(self._record_experts)  # before FSDP's own, while parameters are whole
         mesh = init_device_mesh(device.type, (self.processes.world_size,))
         for part in (net.decoder, net):
             fully_shard(part, mesh=mesh, reshard_after_forward=False)
         self._shards = [net, net.decoder]
 
-    def _note_experts(self, decoder: nn.Module, inputs: Any, decoded: Decoded) -> Decoded | None:
-        """Notes who was chosen; and gives all others a gradient of 0, since every process must exchange the same."""
+    def _record_experts(self, decoder: nn.Module, inputs: Any, decoded: Decoded) -> Decoded | None:
+        """Record the chosen experts, and give the others a gradient of 0, since all processes must reduce the same."""
         if not torch.is_grad_enabled():
             return None
         self._chosen += decoded.usage
         parameters = [parameter for level in self._experts for expert in level for parameter in expert.parameters()]
-        nothing = torch.stack([parameter.flatten()[0] for parameter in parameters]).sum() * 0
-        return decoded._replace(balance=decoded.balance + nothing)
+        zero = torch.stack([parameter.flatten()[0] for parameter in parameters]).sum() * 0
+        return decoded._replace(balance=decoded.balance + zero)
 
-    def _forget_unchosen(self, chosen: Tensor) -> None:
-        """Experts that no process chose have no gradient, as in a single one; with 0 they would be stepped."""
+    def _drop_unchosen_gradients(self, chosen: Tensor) -> None:
+        # An expert that no process chose must not be stepped: AdamW would, with a gradient of 0.
         for level, shares in enumerate(chosen.tolist()):
             for expert, share in enumerate(shares):
                 if share == 0:
@@ -141,8 +139,8 @@ class Spread:
         self._chosen.zero_()
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """A block in which forwards communicate nothing, so that processes may do different ones. All must enter it."""
+    def unsharded(self) -> Iterator[None]:
+        """Gather the parameters for a block, so that its forwards communicate nothing. All processes must enter it."""
         for part in self._shards:
             part.unshard()
         try:
@@ -151,39 +149,38 @@ class Spread:
             for part in self._shards:
                 part.reshard()
 
-    def gathered(self, state: Any) -> Any:
-        """A nested state with whole tensors, on the CPU of the first process; elsewhere with None. All must call it.
+    def gather_state(self, state: Any) -> Any:
+        """Return a nested state with whole tensors on the CPU, in other processes than the first with None.
 
-        Without shards, the state as it is.
+        All processes must call this. Without shards, it returns the state as it is.
         """
         if not self.is_sharded:
             return state
         if isinstance(state, dict):
-            return {key: self.gathered(value) for key, value in state.items()}
+            return {key: self.gather_state(value) for key, value in state.items()}
         if isinstance(state, list | tuple):
-            return type(state)(self.gathered(value) for value in state)
+            return type(state)(self.gather_state(value) for value in state)
         if not is_dtensor(state):
             return state
         tensor = state.full_tensor()
         return tensor.cpu() if self.processes.is_first else None
 
-    def take_shards(self, optimizer: Optimizer) -> None:
-        """Of the whole moments that were loaded into an optimizer, keeps the own part."""
+    def shard_optimizer_state(self, optimizer: Optimizer) -> None:
+        """Replace whole moments, as loaded from a checkpoint, by this process's shards."""
         from torch.distributed.tensor import DTensor, Replicate
 
         for parameter, state in optimizer.state.items() if self.is_sharded else ():
             assert isinstance(parameter, DTensor)
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape and not is_dtensor(value):
-                    mesh = parameter.device_mesh
-                    everywhere = DTensor.from_local(value, mesh, [Replicate()], run_check=False)
-                    state[name] = everywhere.redistribute(placements=parameter.placements)
+                    replicated = DTensor.from_local(value, parameter.device_mesh, [Replicate()], run_check=False)
+                    state[name] = replicated.redistribute(placements=parameter.placements)
 
 
-class _NeverAllUsed(nn.Module):
-    """A network and a parameter without any use.
+class _WithUnusedParameter(nn.Module):
+    """A network with a parameter that is never used.
 
-    Where experts happen to be all chosen, every process would be warned that looking for unused ones is a waste.
+    DDP warns that `find_unused_parameters` is a waste where, by chance, every expert is chosen.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -196,10 +193,14 @@ class _NeverAllUsed(nn.Module):
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
-    """`nn.utils.clip_grad_norm_`, and the norm, a scalar, before; of sharded parameters all processes must call it."""
+    """Do as `nn.utils.clip_grad_norm_`; with sharded parameters, all processes must call this.
+
+    Returns:
+        The norm before clipping, a scalar.
+    """
     if not any(map(is_dtensor, parameters)):
         return nn.utils.clip_grad_norm_(parameters, limit)
-    # torch would do it too, but plans it anew, for seconds, whenever other experts have gradients than before.
+    # torch's own plans it again, for seconds, whenever other experts have gradients than before.
     shards = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     square = nn.utils.get_total_norm(shards).square()
     dist.all_reduce(square)
@@ -210,5 +211,5 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     return norm
 
 
-#: Of a single process.
-ALONE = Spread(nn.Identity())
+#: The parallel model of a single process.
+ALONE = ParallelModel(nn.Identity())

@@ -1,7 +1,7 @@
-"""The processes of one run, as torchrun starts them: which one this is, what all of them know, and who says so.
+"""The processes of one run, as torchrun starts them.
 
-Whatever a run decides by, all processes know alike. The first writes the files and has the screen. When one fails it
-says why; the others, which only see that it is gone, keep silent.
+What a run decides by, all processes know alike. The first writes the files and prints. The one that fails first reports
+the error; the others, which fail because it is gone, exit silently.
 """
 
 from __future__ import annotations
@@ -11,104 +11,93 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
 
 from fastema.segmentation.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from fastema.segmentation.options import TrainOptions
+from fastema.segmentation.options import TrainOptions
 
 T = TypeVar("T")
 
-# As long as one process may keep the others waiting, by reading all files of a big data set at the beginning.
-_PATIENCE = timedelta(minutes=30)
+# One process may read all files of a large data set while the others wait.
+_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, seen from one of them; by default it is the only one.
+    """The processes of a run, seen from one of them; by default the only one.
 
     Attributes:
-        rank: which one this is, from 0.
-        world_size: how many there are.
-        local_rank: which one of this machine's; it has the GPU of that number.
-        joined: whether torchrun, or another launcher with its environment variables, has started them.
+        rank: of this process.
+        world_size: number of processes.
+        local_rank: rank on this machine, and the number of its GPU.
+        launched: started by torchrun, or another launcher with its environment variables.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    joined: bool = False
+    launched: bool = False
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank. All must call it."""
+        """Return every process's value, by rank. All processes must call this."""
         if self.world_size == 1:
             return [value]
-        import torch.distributed as dist
-
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the first process, where alone it is called. All must call this."""
+        """Call `make` in the first process and return its result in all. All processes must call this."""
         if self.world_size == 1:
             return make()
-        import torch.distributed as dist
-
         values: list[Any] = [make() if self.is_first else None]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def all_of(self, share: Sequence[T]) -> list[T]:
-        """Undoes `share_of`: every process's values in the order of the whole. All must call it."""
+    def gather_shares(self, share: Sequence[T]) -> list[T]:
+        """Undo `share_of`: return every process's values in the original order. All processes must call this."""
         shares = self.gather(share)
-        whole: list[Any] = [None] * sum(map(len, shares))
-        for rank, values in enumerate(shares):
-            whole[rank :: len(shares)] = values
-        return whole
+        values: list[Any] = [None] * sum(map(len, shares))
+        for rank, own in enumerate(shares):
+            values[rank :: len(shares)] = own
+        return values
 
     def device(self, name: str) -> torch.device:
-        """The device of a `--device` flag for this process: each has a GPU of its own.
+        """Return the device of a `--device` flag for this process; each has its own GPU.
 
         Raises:
-            UserError: there is no such device, or there are fewer than processes.
+            UserError: there is no such device, or fewer than processes.
         """
-        import torch
-
-        from fastema.segmentation.model.load import chosen_device
-
         gpus = torch.cuda.device_count()
+        if self.world_size > 1 and gpus and name.startswith("cuda:"):
+            raise UserError(f"--device {name} is one GPU, and {self.world_size} processes need one each: --device cuda")
         if self.world_size == 1 or not gpus or name not in ("auto", "cuda"):
-            if self.world_size > 1 and name.startswith("cuda:"):
-                raise UserError(
-                    f"--device {name} is one GPU, and {self.world_size} processes need one each: --device cuda"
-                )
-            return chosen_device(name)
+            return select_device(name)
         if self.local_rank >= gpus:
             raise UserError(
                 f"there are {gpus} GPUs here, and process {self.local_rank + 1} of this machine needs one of its own: "
                 f"torchrun --nproc-per-node {gpus}, or --device cpu"
             )
-        torch.cuda.set_device(self.local_rank)  # where NCCL works
-        return chosen_device(f"cuda:{self.local_rank}")
+        torch.cuda.set_device(self.local_rank)  # NCCL uses the current device
+        return select_device(f"cuda:{self.local_rank}")
 
-    def described(self, sharded: bool) -> str:
-        """For the user: `on 2 processes`; empty for a single one."""
+    def describe(self, sharded: bool) -> str:
+        """Return `on 2 processes`, or an empty text for a single one."""
         if sharded:
             return f"sharded over {self.world_size} processes"
         return f"on {self.world_size} processes" if self.world_size > 1 else ""
 
     def check(self, options: TrainOptions, images: int | None = None) -> None:
-        """Raises `UserError` for options that so many processes cannot follow, or too few training images."""
-        if options.fsdp and not self.joined:
+        """Raise `UserError` for options that so many processes cannot follow, or too few training images."""
+        if options.fsdp and not self.launched:
             raise UserError(
                 "--fsdp spreads the network over processes, and this is only one: start them with torchrun "
                 "--nproc-per-node N -m fastema train …"
@@ -123,12 +112,27 @@ class Processes:
             raise UserError(f"{self.world_size} processes cannot share {images} training images: start fewer")
 
 
-@contextmanager
-def joined() -> Iterator[Processes]:
-    """A block in which this process and the others of its run know of each other; one alone is told so.
+def select_device(name: str) -> torch.device:
+    """Return the device of a `--device` flag; `auto` is the GPU if there is one.
 
-    An exception comes out of it in the process that failed first. In the others, which fail since that one is gone, it
-    becomes a silent exit.
+    Raises:
+        UserError: there is no such device, or it cannot be used.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+@contextmanager
+def process_group() -> Iterator[Processes]:
+    """Join this process to the others of its run for a block, if a launcher started it.
+
+    An exception leaves the block in the process that failed first. In the others it becomes a silent exit.
 
     Raises:
         UserError: the processes cannot find each other, or one is gone without a word.
@@ -136,25 +140,22 @@ def joined() -> Iterator[Processes]:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         yield Processes()
         return
-    import torch
-    import torch.distributed as dist
-
-    # Objects travel over the CPU's, tensors of a GPU over NCCL, which is not set up until there is one.
+    # Objects travel over gloo, tensors of a GPU over NCCL, which is set up when the first one does.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store: dist.Store | None = None
     try:
         try:
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=_PATIENCE))
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
             group_store = dist.PrefixStore("group", store)
-            dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=_PATIENCE)
+            dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the processes of this run cannot find each other: {_first_sentence(error)}") from error
-        yield Processes(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)), joined=True)
+        yield Processes(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)), launched=True)
         dist.destroy_process_group()
     except BaseException as error:
         if not _is_first_to_fail(store):
             raise SystemExit(1) from None
-        if _is_lost_connection(error):
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise UserError(
                 f"another process of this run is gone, killed or out of memory maybe ({_first_sentence(error)}). "
                 "The last checkpoint is whole: go on from it with --resume-from"
@@ -162,11 +163,10 @@ def joined() -> Iterator[Processes]:
         raise
 
 
-def padded(batches: Iterable[T], count: int) -> Iterator[tuple[T, bool]]:
-    """As many batches as every process has, and whether each counts.
+def pad_batches(batches: Iterable[T], count: int) -> Iterator[tuple[T, bool]]:
+    """Yield `count` batches, and whether each counts; the last one is repeated with weight nothing.
 
-    Gradients are exchanged batch by batch, so a process that has one less than others goes along with its last one
-    again, which must then weigh nothing.
+    Gradients are reduced batch by batch, so every process must have the same number of them.
     """
     left = count
     for batch in batches:
@@ -179,14 +179,8 @@ def padded(batches: Iterable[T], count: int) -> Iterator[tuple[T, bool]]:
 def _is_first_to_fail(store: Any) -> bool:
     try:
         return store is None or store.add("failed", 1) == 1
-    except RuntimeError:  # whoever kept the store is gone
+    except RuntimeError:  # the process that kept the store is gone
         return True
-
-
-def _is_lost_connection(error: BaseException) -> bool:
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -1,14 +1,15 @@
-"""The four measures of maps that papers on camouflaged and salient objects report beside IoU, one image each.
+"""Metrics of one image: IoU and Dice of two masks, and the four measures of maps that papers on camouflage report.
 
-Written to give the numbers of the field's toolkits, their conventions included; the reference is pysodmetrics, which
-reproduces the authors' MATLAB code. A map is float64 [H, W] in [0, 1], as `as_published` makes it; a truth is bool
-[H, W]. Where the reference breaks down we do not: a part of the image without a pixel counts nothing in the S-measure
-(there: NaN), and mean E of a single pixel is 0 or 1 (there: a division by 2e-16).
+The four give the numbers of the field's toolkits, conventions included; the reference is pysodmetrics, which reproduces
+the authors' MATLAB code. A map is float64 [H, W] in [0, 1], as `as_published` makes it; a truth is bool [H, W].
+Two degenerate cases differ from the reference: an empty part of the image counts nothing in the S-measure (there: NaN),
+and mean E of a single pixel is 0 or 1 (there: a division by 2e-16).
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from scipy import ndimage
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -17,26 +18,32 @@ _GAUSSIAN = np.exp(-(np.arange(-3.0, 4.0) ** 2) / (2 * 5**2))
 _GAUSSIAN /= _GAUSSIAN.sum()
 
 
-def to_levels(probability: np.ndarray) -> np.ndarray:
-    """Probabilities in [0, 1] to the grey levels that are published: uint8 of the same shape.
+def iou(prediction: torch.Tensor, truth: torch.Tensor) -> float:
+    """Return the intersection over union of two masks, bool [H, W].
 
-    128 and above is a probability of 0.5 and above.
+    With an empty truth it is 1 for an empty prediction, else 0.
     """
+    union = int((prediction | truth).sum())
+    return 1.0 if union == 0 else int((prediction & truth).sum()) / union
+
+
+def dice(prediction: torch.Tensor, truth: torch.Tensor) -> float:
+    """Return the Dice coefficient (F1) of two masks, bool [H, W]: 2·IoU / (1 + IoU)."""
+    overlap = iou(prediction, truth)
+    return 2 * overlap / (1 + overlap)
+
+
+def to_levels(probability: np.ndarray) -> np.ndarray:
+    """Convert probabilities in [0, 1] to uint8 grey levels; 128 and above is a probability of 0.5 and above."""
     return np.rint(np.asarray(probability, np.float64) * 255).astype(np.uint8)
 
 
 def as_published(probability: np.ndarray) -> np.ndarray:
-    """The map that the toolkits measure: 8 bits, then stretched so that its darkest pixel is 0 and its brightest 1.
+    """Convert probabilities to the map that the toolkits measure: 8 bits, then stretched from 0 to 1.
 
-    Published numbers have this stretch in them, so ours have it too; a constant map stays as it is. It flatters a
-    network that is unsure everywhere, and turns its noise on an image without an object into a full-range map: IoU
-    and Dice, which are taken of the probabilities themselves, do not have that.
-
-    Args:
-        probability: float [H, W] in [0, 1].
-
-    Returns:
-        float64 [H, W] in [0, 1].
+    The stretch is in the published numbers. It favours a network that is unsure everywhere, and makes a full-range map
+    of its noise on an image without an object; IoU and Dice are of the probabilities themselves. A constant map is not
+    stretched.
     """
     levels = to_levels(probability) / 255
     lowest, highest = levels.min(), levels.max()
@@ -44,12 +51,12 @@ def as_published(probability: np.ndarray) -> np.ndarray:
 
 
 def mae(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Mean absolute error; lower is better (Perazzi et al., Saliency filters, CVPR 2012)."""
+    """Return the mean absolute error; lower is better (Perazzi et al., Saliency filters, CVPR 2012)."""
     return float(np.mean(np.abs(prediction - truth)))
 
 
 def s_measure(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Structure-measure (Fan et al., ICCV 2017): half of it how alike objects, half how alike four regions are.
+    """Return the structure measure (Fan et al., ICCV 2017): half object similarity, half similarity of four regions.
 
     An empty truth gives 1 less the map's mean, a full one its mean.
     """
@@ -63,13 +70,13 @@ def s_measure(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 
 def mean_e(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Enhanced-alignment measure (Fan et al., IJCAI 2018), the mean over the 256 thresholds of an 8-bit map.
+    """Return the enhanced-alignment measure (Fan et al., IJCAI 2018), averaged over the 256 thresholds of 8 bits.
 
     As in the authors' code, the sum over H·W pixels is divided by H·W - 1: a perfect map gets a little more than 1.
     """
     size, object_size = truth.size, int(truth.sum())
     levels = (prediction * 255).astype(np.uint8)
-    # How many pixels are at or above each threshold, from 255 down to 0: inside the object, and outside.
+    # Pixels at or above each threshold, from 255 down to 0, inside the object and outside.
     inside, outside = (
         np.bincount(levels[part], minlength=256)[::-1].cumsum().astype(np.float64) for part in (truth, ~truth)
     )
@@ -94,20 +101,20 @@ def mean_e(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 
 def weighted_f(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Weighted F-measure (Margolin et al., CVPR 2014), beta 1: errors count by place and by neighbourhood.
+    """Return the weighted F-measure (Margolin et al., CVPR 2014), beta 1: errors weigh by place and neighbourhood.
 
-    An empty truth gives 0: there is no recall.
+    An empty truth gives 0.
     """
     if not truth.any():
         return 0.0
     distance, nearest = ndimage.distance_transform_edt(~truth, return_indices=True)
     error = np.abs(prediction - truth)
-    # Outside the object, the error of the nearest object pixel: smoothing must not see what lies beyond the edge.
+    # Outside the object, the error of the nearest object pixel, so that smoothing ignores what lies beyond the edge.
     dependent = error[tuple(nearest)]
     smoothed = ndimage.correlate1d(dependent, _GAUSSIAN, axis=0, mode="constant")
     smoothed = ndimage.correlate1d(smoothed, _GAUSSIAN, axis=1, mode="constant")
     missed = np.minimum(error, smoothed)[truth]
-    # A false alarm weighs more the farther it is from the object, up to twice.
+    # A false alarm weighs up to twice as much, the farther it is from the object.
     false_alarms = error[~truth] * (2 - np.exp(np.log(0.5) / 5 * distance[~truth]))
     hits = missed.size - missed.sum()
     recall = 1 - missed.mean()
@@ -115,15 +122,14 @@ def weighted_f(prediction: np.ndarray, truth: np.ndarray) -> float:
     return float(2 * recall * precision / (recall + precision + _EPS))
 
 
-def _object_similarity(values: np.ndarray) -> float:  # the map where the truth is 1; 1 - the map where it is 0
-    spread = values.std(ddof=1) if values.size > 1 else 0.0
-    return 2 * values.mean() / (values.mean() ** 2 + 1 + spread + _EPS)
+def _object_similarity(values: np.ndarray) -> float:
+    deviation = values.std(ddof=1) if values.size > 1 else 0.0
+    return 2 * values.mean() / (values.mean() ** 2 + 1 + deviation + _EPS)
 
 
 def _region_similarity(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """The similarity of the four parts around the object's centroid, weighted by their areas."""
+    """Compare the four parts around the object's centroid, weighted by their areas."""
     row, column = (int(centre) + 1 for centre in np.argwhere(truth).mean(axis=0).round())
-    # A part without a pixel weighs nothing.
     return sum(
         part.size / truth.size * _structural_similarity(prediction[rows, columns], part)
         for rows in (slice(row), slice(row, None))

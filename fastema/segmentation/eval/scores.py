@@ -1,30 +1,76 @@
-"""Every metric of every image, for several sets of weights in one pass over the data."""
+"""Predict masks at their file's size, and measure every image.
+
+The logits, not the probabilities, are resized to the mask's size (bilinear), as most published code does; a pixel is
+foreground where its logit is above 0, a probability above 0.5.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fastema.segmentation.eval.evaluation import batch_logits, in_eval_mode
-from fastema.segmentation.eval.metrics import as_published, mae, mean_e, s_measure, weighted_f
-from fastema.segmentation.eval.overlap import dice, iou
+from fastema.segmentation.data.loaders import Validation
+from fastema.segmentation.eval.metrics import as_published, dice, iou, mae, mean_e, s_measure, weighted_f
+
+
+def resized_logits(net: nn.Module, images: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return a batch's logits, float32 [H, W] on the CPU, each at its own size.
+
+    Args:
+        net: returns an `Output`; in evaluation mode.
+        images: float [N, 3, S, S] in [0, 1], on the network's device.
+        sizes: N of (H, W).
+    """
+    with torch.no_grad():  # not inference_mode: its tensors could not be averaged again
+        logits = net(images).logits.float()
+    return [
+        F.interpolate(one[None], tuple(size), mode="bilinear", align_corners=False)[0, 0].cpu()
+        for one, size in zip(logits, sizes, strict=True)
+    ]
+
+
+def predict(net: nn.Module, batch: Validation, device: torch.device) -> list[Tensor]:
+    """Return a batch's predicted masks, bool [H, W], each at the size of its true mask."""
+    return [logits > 0 for logits in _logits(net, batch, device)]
+
+
+def evaluate(net: nn.Module, loader: DataLoader, device: torch.device) -> list[float]:
+    """Return the IoU per image, in the loader's order."""
+    with eval_mode(net):
+        return [
+            iou(prediction, truth)
+            for batch in loader
+            for prediction, truth in zip(predict(net, batch, device), batch.masks, strict=True)
+        ]
+
+
+@contextmanager
+def eval_mode(net: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode for a block; afterwards each module has its mode back."""
+    were_training = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module in were_training:  # not net.train(): frozen parts were in evaluation mode
+            module.training = True
 
 
 @dataclass(frozen=True)
 class Scores:
     """Every metric of one image, or the means over many. All but `mae` are better when higher.
 
-    `iou` and `dice` are of the probabilities at threshold 0.5; the others of the 8-bit, stretched map that papers
-    measure (`saliency_metrics.as_published`).
+    `iou` and `dice` are at a probability of 0.5; the others of the map that `as_published` makes.
     """
 
     iou: float
@@ -35,15 +81,15 @@ class Scores:
     mae: float
 
 
-def score(logits: torch.Tensor, truth: torch.Tensor) -> Scores:
-    """Every metric of one image.
+def score(logits: Tensor, truth: Tensor) -> Scores:
+    """Measure one image.
 
     Args:
         logits: float [H, W].
         truth: bool [H, W].
 
     Raises:
-        ValueError: the shapes differ, or a logit is not a number.
+        ValueError: the shapes differ, or a logit is NaN.
     """
     if logits.shape != truth.shape:
         raise ValueError(f"logits {list(logits.shape)} and truth {list(truth.shape)} must have the same size")
@@ -67,32 +113,31 @@ def score_weights(
     device: torch.device,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Scores]]:
-    """Every metric of every image for several sets of weights, in one pass over the data.
+    """Measure every image with several sets of weights, in one pass over the data.
 
     Args:
-        net: the model; its modes are afterwards what they were before.
-        weights: name → what puts these weights into `net` for the time of a block: `ema.swapped` for averaged ones,
-            `contextlib.nullcontext` for those that are there.
-        loader: gives `Validation` batches.
-        device: where `net` is.
+        net: the network.
+        weights: by name, a context manager with these weights in `net`: `ema.swapped`, or `nullcontext` for its own.
+        loader: of `Validation` batches.
+        device: the network's.
         on_batch: called after every batch.
 
     Returns:
-        Name → scores in the loader's order.
+        Scores by name, in the loader's order.
 
     Raises:
         ValueError: a prediction has NaN in it.
     """
     scores: dict[str, list[Scores]] = {name: [] for name in weights}
     pending: list[tuple[str, Future[Scores]]] = []
-    # Threads are enough: NumPy and SciPy let go of the interpreter. The network goes on meanwhile, but only a batch
-    # ahead, so that its predictions do not pile up.
-    with in_eval_mode(net), ThreadPoolExecutor() as threads:
+    # Threads are enough: NumPy and SciPy release the GIL. The network is one batch ahead of the metrics, no more, so
+    # that predictions do not pile up.
+    with eval_mode(net), ThreadPoolExecutor() as threads:
         for batch in loader:
             before, pending = pending, []
-            for name, in_place in weights.items():
-                with in_place():
-                    predictions = batch_logits(net, batch, device)
+            for name, applied in weights.items():
+                with applied():
+                    predictions = _logits(net, batch, device)
                 for prediction, truth in zip(predictions, batch.masks, strict=True):
                     pending.append((name, threads.submit(score, prediction, truth)))
             _collect(before, scores)
@@ -102,25 +147,29 @@ def score_weights(
 
 
 def mean_scores(scores: Sequence[Scores]) -> Scores:
-    """The mean of every metric over images; there must be at least one."""
+    """Return the mean of every metric over images."""
     return Scores(**{field.name: fmean(getattr(one, field.name) for one in scores) for field in fields(Scores)})
 
 
 class Difference(NamedTuple):
-    """By how much one is ahead of the other over the same images."""
+    """A mean difference over the same images."""
 
     mean: float
     error: float  # the standard error, paired; NaN for a single image
 
 
 def difference(base: Sequence[Scores], other: Sequence[Scores]) -> dict[str, Difference]:
-    """Metric → by how much `other` is above `base`, both over the same images."""
-    leads = {}
+    """Return by metric how much `other` is above `base`, over the same images."""
+    differences = {}
     for field in fields(Scores):
-        of_images = [getattr(o, field.name) - getattr(b, field.name) for b, o in zip(base, other, strict=True)]
-        error = stdev(of_images) / math.sqrt(len(of_images)) if len(of_images) > 1 else math.nan
-        leads[field.name] = Difference(fmean(of_images), error)
-    return leads
+        each = [getattr(o, field.name) - getattr(b, field.name) for b, o in zip(base, other, strict=True)]
+        error = stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
+        differences[field.name] = Difference(fmean(each), error)
+    return differences
+
+
+def _logits(net: nn.Module, batch: Validation, device: torch.device) -> list[Tensor]:
+    return resized_logits(net, batch.images.to(device), [mask.shape for mask in batch.masks])
 
 
 def _collect(pending: list[tuple[str, Future[Scores]]], scores: dict[str, list[Scores]]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.model import packaged_weights as offline_weights
+from fastema.segmentation.model import packaged_weights
 from fastema.segmentation.torchvision_shim import import_torchvision
 
 import_torchvision()
@@ -31,35 +31,33 @@ class Backbone:
     channels: Sequence[int]
     mean: Sequence[float]
     std: Sequence[float]
-    weights: str  # where they come from, for the reader of the log
+    weights: str  # their source, for the log
 
 
 def create_backbone(name: str, pretrained: bool) -> Backbone:
-    """Creates a timm model that returns its pyramid.
+    """Create a timm model that returns its feature pyramid.
 
     Raises:
-        UserError: there is no such model, it has no pyramid, or its weights cannot be had.
+        UserError: there is no such model, it has no pyramid, or its weights are not available.
     """
     _check_name(name)
-    source = offline_weights.find(name) if pretrained else None
-    download = pretrained and source is None
+    package = packaged_weights.find(name) if pretrained else None
+    download = pretrained and package is None
     try:
-        module = _download(name) if download else _create(name, pretrained=False)
+        module: Any = _download(name) if download else timm.create_model(name, features_only=True, pretrained=False)
     except UserError:
         raise
-    # timm raises whatever a model does not support: RuntimeError, NotImplementedError, AssertionError, TypeError, ...
-    except Exception as error:
+    except Exception as error:  # timm raises anything for what a model does not support
         raise UserError(f"backbone {name} cannot be used as a feature pyramid: {error}") from error
-    if source is not None:
-        offline_weights.load(source, name, module)
-    info = module.feature_info
+    if package is not None:
+        packaged_weights.load(package, name, module)
     config = module.pretrained_cfg
-    weights = f"ImageNet, from {source.package}" if source else "ImageNet, timm" if download else "random"
-    return Backbone(module, info.channels(), config["mean"], config["std"], weights)
+    weights = f"ImageNet, from {package.package}" if package else "ImageNet, timm" if download else "random"
+    return Backbone(module, module.feature_info.channels(), config["mean"], config["std"], weights)
 
 
 def check_input_size(net: nn.Module, name: str, size: int) -> None:
-    """Raises `UserError` if the network cannot take square images of `size`: some transformers take only their own."""
+    """Raise `UserError` if the network cannot take square images of `size`; some transformers take only their own."""
     was_training = net.training
     try:
         with torch.no_grad():
@@ -68,10 +66,6 @@ def check_input_size(net: nn.Module, name: str, size: int) -> None:
         raise UserError(f"backbone {name} cannot take --img-size {size}: {error}") from error
     finally:
         net.train(was_training)
-
-
-def _create(name: str, pretrained: bool) -> Any:
-    return timm.create_model(name, features_only=True, pretrained=pretrained)
 
 
 def _check_name(name: str) -> None:
@@ -83,20 +77,20 @@ def _check_name(name: str) -> None:
 
 
 def _download(name: str) -> Any:
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a warning a retry is no news to the user
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns at every retry
     _stay_offline_without_network()
     try:
-        return _create(name, pretrained=True)
+        return timm.create_model(name, features_only=True, pretrained=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"no ImageNet weights for {name}: {reason} Either connect to the network once, "
-            f"{offline_weights.advice(name)}or train from random weights with --no-pretrained"
+            f"{packaged_weights.install_hint(name)}or train from random weights with --no-pretrained"
         ) from error
 
 
 def _stay_offline_without_network() -> None:
-    """Without a network the hub's client retries for most of a minute: look first, and then use only its cache."""
+    # Without a network the hub's client retries for most of a minute before it uses its cache.
     from huggingface_hub import constants
 
     if any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):

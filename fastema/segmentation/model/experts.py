@@ -1,7 +1,7 @@
-"""Seven kinds of experts: each looks for what the others cannot see, and returns what it would add to the features.
+"""Seven kinds of experts, each for a cue that the others miss; an expert returns what to add to the features.
 
-All keep [N, C, H, W], at any size down to one pixel. They normalise by groups, not over the batch: an expert runs on
-those images only that chose it, maybe one.
+All keep [N, C, H, W], at any size down to one pixel. They normalise by groups, not over the batch: an expert runs only
+on the images that chose it, which may be one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 class Texture(nn.Module):
-    """Fine repeating structure: the same kernel size at growing dilations.
+    """Find fine repeating structure, by convolutions of growing dilation.
 
-    As the receptive field block of Liu, Huang, Wang (ECCV 2018), which SINet (Fan et al., CVPR 2020) took to
-    camouflaged objects.
+    The receptive field block of Liu, Huang, Wang (ECCV 2018), used on camouflaged objects by SINet (Fan et al.,
+    CVPR 2020).
     """
 
     def __init__(self, width: int, scale: int) -> None:
@@ -26,14 +26,14 @@ class Texture(nn.Module):
             nn.Conv2d(width, width // 2, 3, padding=dilation, dilation=dilation, bias=False)
             for dilation in (scale, 2 * scale, 3 * scale)
         )
-        self.join = normalised(3 * (width // 2), width)
+        self.join = conv_norm_act(3 * (width // 2), width)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.join(torch.cat([branch(features) for branch in self.branches], 1))
 
 
 class Attention(nn.Module):
-    """Far regions that look alike: every pixel asks a small grid of pooled tokens.
+    """Find distant regions that look alike, by attention from every pixel to a small grid of pooled tokens.
 
     The linear spatial-reduction attention of PVTv2 (Wang et al., 2022): its cost grows with the pixels, not their
     square. Positions enter through a depthwise convolution (Chu et al., ICLR 2023).
@@ -48,11 +48,11 @@ class Attention(nn.Module):
         self.norm = group_norm(width)
         self.queries = nn.Conv2d(width, width, 1)
         self.keys_values = nn.Conv2d(width, 2 * width, 1)
-        self.project = normalised(width, width)
+        self.project = conv_norm_act(width, width)
 
     def forward(self, features: Tensor) -> Tensor:
         features = self.norm(features + self.position(features))
-        tokens = _pooled(features, (self.grid, self.grid))
+        tokens = _adaptive_pool(features, (self.grid, self.grid))
         queries = self._heads(self.queries(features))  # [N, heads, C / heads, H * W]
         keys, values = (self._heads(part) for part in self.keys_values(tokens).chunk(2, 1))
         weights = (keys.transpose(2, 3) @ queries / keys.shape[2] ** 0.5).softmax(2)  # [N, heads, tokens, H * W]
@@ -64,19 +64,19 @@ class Attention(nn.Module):
 
 
 class LocalGlobal(nn.Module):
-    """A detail in the light of the whole image: a local convolution, plus one context vector an image.
+    """Relate a detail to the whole image: a local convolution, plus one context vector an image.
 
     The context is the attention-weighted mean of GCNet (Cao et al., ICCVW 2019).
     """
 
     def __init__(self, width: int, scale: int) -> None:
         super().__init__()
-        self.local = normalised(width, width, kernel=3, dilation=scale)
-        self.attention = nn.Conv2d(width, 1, 1, bias=False)  # a softmax would not see it
+        self.local = conv_norm_act(width, width, kernel=3, dilation=scale)
+        self.attention = nn.Conv2d(width, 1, 1, bias=False)  # a softmax does not change with a bias
         self.context = nn.Sequential(
             nn.Conv2d(width, width // 4, 1), group_norm(width // 4), nn.GELU(), nn.Conv2d(width // 4, width, 1)
         )
-        self.join = normalised(width, width)
+        self.join = conv_norm_act(width, width)
 
     def forward(self, features: Tensor) -> Tensor:
         weights = self.attention(features).flatten(2).softmax(2).view(-1, 1, *features.shape[2:])
@@ -85,10 +85,10 @@ class LocalGlobal(nn.Module):
 
 
 class Frequency(nn.Module):
-    """What differs in spectrum where it does not in colour: a learned gain per channel and band of frequencies.
+    """Find what differs in spectrum but not in colour, by a learned gain per channel and frequency band.
 
-    After the global filter of Rao et al. (NeurIPS 2021), but with rings of equal frequency in place of a weight per
-    bin: independent of H and W. That camouflage shows in frequencies: Zhong et al. (CVPR 2022).
+    The global filter of Rao et al. (NeurIPS 2021), with rings of equal frequency in place of a weight per bin, which
+    makes it independent of H and W. Camouflage shows in frequencies: Zhong et al. (CVPR 2022).
     """
 
     BANDS = 8
@@ -96,13 +96,15 @@ class Frequency(nn.Module):
     def __init__(self, width: int, scale: int) -> None:
         super().__init__()
         self.bands = self.BANDS * scale
-        self.enter = normalised(width, width)
-        self.deviation = nn.Parameter(0.1 * torch.randn(width, self.bands))  # from a gain of 1: decays to no filter
-        self.join = normalised(2 * width, width)
+        self.enter = conv_norm_act(width, width)
+        self.deviation = nn.Parameter(
+            0.1 * torch.randn(width, self.bands)
+        )  # from a gain of 1, so that weight decay leads to no filter
+        self.join = conv_norm_act(2 * width, width)
 
     def forward(self, features: Tensor) -> Tensor:
         features = self.enter(features)
-        # cuFFT knows half precision only for powers of two, and the CPU not at all.
+        # cuFFT has half precision only for powers of two, and the CPU has none.
         with torch.autocast(features.device.type, enabled=False):
             wide = features.float()
             gain = torch.einsum("cb,bhw->chw", 1 + self.deviation.float(), self._rings(wide))
@@ -110,7 +112,7 @@ class Frequency(nn.Module):
         return self.join(torch.cat([features, filtered.to(features.dtype)], 1))
 
     def _rings(self, features: Tensor) -> Tensor:
-        """[bands, H, W // 2 + 1]: how much each bin belongs to each band; overlapping hats that sum to one."""
+        """Return [bands, H, W // 2 + 1]: each bin's share of each band; overlapping triangles that sum to one."""
         height, width = features.shape[-2:]
         vertical = torch.fft.fftfreq(height, device=features.device)
         horizontal = torch.fft.rfftfreq(width, device=features.device)
@@ -120,30 +122,30 @@ class Frequency(nn.Module):
 
 
 class Edge(nn.Module):
-    """Outlines: fixed Sobel and Laplace filters, of which the learned part only mixes the answers."""
+    """Find outlines, by fixed Sobel and Laplace filters and a learned mix of their responses."""
 
     filters: Tensor
 
     def __init__(self, width: int, scale: int) -> None:
         super().__init__()
-        self.reach = scale
+        self.dilation = scale
         sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
         laplace = torch.tensor([[1.0, 2.0, 1.0], [2.0, -12.0, 2.0], [1.0, 2.0, 1.0]]) / 16
         filters = torch.stack([sobel, sobel.T, laplace]).unsqueeze(1)  # [3, 1, 3, 3]
         self.register_buffer("filters", filters.repeat(width, 1, 1, 1), persistent=False)
-        self.mix = normalised(3 * width, width)
-        self.join = normalised(width, width, kernel=3)
+        self.mix = conv_norm_act(3 * width, width)
+        self.join = conv_norm_act(width, width, kernel=3)
 
     def forward(self, features: Tensor) -> Tensor:
-        # Replicated, for zeros would make an edge of the image's border.
-        padded = _extended(_extended(features, self.reach, dim=2), self.reach, dim=3)
+        # Zeros would make an edge of the image's border.
+        padded = _replicate_pad(_replicate_pad(features, self.dilation, dim=2), self.dilation, dim=3)
         filters = self.filters.to(features.dtype)
-        answers = F.conv2d(padded, filters, dilation=self.reach, groups=features.shape[1])
-        return self.join(self.mix(answers))
+        responses = F.conv2d(padded, filters, dilation=self.dilation, groups=features.shape[1])
+        return self.join(self.mix(responses))
 
 
 class PyramidContext(nn.Module):
-    """What kind of scene this is: means over grids of several sizes, as in PSPNet (Zhao et al., CVPR 2017)."""
+    """Describe the scene by means over grids of several sizes, as PSPNet does (Zhao et al., CVPR 2017)."""
 
     GRIDS = (1, 2, 3, 6)
 
@@ -152,17 +154,17 @@ class PyramidContext(nn.Module):
         self.grids = [grid * scale for grid in self.GRIDS]
         part = width // len(self.grids)
         self.branches = nn.ModuleList(nn.Sequential(nn.Conv2d(width, part, 1), nn.GELU()) for _ in self.grids)
-        self.join = normalised(width + part * len(self.grids), width, kernel=3)
+        self.join = conv_norm_act(width + part * len(self.grids), width, kernel=3)
 
     def forward(self, features: Tensor) -> Tensor:
         maps = [features]
         for grid, branch in zip(self.grids, self.branches, strict=True):
-            maps.append(_resized(branch(_pooled(features, (grid, grid))), features))
+            maps.append(_resized(branch(_adaptive_pool(features, (grid, grid))), features))
         return self.join(torch.cat(maps, 1))
 
 
 class Contrast(nn.Module):
-    """What stands out from its surroundings: centre minus surround, at several distances.
+    """Find what stands out from its surroundings: centre minus surround, at several distances.
 
     As in the saliency model of Itti, Koch, Niebur (PAMI 1998): the fine scale minus a coarse one, interpolated.
     """
@@ -172,14 +174,14 @@ class Contrast(nn.Module):
     def __init__(self, width: int, scale: int) -> None:
         super().__init__()
         self.distances = [distance * scale for distance in self.DISTANCES]
-        self.mix = normalised(len(self.distances) * width, width)
-        self.join = normalised(width, width, kernel=3)
+        self.mix = conv_norm_act(len(self.distances) * width, width)
+        self.join = conv_norm_act(width, width, kernel=3)
 
     def forward(self, features: Tensor) -> Tensor:
         height, width = features.shape[-2:]
         differences = []
         for distance in self.distances:
-            surround = _pooled(features, (math.ceil(height / distance), math.ceil(width / distance)))
+            surround = _adaptive_pool(features, (math.ceil(height / distance), math.ceil(width / distance)))
             differences.append(features - _resized(surround, features))
         return self.join(self.mix(torch.cat(differences, 1)))
 
@@ -189,10 +191,10 @@ _NAMES = ("texture", "attention", "local-global", "frequency", "edge", "pyramid"
 
 
 class Expert(nn.Module):
-    """A kind's answer, thought over pixel by pixel: returns what to add to the features.
+    """Apply one of `KINDS` and then a pixelwise MLP; return what to add to the features.
 
-    The two halves of a transformer's block, with the kind in place of attention (Yu et al., "MetaFormer", CVPR 2022).
-    A gain per channel keeps the answer small at first (LayerScale, Touvron et al., ICCV 2021).
+    A transformer block with the kind in place of attention (Yu et al., "MetaFormer", CVPR 2022). A gain per channel
+    keeps the result small at first (LayerScale, Touvron et al., ICCV 2021).
     """
 
     def __init__(self, kind: nn.Module, width: int) -> None:
@@ -200,7 +202,7 @@ class Expert(nn.Module):
         self.kind = kind
         self.norm = group_norm(width)
         self.think = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.GELU(), nn.Conv2d(2 * width, width, 1))
-        self.gain = nn.Parameter(torch.full((width,), 0.1))  # of one dimension: optimizers' groups spare it the decay
+        self.gain = nn.Parameter(torch.full((width,), 0.1))  # one dimension, so no weight decay
 
     def forward(self, features: Tensor) -> Tensor:
         seen = self.kind(features)
@@ -208,43 +210,42 @@ class Expert(nn.Module):
 
 
 def create_experts(count: int, width: int) -> list[nn.Module]:
-    """The first `count` kinds; after the last, the kinds again at the next scale (wider reach, finer grids).
+    """Create the first `count` kinds; after the last, the kinds again at the next scale (larger dilation, finer grids).
 
     Args:
-        count: how many.
+        count: number of experts.
         width: channels of the features; a multiple of 8.
     """
     return [Expert(KINDS[index % len(KINDS)](width, 1 + index // len(KINDS)), width) for index in range(count)]
 
 
 def expert_names(count: int) -> list[str]:
-    """What `create_experts` creates, for logs: `texture, attention, ..., contrast, texture 2, ...`."""
+    """Return the names of what `create_experts` creates: `texture, attention, ..., contrast, texture 2, ...`."""
     rounds = [(_NAMES[index % len(_NAMES)], 1 + index // len(_NAMES)) for index in range(count)]
     return [name if scale == 1 else f"{name} {scale}" for name, scale in rounds]
 
 
-def _pooled(features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Means over a grid; where that is finer than the features, pixels are repeated.
+def _adaptive_pool(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Average over a grid, as two matrix products.
 
-    The adaptive pooling of torch, as two products: that one cannot be compiled for sizes that vary, and on a GPU has
-    no deterministic gradient.
+    torch's adaptive pooling cannot be compiled for sizes that vary, and has no deterministic gradient on a GPU.
     """
     height, width = features.shape[-2:]
     return _cells(height, grid[0], features) @ features @ _cells(width, grid[1], features).T
 
 
 def _cells(size: int, count: int, like: Tensor) -> Tensor:
-    """[count, size]: the weight of every pixel of a line in the mean of every cell; cells overlap if they must."""
+    """Return [count, size]: the weight of each pixel of a line in the mean of each cell."""
     pixel = torch.arange(size, device=like.device)
     cell = torch.arange(count, device=like.device).unsqueeze(1)
     inside = (pixel * count < (cell + 1) * size) & ((pixel + 1) * count > cell * size)
     return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
 
 
-def _extended(features: Tensor, reach: int, dim: int) -> Tensor:
-    """Repeats the outermost pixels; as torch's replicating pad, whose gradient is not deterministic on a GPU."""
+def _replicate_pad(features: Tensor, width: int, dim: int) -> Tensor:
+    # torch's own replicating pad has no deterministic gradient on a GPU.
     first, last = features.narrow(dim, 0, 1), features.narrow(dim, features.shape[dim] - 1, 1)
-    return torch.cat([first] * reach + [features] + [last] * reach, dim)
+    return torch.cat([first] * width + [features] + [last] * width, dim)
 
 
 def _resized(features: Tensor, like: Tensor) -> Tensor:
@@ -252,12 +253,12 @@ def _resized(features: Tensor, like: Tensor) -> Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Groups of 8 channels: of one, a single pixel would be normalised to nothing."""
+    """Return a norm over groups of 8 channels; with one each, a single pixel would become 0."""
     return nn.GroupNorm(max(1, channels // 8), channels)
 
 
-def normalised(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1) -> nn.Sequential:
-    """Convolution, group norm, GELU; keeps the size."""
+def conv_norm_act(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1) -> nn.Sequential:
+    """Return convolution, group norm and GELU, keeping the size."""
     padding = dilation * (kernel // 2)
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False),

@@ -1,7 +1,7 @@
-"""From a checkpoint file to a network that can be used: its options say how it is built, no flag has to repeat them.
+"""Build a network from a checkpoint of `fastema train`, whose options say how it is built.
 
-A checkpoint of `fastema train` has its weights under `net`, the averaged ones under `ema_net` if there was an EMA (of
-several averages, the one that the run put first), and its options under `options`.
+The trained weights are under `net`, the averaged ones under `ema_net` if there was an EMA (of several averages, the
+main one), and the options under `options`.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fastema import FastEMA
 from fastema.checkpoint import CheckpointError, load_checkpoint, load_weights
-from fastema.segmentation.errors import UserError, first_few
+from fastema.core.text import first_few
+from fastema.segmentation.errors import UserError
 from fastema.segmentation.model.backbones import check_input_size
 from fastema.segmentation.model.network import Architecture, SegmentationNet, create_net
-from fastema.segmentation.torchvision_shim import import_torchvision
-
-import_torchvision()
-
-from torchvision.transforms import v2  # noqa: E402
 
 BASE, AVERAGED = "net", "ema_net"
+
+_EXPECTED = (
+    "A checkpoint of fastema train is expected; one of your own needs save_checkpoint(path, net=model, options=...) "
+    "with the options backbone, num_experts, top_k and img_size"
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of `fastema train`, read and checked, but not yet a network.
+    """A checkpoint of `fastema train`, read and checked.
 
     Attributes:
         path: the file.
         content: all that is in it.
-        architecture: how its network is built.
-        img_size: the side of the squares that images are resized to, pixels; as trained, unless another was asked for.
-        weights: which weights there are: `net`, then `ema_net` if there was an EMA.
-        epoch: how many epochs it was trained for; None if the file does not say.
+        architecture: of its network.
+        img_size: side of the network's square images, pixels.
+        weights: `net`, then `ema_net` if there was an EMA.
+        epoch: epochs that it was trained for; None if the file does not say.
     """
 
     path: Path
@@ -50,30 +50,32 @@ class Checkpoint:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """What the run was told, as plain values."""
+        """The run's options, as plain values."""
         return self.content["options"]
 
 
 def read_checkpoint(path: Path, img_size: int | None = None) -> Checkpoint:
-    """Reads a checkpoint and says what can be made of it.
+    """Read a checkpoint and check that a network can be built from it.
 
     Args:
         path: the file.
-        img_size: in place of the one it was trained with.
+        img_size: replaces the one it was trained with.
 
     Raises:
-        CheckpointError: the file cannot be read, or is not whole.
-        UserError: it is readable, but is none of `fastema train`, or of a version that stored other options.
+        CheckpointError: the file cannot be read or is incomplete.
+        UserError: it was not written by `fastema train`, or by a version that stored other options.
     """
     content = load_checkpoint(path)
     weights = tuple(name for name in (BASE, AVERAGED) if isinstance(content.get(name), Mapping))
+    names = first_few([repr(name) for name in content], 6) or "nothing in it"
     if BASE not in weights:
-        raise UserError(f"{path} has no weights under 'net': it is {_kind(content)}. {_EXPECTED}")
+        kind = f"a dict with {names}"
+        if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+            kind = f"a bare state_dict of {len(content)} tensors ({first_few(list(content), 2)})"
+        raise UserError(f"{path} has no weights under 'net': it is {kind}. {_EXPECTED}")
     options = content.get("options")
     if not isinstance(options, Mapping):
-        raise UserError(
-            f"{path} does not say how its network is built: it has {_names(content)}, but no 'options'. {_EXPECTED}"
-        )
+        raise UserError(f"{path} does not say how its network is built: it has {names}, but no 'options'. {_EXPECTED}")
     expected = {field.name: str if field.name == "backbone" else int for field in fields(Architecture)}
     wrong = [
         f"{name} {options[name]!r}" if name in options else f"no {name}"
@@ -97,12 +99,7 @@ def read_checkpoint(path: Path, img_size: int | None = None) -> Checkpoint:
 
 
 def load_net(checkpoint: Checkpoint, device: torch.device, weights: str) -> SegmentationNet:
-    """The network with one of the checkpoint's weights, in evaluation mode.
-
-    Args:
-        checkpoint: from `read_checkpoint`.
-        device: where to put it.
-        weights: `net` or `ema_net`.
+    """Build the network with the weights `net` or `ema_net`, in evaluation mode.
 
     Raises:
         UserError: the checkpoint has no such weights, they do not fit the network that its options describe, or it
@@ -118,10 +115,9 @@ def load_net(checkpoint: Checkpoint, device: torch.device, weights: str) -> Segm
 
 
 def load_both(checkpoint: Checkpoint, device: torch.device) -> tuple[SegmentationNet, FastEMA | None]:
-    """The network with its trained weights, in evaluation mode, and the averaged ones ready to be swapped in.
+    """Build the network with its trained weights, and a FastEMA that holds the averaged ones, to be swapped in.
 
-    The second is None where the checkpoint has no EMA. It is not the one that was trained with, and not to be updated:
-    it holds `ema_net`, whichever way that was averaged.
+    The FastEMA is None where the checkpoint has no EMA. It holds `ema_net` only, and is not to be updated.
 
     Raises:
         UserError: as `load_net`.
@@ -129,45 +125,13 @@ def load_both(checkpoint: Checkpoint, device: torch.device) -> tuple[Segmentatio
     if AVERAGED not in checkpoint.weights:
         return load_net(checkpoint, device, BASE), None
     net = load_net(checkpoint, device, AVERAGED)
-    ema = FastEMA(net)  # begins as a copy of what is in the model now
+    ema = FastEMA(net)  # starts as a copy of the model
     _load(net, checkpoint, BASE)
     return net, ema
 
 
-def network_input(pixels: np.ndarray, size: int) -> torch.Tensor:
-    """An image, uint8 [H, W, 3], as the network takes it: float32 [1, 3, size, size] in [0, 1].
-
-    The same bits as in validation: resized, antialiased, without regard to its proportions.
-    """
-    image = torch.from_numpy(pixels).permute(2, 0, 1)
-    return v2.functional.resize(image, [size, size], antialias=True).float().div_(255)[None]
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device of a `--device` flag; `auto` is the GPU if there is one.
-
-    Raises:
-        UserError: there is no such device, or it cannot be used.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-_EXPECTED = (
-    "A checkpoint of fastema train is expected; one of your own needs save_checkpoint(path, net=model, options=...) "
-    "with the options backbone, num_experts, top_k and img_size"
-)
-
-
 def _load(net: SegmentationNet, checkpoint: Checkpoint, weights: str) -> None:
     try:
-        # Under "net", whichever they are: load_weights() then takes them, and only them.
         load_weights(net, {BASE: checkpoint.content[weights]}, prefer="net")
     except CheckpointError as error:
         differences = str(error).removeprefix("'net' of the checkpoint ")
@@ -175,13 +139,3 @@ def _load(net: SegmentationNet, checkpoint: Checkpoint, weights: str) -> None:
             f"{weights} of {checkpoint.path} {differences}. Its options say {checkpoint.architecture}: the file was "
             "written by another version of fastema, or by another program"
         ) from error
-
-
-def _kind(content: Mapping[str, Any]) -> str:
-    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        return f"a bare state_dict of {len(content)} tensors ({first_few(list(content), 2)})"
-    return f"a dict with {_names(content)}"
-
-
-def _names(content: Mapping[str, Any]) -> str:
-    return first_few([repr(name) for name in content], 6) or "nothing in it"

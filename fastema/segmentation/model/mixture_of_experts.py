@@ -1,7 +1,7 @@
-"""A gated mixture of experts: per image, the top-k of the experts are run and their results added by weight.
+"""A gated mixture of experts: per image, the top-k experts run and their results are added by weight.
 
-The images are sorted by expert once, then each expert runs on its own images in one call; one that nobody chose is
-not run. Its weights get no gradient then: DistributedDataParallel needs `find_unused_parameters=True`.
+Each expert runs once, on its own images. One that no image chose does not run and its weights get no gradient:
+DistributedDataParallel needs `find_unused_parameters=True`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-# Over how many images the balance loss counts who chose what. Within a batch of one or two, every choice looks
-# unbalanced, and the loss would only push the gate towards indifference; see Qiu et al., "Demons in the Detail" (2025).
+# The balance loss counts choices over this many images. Within a batch of one or two every choice looks unbalanced, and
+# the loss would only make the gate indifferent: Qiu et al., "Demons in the Detail" (2025).
 _BALANCE_WINDOW = 64
 
 
 class Mixed(NamedTuple):
-    """What a mixture returns."""
+    """A mixture's result."""
 
     features: Tensor  # [N, C, H, W]
     balance: Tensor  # scalar
@@ -26,15 +26,15 @@ class Mixed(NamedTuple):
 
 
 class Mixture(nn.Module):
-    """Adds to the features what the `top_k` experts that the gate prefers make of them.
+    """Add the weighted results of an image's `top_k` experts to its features.
 
-    The gate is a linear layer on the globally pooled features, in float32 under autocast too (as the Switch
-    Transformer's router); the chosen experts' probabilities are rescaled to sum to one.
+    The gate is a linear layer on the globally pooled features, in float32 under autocast too (as the router of the
+    Switch Transformer); the chosen experts' probabilities are rescaled to sum to one.
 
     Args:
-        experts: modules from [n, C, H, W] to what is to be added, of the same shape, for any n ≥ 1.
+        experts: modules from [n, C, H, W] to a summand of the same shape, for any n ≥ 1.
         width: C.
-        top_k: how many experts an image is given to.
+        top_k: experts per image.
 
     Raises:
         ValueError: `top_k` is not between 1 and the number of experts.
@@ -49,7 +49,7 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleList(experts)
         self.gate = nn.Linear(width, len(experts))
         self.top_k = top_k
-        # Shares of all choices, summing to one. Part of the state, so that a resumed run goes on exactly.
+        # Each expert's share of the recent choices; saved, so that a resumed run is exact.
         self.register_buffer("recent_usage", torch.full((len(experts),), 1 / len(experts)))
 
     def forward(self, features: Tensor) -> Mixed:
@@ -78,9 +78,9 @@ class Mixture(nn.Module):
         return mixed
 
     def _balance(self, probabilities: Tensor, counts: Tensor) -> Tensor:
-        """Fedus, Zoph, Shazeer, "Switch Transformers" (JMLR 2022), eq. 4: experts · Σ fᵢ Pᵢ; 1 when balanced.
+        """Return experts · Σ fᵢ Pᵢ, 1 when balanced: "Switch Transformers" (Fedus et al., JMLR 2022), eq. 4.
 
-        f, the shares of the choices, has no gradient; P, the mean probabilities, carries it to the gate.
+        f are the shares of the choices, without a gradient; P the mean probabilities, with one.
         """
         shares = (counts / counts.sum()).to(self.recent_usage.dtype)
         if self.training:

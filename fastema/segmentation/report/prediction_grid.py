@@ -1,4 +1,4 @@
-"""`predictions.png`: what the network sees and says, a few validation images."""
+"""Draw `predictions.png`: a few validation images with truth and predictions."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastema.segmentation.eval.overlap import iou
+from fastema.segmentation.eval.metrics import iou
 
 
 @dataclass(frozen=True)
 class Example:
-    """One validation image.
+    """One row of the grid.
 
     Attributes:
-        name: shown above it.
+        name: title of the image.
         image: float [3, S, S] in [0, 1].
         truth: bool [H, W].
-        predictions: what to call a column → bool [H, W].
+        predictions: bool [H, W] by column title.
     """
 
     name: str
@@ -31,9 +31,9 @@ class Example:
 
 
 def write_predictions(path: Path, examples: Sequence[Example]) -> None:
-    """Writes a picture with a row for each example: image, truth, and every prediction with its IoU."""
+    """Draw a row for each example: image, truth, and every prediction with its IoU."""
     columns = 2 + len(examples[0].predictions)
-    # The object-oriented face of matplotlib: no global state, and no display needed.
+    # Not pyplot: no global state, and no display needed.
     figure = Figure(figsize=(2.2 * columns, 2.3 * len(examples)), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for row, axes in zip(examples, figure.subplots(len(examples), columns, squeeze=False), strict=True):

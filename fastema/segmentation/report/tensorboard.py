@@ -1,4 +1,4 @@
-"""The epochs' figures for TensorBoard, where it is installed; nothing and no complaint where it is not."""
+"""Log the epochs' figures for TensorBoard, where it is installed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from fastema.segmentation.report.history import EpochRecord
 
 
 class TensorBoardLog:
-    """Writes scalars, a step an epoch, to `folder`.
+    """Write scalars to `folder`, with the epoch as the step.
 
-    A resumed run goes on in the same folder: what an earlier process logged for `first_epoch` and after is hidden.
+    A resumed run continues in the same folder; what was logged for `first_epoch` and later is hidden.
 
     Args:
-        folder: for TensorBoard's event files; made when needed.
-        first_epoch: the first that will be recorded.
-        writes: False: nothing happens, since another process of the run writes.
+        folder: for the event files; made when needed.
+        first_epoch: the first to be recorded.
+        writes: False in processes that write nothing.
 
     Attributes:
-        note: one line for the user: where the log is, or that there is none.
+        note: where the log is, or that there is none.
     """
 
     def __init__(self, folder: Path, first_epoch: int = 1, writes: bool = True) -> None:
@@ -36,7 +36,7 @@ class TensorBoardLog:
         self.note = f"TensorBoard: tensorboard --logdir {folder}"
 
     def record(self, record: EpochRecord) -> None:
-        """Writes an epoch's figures to disk."""
+        """Write an epoch's figures to disk."""
         if self._writer is None:
             return
         for tag, value in _scalars(record).items():
@@ -44,7 +44,7 @@ class TensorBoardLog:
         self._writer.flush()
 
     def close(self) -> None:
-        """Ends the writer's thread."""
+        """End the writer's thread."""
         if self._writer is not None:
             self._writer.close()
 

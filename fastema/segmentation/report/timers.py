@@ -1,28 +1,29 @@
-"""What the EMA costs on this machine, measured in the run itself; and what the run waited for."""
+"""Times measured in a run: what the EMA costs, and how long a loop waits for its data."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
 import torch
 
-if TYPE_CHECKING:
-    from fastema import FastEMA
+from fastema import FastEMA
+
+T = TypeVar("T")
 
 _SWAPS = 50
 
 
 @dataclass
-class Costs:
-    """Wall-clock seconds; an entry for each optimizer step, each update, and each swap in and out.
+class Timers:
+    """Wall-clock seconds of each optimizer step, each EMA update, and each swap in and out.
 
     Attributes:
-        device: waited for before and after what is timed, since a GPU only begins what it is told.
+        device: synchronised before and after what is timed.
     """
 
     step: list[float] = field(default_factory=list)
@@ -31,21 +32,22 @@ class Costs:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @contextmanager
-    def timed(self, kind: list[float]) -> Iterator[None]:
+    def timed(self, seconds: list[float]) -> Iterator[None]:
+        """Append the time of a block to a list."""
         self._synchronize()
         start = time.perf_counter()
         yield
         self._synchronize()
-        kind.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
 
     def measure_swaps(self, ema: FastEMA) -> None:
-        """Applies and restores the averaged weights a number of times; the model is as before afterwards."""
+        """Time a number of swaps in and out."""
         for _ in range(_SWAPS):
             with self.timed(self.swap), ema.swapped():
                 pass
 
     def sentence(self) -> str:
-        """The medians, in words."""
+        """Describe the medians."""
         if not (self.step and self.update and self.swap):
             return "no optimizer step was made, so there is nothing to measure"
         step, update, swap = median(self.step), median(self.update), median(self.swap)
@@ -57,6 +59,36 @@ class Costs:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class TimedIterator(Generic[T]):
+    """Iterate over something and add up the time spent in `next()`.
+
+    Attributes:
+        seconds: so far, over all passes; the start of workers counts.
+
+    Example:
+        >>> batches = TimedIterator([1, 2, 3])
+        >>> sum(batches), batches.seconds < 1
+        (6, True)
+    """
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self.seconds = 0.0
+        self._items = items
+
+    def __iter__(self) -> Iterator[T]:
+        started = time.perf_counter()
+        iterator = iter(self._items)
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - started
+            yield item
+            started = time.perf_counter()
 
 
 def _short(seconds: float) -> str:

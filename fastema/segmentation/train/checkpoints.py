@@ -1,7 +1,7 @@
-"""What a run writes after every epoch, and what it takes from a checkpoint to go on.
+"""Write a run's checkpoints, and read one to resume from.
 
-An epoch is written once, as `last.pth`. The other names (best, every so many epochs) are further links to the same
-file: `last.pth` is only ever replaced as a whole, so they keep what they have.
+An epoch is written once, as `last.pth`. The other names (best, every so many epochs) are hard links to the same file;
+since `last.pth` is only ever replaced as a whole, they keep their content.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from typing import Any
 import torch
 
 from fastema.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from fastema.segmentation.distributed.parallel import Spread
+from fastema.segmentation.distributed.parallel import ParallelModel
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.model.network import SegmentationNet
 from fastema.segmentation.options import TrainOptions, option_flag
 from fastema.segmentation.report.history import EpochRecord
-from fastema.segmentation.train.averages import Averages, average_ious
-from fastema.segmentation.train.optimizer import Optimisation
+from fastema.segmentation.train.averages import Averages
+from fastema.segmentation.train.optimizer import TrainOptimizer
 
 LAST, BEST, BEST_EMA = "last.pth", "best_model.pth", "best_ema.pth"
 
-# Without these a checkpoint cannot be gone on from.
+# Needed to resume.
 _NEEDED = ("net", "optimizer", "history", "options")
-# What must be the same for the weights to fit.
+# Must be equal for the weights to fit.
 _ARCHITECTURE = ("backbone", "num_experts", "top_k")
-# Where things are is no news.
-_UNSAID = ("resume_from", "checkpoint_dir")
+# Not reported as changed.
+_PLACES = ("resume_from", "checkpoint_dir")
 
 
 def read_resumable(path: Path, options: TrainOptions) -> dict[str, Any]:
-    """Reads a checkpoint to go on from.
+    """Read a checkpoint to resume from.
 
     Raises:
         CheckpointError: it is missing or damaged.
-        UserError: it is no checkpoint of fastema train, of another architecture, or has done its epochs.
+        UserError: it was not written by fastema train, is of another architecture, or has done its epochs.
     """
     checkpoint = load_checkpoint(path)
     missing = [name for name in _NEEDED if name not in checkpoint]
@@ -54,81 +54,81 @@ def read_resumable(path: Path, options: TrainOptions) -> dict[str, Any]:
     if not asked["num_experts"]:
         differing = [name for name in differing if name != "top_k"]
     if differing:
-        was = " ".join(f"{option_flag(name)} {trained.get(name, 0)}" for name in differing)
+        before = " ".join(f"{option_flag(name)} {trained.get(name, 0)}" for name in differing)
         now = " ".join(f"{option_flag(name)} {asked[name]}" for name in differing)
-        raise UserError(f"{path} was trained with {was}, not {now}")
+        raise UserError(f"{path} was trained with {before}, not {now}")
     done = checkpoint["history"][-1]["epoch"] if checkpoint["history"] else 0
     if done >= options.epochs:
         raise UserError(f"{path} has done its {done} epochs: --epochs is the total, so give more than {done}")
     return checkpoint
 
 
-def changes(checkpoint: dict[str, Any], options: TrainOptions) -> list[str]:
-    """What is asked now and was not when the checkpoint was written, as `--flag old → new`."""
+def changed_options(checkpoint: dict[str, Any], options: TrainOptions) -> list[str]:
+    """List what differs from the checkpoint's options, as `--flag old → new`."""
     before, now = checkpoint["options"], options.plain()
     changed = [
         f"{option_flag(name)} {_shown(before.get(name, 'unset'))} → {_shown(value)}"
         for name, value in now.items()
-        if name not in _UNSAID and before.get(name, value) != value
+        if name not in _PLACES and before.get(name, value) != value
     ]
-    gone = "teacher_checkpoint" in before and "teacher_checkpoint" not in now
-    return changed + (["no teacher any more: go on with fastema distill to keep it"] if gone else [])
+    if "teacher_checkpoint" in before and "teacher_checkpoint" not in now:
+        changed.append("no teacher any more: go on with fastema distill to keep it")
+    return changed
 
 
 def write_epoch(
     folder: Path,
     net: SegmentationNet,
     averages: Averages | None,
-    optimisation: Optimisation,
+    optimizer: TrainOptimizer,
     history: Sequence[EpochRecord],
     options: TrainOptions,
     bests_after: int,
-    spread: Spread,
+    parallel: ParallelModel,
 ) -> None:
-    """Writes `last.pth`, and the names that this epoch earned beside it.
+    """Write `last.pth`, and link the other names that this epoch earned.
 
-    The first process does, and what it writes is the same for any number of them. All must call it: of a sharded
-    network it needs their parts.
+    The first process writes, the same for any number of processes. All must call this.
 
     Args:
         folder: the run's.
         net: with its trained weights.
         averages: None before they start.
-        optimisation: optimizer and scaler.
-        history: up to and with this epoch.
+        optimizer: with its scaler.
+        history: up to this epoch.
         options: stored as plain values.
-        bests_after: epochs up to this one do not compete for `best_*.pth`: another folder has theirs.
-        spread: the network over the processes.
+        bests_after: epochs up to this one do not count for `best_*.pth`; their files are in another folder.
+        parallel: the network over the processes.
 
     Raises:
         CheckpointError: the disk is full, or the folder is not writable any more.
     """
-    rivals = [record for record in history if record.epoch > bests_after]
-    best_base = max(rivals, key=lambda record: (record.iou, record.epoch))
-    saved = [] if averages is None else averages.saved(spread)
+    record = history[-1]
+    candidates = [each for each in history if each.epoch > bests_after]
+    best = max(candidates, key=lambda each: (each.iou, each.epoch))
+    best_average = max((iou for each in candidates for iou in each.average_ious), default=None)
+    saved = [] if averages is None else averages.saved(parallel)
     content: dict[str, Any] = {
-        "net": spread.gathered(net.state_dict()),
-        "optimizer": spread.gathered(optimisation.optimizer.state_dict()),
-        "scaler": optimisation.scaler,
-        "epoch": history[-1].epoch,
-        "history": [asdict(record) for record in history],
+        "net": parallel.gather_state(net.state_dict()),
+        "optimizer": parallel.gather_state(optimizer.adamw.state_dict()),
+        "scaler": optimizer.scaler,
+        "epoch": record.epoch,
+        "history": [asdict(each) for each in history],
         "options": options.plain(),
         "rng": rng_states(),
-        "bests": {"iou": best_base.iou, "ema_iou": _best_average(rivals)},
+        "bests": {"iou": best.iou, "ema_iou": best_average},
         "ema_start_epoch": None if averages is None else averages.start_epoch,
     }
-    if not spread.processes.is_first:
+    if not parallel.processes.is_first:
         return
     last = folder / LAST
     save_checkpoint(last, ema=saved[0] if saved else None, **content)
-    record = history[-1]
-    if record is best_base:
+    if record is best:
         _link(last, folder / BEST)
-    every = options.save_every
-    if every and record.epoch % every == 0:
+    if options.save_every and record.epoch % options.save_every == 0:
         _link(last, folder / f"checkpoint_epoch{record.epoch}.pth")
-    scores = average_ious(record)
-    if saved and scores and max(scores) >= (_best_average(rivals) or 0.0):
+    scores = record.average_ious
+    if saved and scores and max(scores) >= (best_average or 0.0):
         which = scores.index(max(scores))
         if which == 0:
             _link(last, folder / BEST_EMA)
@@ -137,7 +137,7 @@ def write_epoch(
 
 
 def rng_states() -> dict[str, Any]:
-    """The random generators of this process, as plain values and tensors."""
+    """Return the states of this process's random generators, as plain values and tensors."""
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
@@ -145,7 +145,7 @@ def rng_states() -> dict[str, Any]:
 
 
 def restore_rng(states: dict[str, Any]) -> None:
-    """Puts the generators where `rng_states` found them. Every epoch seeds torch's anew; the others go on from here."""
+    """Restore the generators. Every epoch seeds torch's anew; the others continue from here."""
     torch.set_rng_state(states["torch"])
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
@@ -153,12 +153,8 @@ def restore_rng(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def _best_average(records: Sequence[EpochRecord]) -> float | None:
-    return max((iou for record in records for iou in average_ious(record)), default=None)
-
-
 def _link(source: Path, target: Path) -> None:
-    """Gives a file a second name, in one go; where the file system has no links, a copy."""
+    """Replace `target` atomically by a hard link to `source`, or a copy where the file system has no links."""
     target = Path(os.path.realpath(target))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

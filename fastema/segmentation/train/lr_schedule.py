@@ -1,7 +1,6 @@
-"""The learning rate as a function of the optimizer step: nothing to save, nothing to restore on resume.
+"""The learning rate as a function of the optimizer step, so that there is nothing to save and restore.
 
-Every stage has a schedule of its own over its own steps. A parameter group trains at a fixed share of it, floor
-included, so the backbone is at a tenth of the decoder's rate in every single step, the last one too.
+Each stage has its own schedule over its own steps. A parameter group trains at a fixed share of it, floor included.
 """
 
 from __future__ import annotations
@@ -9,27 +8,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# SGDR: each cycle is this many times as long as the one before, and the stage is divided into so many.
-CYCLE_GROWTH = 2
-CYCLES = 3
+# SGDR: a stage has this many cycles, each this many times as long as the one before.
+CYCLES, CYCLE_GROWTH = 3, 2
 # Smith's one-cycle policy, with the numbers of torch's OneCycleLR.
 ONECYCLE_RISE = 0.3
 ONECYCLE_START = 25.0
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Linear warm-up to `highest`, then one of four ways on; the warm-up is the first stage's only.
+class LRSchedule:
+    """A linear warm-up to `highest`, then one of:
 
-    - cosine: half a cosine down to `lowest`, which the last step has (Loshchilov and Hutter, 2017, without restarts).
-    - cosine_restart: SGDR, the same paper's warm restarts: three cycles, each twice as long as the one before.
-    - onecycle: Smith, 2018: up for 30 % of the steps, then down to `lowest`; it needs no warm-up.
+    - cosine: half a cosine down to `lowest` (Loshchilov and Hutter, 2017, without restarts).
+    - cosine_restart: SGDR, the same paper's warm restarts.
+    - onecycle: Smith, 2018: up for 30 % of the steps, then down to `lowest`.
     - none: `highest` throughout.
 
     Attributes:
         kind: one of the four.
-        highest: the peak.
-        lowest: the floor, which "none" does not use.
+        highest: peak.
+        lowest: floor; "none" ignores it.
         warmup_steps: optimizer steps until `highest`.
         total_steps: optimizer steps of the stage.
     """
@@ -41,10 +39,10 @@ class Schedule:
     total_steps: int
 
     def at(self, step: int) -> float:
-        """The rate of the stage's optimizer step `step`, from 1."""
+        """Return the rate of the stage's optimizer step `step`, from 1."""
         if step <= self.warmup_steps:
             return self.highest * step / self.warmup_steps
-        done = step - self.warmup_steps - 1  # steps since the warm-up
+        done = step - self.warmup_steps - 1
         steps = max(1, self.total_steps - self.warmup_steps)
         if self.kind == "none":
             return self.highest
@@ -66,7 +64,7 @@ class Schedule:
 
 
 def first_cycle(steps: int) -> int:
-    """The length of the first cycle, such that the last one ends with the stage."""
+    """Return the length of the first cycle, with which the last one ends at the end of the stage."""
     return max(1, math.ceil(steps / sum(CYCLE_GROWTH**cycle for cycle in range(CYCLES))))
 
 

@@ -1,4 +1,4 @@
-"""Out of memory, in words: what to lower, that which costs the result least first."""
+"""Turn running out of memory into an error that says what to lower."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ import torch
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import TrainOptions
 
-# What the CPU allocator says, on Linux, Windows and macOS.
-_CPU_WORDS = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator", "Cannot allocate memory")
+# Messages of the CPU allocator on Linux, Windows and macOS.
+_CPU_MESSAGES = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator", "Cannot allocate memory")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out, on a GPU or in the host."""
+@contextmanager
+def explain_out_of_memory(options: TrainOptions, stage: int, device: torch.device, when: str) -> Iterator[None]:
+    """Raise `UserError` with what to lower if memory runs out within a block, on a GPU or the host."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        first_line = str(error).strip().partition("\n")[0] or "host memory"
+        raise UserError(f"out of memory {when} ({first_line}): {_what_to_lower(options, stage, device)}") from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _CPU_WORDS)
+    return isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in _CPU_MESSAGES)
 
 
-def what_to_lower(options: TrainOptions, stage: int, device: torch.device) -> str:
-    """The options to change, in the order in which to try them."""
+def _what_to_lower(options: TrainOptions, stage: int, device: torch.device) -> str:
     batch_size = options.second_batch_size if stage == 2 else options.batch_size
     flag = "--stage2-batch-size" if stage == 2 and options.stage2_batch_size is not None else "--batch-size"
+    # What costs the result least comes first.
     steps = []
     if options.amp == "none" and device.type == "cuda":
         steps.append("--amp bf16")
@@ -37,17 +48,3 @@ def what_to_lower(options: TrainOptions, stage: int, device: torch.device) -> st
     if device.type == "cpu" and options.num_workers:
         steps.append("fewer --num-workers")
     return f"try, in this order: {'; '.join(steps)}"
-
-
-@contextmanager
-def shortage_explained(options: TrainOptions, stage: int, device: torch.device, when: str) -> Iterator[None]:
-    """A block in which running out of memory becomes a `UserError` that says what to lower."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory {when} ({str(error).strip().splitlines()[0] if str(error).strip() else 'host memory'}): "
-            f"{what_to_lower(options, stage, device)}"
-        ) from error

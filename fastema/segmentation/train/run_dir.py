@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be written to, and what becomes of an earlier run's files in it."""
+"""The folder of a run: check that it can be written to, and move an earlier run's files out of the way."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from fastema.segmentation.errors import UserError
 
-_WRITTEN = frozenset({".pth", ".csv", ".png"})
 TENSORBOARD = "tensorboard"
+_WRITTEN = frozenset({".pth", ".csv", ".png"})
 
 
-def make_writable(folder: Path) -> None:
-    """Makes the folder and tries it out: hours later would be a bad time to learn that it is read-only.
+def ensure_writable(folder: Path) -> None:
+    """Make the folder and write a trial file, so that a run does not find it read-only after hours.
 
     Raises:
         UserError: it cannot be made or written to.
@@ -36,44 +36,41 @@ def make_writable(folder: Path) -> None:
 
 
 def require_space(folder: Path, checkpoint_bytes: int) -> None:
-    """Raises `UserError` where the checkpoints of a run do not fit.
+    """Raise `UserError` where the checkpoints of a run, of `checkpoint_bytes` each, do not fit.
 
-    Args:
-        folder: exists.
-        checkpoint_bytes: about what one checkpoint has. The best base, the best EMA and the last epoch are different
-            ones in the worst case, and a new one is written before an old one goes.
+    In the worst case there are best base, best EMA and last, and a new one before an old one goes.
     """
-    needed = 4 * checkpoint_bytes
     free = shutil.disk_usage(folder).free
-    if free < needed:
+    if free < 4 * checkpoint_bytes:
         raise UserError(
             f"no space left for this run in {folder}: its checkpoints are {_size(checkpoint_bytes)} each, and up to 4 "
             f"are there at once; {_size(free)} are free. Make room, or give another --checkpoint-dir"
         )
 
 
-def set_aside(checkpoint_dir: Path, keep: Path | None) -> Path | None:
-    """Moves an earlier run's files to `previous/`, in place of what was there, unless the new run goes on from them.
+def move_previous_run(folder: Path, keep: Path | None) -> Path | None:
+    """Move an earlier run's files to `previous/`, replacing what was there.
 
     Args:
-        checkpoint_dir: the run's folder.
+        folder: the run's.
         keep: the checkpoint to resume from; if it is in the folder, nothing is moved.
 
     Returns:
-        Where the files went; None if there were none, or they stay.
+        Where the files are now; None if nothing was moved.
     """
-    if (keep is not None and is_inside(keep, checkpoint_dir)) or not (checkpoint_dir / "last.pth").exists():
+    if (keep is not None and is_inside(keep, folder)) or not (folder / "last.pth").exists():
         return None
-    previous = checkpoint_dir / "previous"
+    previous = folder / "previous"
     shutil.rmtree(previous, ignore_errors=True)
     previous.mkdir()
-    for file in sorted(checkpoint_dir.iterdir()):
+    for file in sorted(folder.iterdir()):
         if file.suffix in _WRITTEN or file.name == TENSORBOARD:
             file.rename(previous / file.name)
     return previous
 
 
 def is_inside(file: Path, folder: Path) -> bool:
+    """Return whether a file is in a folder, at any depth."""
     return folder.resolve() in file.resolve().parents
 
 

@@ -1,7 +1,7 @@
-"""SIGINT and SIGTERM: a run leaves at once, but never in the middle of writing.
+"""SIGINT and SIGTERM end a run at once, but never in the middle of writing.
 
-An epoch that is under way cannot be gone on with exactly, and the last finished one is on the disk already. So there
-is nothing to save when a signal comes; only what is being written then is finished first.
+An unfinished epoch cannot be resumed exactly, and the last finished one is on the disk. So there is nothing to save
+when a signal comes; only what is being written is finished first.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def termination_raises() -> Iterator[None]:
-    """A block in which SIGTERM raises `Terminated`, as SIGINT raises KeyboardInterrupt."""
+def sigterm_raises() -> Iterator[None]:
+    """Raise `Terminated` on SIGTERM within a block, as SIGINT raises KeyboardInterrupt."""
 
-    def raise_it(_number: int, _frame: FrameType | None) -> None:
-        _expect_children_to_end()
+    def handler(_number: int, _frame: FrameType | None) -> None:
+        _ignore_dead_children()
         raise Terminated
 
-    if not _can_handle_signals():
+    if not _in_main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, raise_it)
+    before = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
@@ -36,37 +36,35 @@ def termination_raises() -> Iterator[None]:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """A block that signals wait for: what comes meanwhile is delivered when it ends."""
-    if not _can_handle_signals():
+def defer_signals() -> Iterator[None]:
+    """Hold signals back within a block and deliver the first of them at its end."""
+    if not _in_main_thread():
         yield
         return
-    came: list[int] = []
+    received: list[int] = []
 
-    def note_it(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
+    def handler(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
         if number == signal.SIGTERM:
-            _expect_children_to_end()
+            _ignore_dead_children()
 
-    before = {number: signal.signal(number, note_it) for number in _SIGNALS}
+    before = {number: signal.signal(number, handler) for number in _SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
+        for number, previous in before.items():
+            signal.signal(number, previous)
+    if received:
+        signal.raise_signal(received[0])
 
 
-def _expect_children_to_end() -> None:
-    """torchrun and schedulers send SIGTERM to a whole group: that the processes that read images end is no error then.
-
-    torch's handler would raise one, wherever this process is. It stays away, since this process is about to end.
-    """
+def _ignore_dead_children() -> None:
+    # torchrun and schedulers send SIGTERM to a whole group, data workers included; torch's handler for SIGCHLD would
+    # raise an error for each.
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
 
-def _can_handle_signals() -> bool:
-    """Python delivers signals to the main thread only, and lets no other set handlers."""
+def _in_main_thread() -> bool:
+    # Python lets no other thread set signal handlers.
     return threading.current_thread() is threading.main_thread()

@@ -1,13 +1,11 @@
-"""A run: epochs in two stages, base and averages validated after every one, with one model in each process.
+"""A run: epochs in two stages, with base and averages validated after each.
 
-Everything that an epoch depends on is a function of seed and epoch (order, augmentation, dropout, what is frozen) or
-of the number of optimizer steps (learning rate). So a run that is resumed from a checkpoint goes on as if it had not
-been interrupted.
+Everything that an epoch depends on is a function of seed and epoch (order, augmentation, dropout, freezing) or of the
+number of optimizer steps (learning rate). So a resumed run gives the same results as one without an interruption.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 from rich.console import Console
 
 from fastema import FastEMA
-from fastema.advisor import should_start
+from fastema.advisor import should_start, window
 from fastema.checkpoint import CheckpointError, load_weights
 from fastema.segmentation.console import progress
 from fastema.segmentation.data.listing import Pair
@@ -27,44 +25,42 @@ from fastema.segmentation.data.loaders import (
     TrainingSet,
     Validation,
     ValidationSet,
-    seed_of,
+    mix_seed,
     share_of,
     training_loader,
     validation_loader,
 )
-from fastema.segmentation.distributed.parallel import Spread
+from fastema.segmentation.distributed.parallel import ParallelModel
 from fastema.segmentation.distributed.process_group import Processes
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.eval.evaluation import evaluate, predict
+from fastema.segmentation.eval.scores import evaluate, predict
 from fastema.segmentation.model.backbones import check_input_size
 from fastema.segmentation.model.network import Architecture, SegmentationNet, create_net
 from fastema.segmentation.options import TrainOptions
-from fastema.segmentation.report.comparison import Comparison
 from fastema.segmentation.report.curves import write_curves
 from fastema.segmentation.report.history import EpochRecord, append_csv
 from fastema.segmentation.report.prediction_grid import Example, write_predictions
-from fastema.segmentation.report.summary import print_report
+from fastema.segmentation.report.summary import Comparison, print_summary
 from fastema.segmentation.report.tensorboard import TensorBoardLog
-from fastema.segmentation.report.timers import Costs
-from fastema.segmentation.train.averages import Averages, evaluate_each
+from fastema.segmentation.report.timers import Timers
+from fastema.segmentation.train.averages import Averages
 from fastema.segmentation.train.checkpoints import (
     BEST,
     BEST_EMA,
     LAST,
-    changes,
+    changed_options,
     read_resumable,
     restore_rng,
     write_epoch,
 )
 from fastema.segmentation.train.epoch import EpochResult, train_epoch
-from fastema.segmentation.train.messages import Announcements
-from fastema.segmentation.train.objective import MakeObjective, supervised
-from fastema.segmentation.train.optimizer import NotFiniteError, Optimisation
-from fastema.segmentation.train.out_of_memory import shortage_explained
-from fastema.segmentation.train.precision import Precision
+from fastema.segmentation.train.losses import MakeObjective, supervised
+from fastema.segmentation.train.messages import Messages
+from fastema.segmentation.train.optimizer import NotFiniteError, Precision, TrainOptimizer
+from fastema.segmentation.train.out_of_memory import explain_out_of_memory
 from fastema.segmentation.train.run_dir import TENSORBOARD, is_inside, require_space
-from fastema.segmentation.train.signals import uninterrupted
-from fastema.segmentation.train.stages import Stage, freeze, open_levels, stages_of
+from fastema.segmentation.train.signals import defer_signals
+from fastema.segmentation.train.stages import Stage, freeze, open_levels, plan_stages
 
 _EXAMPLES = 4
 
@@ -78,12 +74,12 @@ class Trainer:
     """One run of `fastema train`.
 
     Args:
-        options: checked options.
-        training: what to train on.
-        validation: what to validate on, after every epoch.
-        console: where progress and results go.
-        make_objective: what to train towards; the loss against the masks unless given.
-        processes: those of the run, each with a trainer of its own; only this one unless given.
+        options: checked.
+        training: images to train on.
+        validation: images to validate on.
+        console: to print to.
+        make_objective: the objective's factory; the loss against the masks unless given.
+        processes: of the run, each with a trainer of its own.
 
     Raises:
         UserError: the backbone, the device, the precision or the checkpoint to resume from cannot be used.
@@ -106,10 +102,9 @@ class Trainer:
         self.history: list[EpochRecord] = []
         self.averages: Averages | None = None
         self.device = self.processes.device(options.device)
-        self.costs = Costs(device=self.device)
-        self.stages = stages_of(options, len(training))
-        self._precision = Precision(options.amp, self.device)
-        self._tell = Announcements(console, options)
+        self.timers = Timers(device=self.device)
+        self.stages = plan_stages(options, len(training))
+        self._messages = Messages(console, options)
         self._saved: int | None = None  # the epoch of `last.pth`, if this process wrote it
 
         rank, world_size = self.processes.rank, self.processes.world_size
@@ -120,54 +115,55 @@ class Trainer:
         validation_set = ValidationSet(share_of(validation, rank, world_size), options.img_size)
         self._validation = validation_loader(validation_set, options.batch_size // world_size, options.num_workers)
 
+        precision = Precision(options.amp, self.device)
         resumed = None if options.resume_from is None else read_resumable(options.resume_from, options)
-        torch.default_generator.manual_seed(seed_of(options.seed))
+        torch.default_generator.manual_seed(mix_seed(options.seed))
         self.net = self._build_net(resumed)
         self._levels = self.net.backbone_stages()
-        self._spread = Spread(self.net, self.processes, self.device, options.fsdp)
-        self.optimisation = Optimisation(self.net, options.weight_decay, options.clip_grad, self._precision)
+        self._parallel = ParallelModel(self.net, self.processes, self.device, options.fsdp)
+        self.optimizer = TrainOptimizer(self.net, options.weight_decay, options.clip_grad, precision)
         if resumed is not None:
             self._resume(resumed)
-        # Bests count from here when the run goes on in another folder: that folder needs best files of its own.
-        goes_on_here = options.resume_from is None or is_inside(options.resume_from, options.checkpoint_dir)
-        self._bests_after = 0 if goes_on_here else self.epoch
-        # Only now: built before the checkpoint is loaded, the averages would start from the initial weights.
+        # A run that continues in another folder needs best files there, so its bests count from here.
+        same_folder = options.resume_from is None or is_inside(options.resume_from, options.checkpoint_dir)
+        self._bests_after = 0 if same_folder else self.epoch
+        # After the checkpoint is loaded: averages start from the weights that are there.
         self._resume_averages(resumed or {})
         self._start_averages_when_due(options.resume_from)
-        self._objective = make_objective(self._spread.forward, self._precision)
+        self._objective = make_objective(self._parallel.forward, precision)
         if self.processes.is_first:
             self._require_space()
 
     @property
     def epoch(self) -> int:
-        """How many epochs are done."""
+        """Number of finished epochs."""
         return self.history[-1].epoch if self.history else 0
 
     @property
     def ema(self) -> FastEMA | None:
-        """The averages, once they have started."""
+        """The FastEMA, once it has started."""
         return None if self.averages is None else self.averages.ema
 
     def fit(self) -> None:
-        """Trains to the last epoch; writes checkpoints, history, report and pictures.
+        """Train to the last epoch; write checkpoints, history, summary and pictures.
 
         Raises:
-            UserError: the loss is not finite any more, or memory ran out; says what to do.
-            CheckpointError: a checkpoint cannot be written; names the last good one.
+            UserError: the loss is not finite any more, or memory ran out.
+            CheckpointError: a checkpoint cannot be written.
         """
         log = TensorBoardLog(self._file(TENSORBOARD), self.epoch + 1, writes=self.processes.is_first)
         try:
-            self._tell.say(log.note)
+            self._messages.say(log.note)
             ious: Ious = ([], [])
             for epoch in range(self.epoch + 1, self.options.epochs + 1):
                 started = time.perf_counter()
                 stage = self.stages.at(epoch).number
-                with shortage_explained(self.options, stage, self.device, f"in epoch {epoch}; {self._last_good()}"):
+                with explain_out_of_memory(self.options, stage, self.device, f"in epoch {epoch}; {self._last_good()}"):
                     result = self._train_epoch(epoch)
                     ious = self._validate()
                 self._record(epoch, result, ious, time.perf_counter() - started)
-                self._tell.epoch(self.history, self.averages, self.stages.at(epoch).steps_per_epoch)
-                with uninterrupted():
+                self._messages.epoch(self.history, self.averages, self.stages.at(epoch).steps_per_epoch)
+                with defer_signals():
                     self._save()
                 log.record(self.history[-1])
                 self._start_averages_when_due()
@@ -182,25 +178,23 @@ class Trainer:
         architecture = Architecture(options.backbone, options.num_experts, options.top_k)
         net, weights = create_net(architecture, options.pretrained and resumed is None)
         check_input_size(net, options.backbone, options.img_size)
-        self._tell.model(net, weights, self.device, self.processes)
+        self._messages.model(net, weights, self.device, self.processes)
         if resumed is not None:
-            load_weights(net, resumed, prefer="net")  # here, where they are whole
+            load_weights(net, resumed, prefer="net")  # before the network is sharded
         return net.to(self.device)
 
     def _resume(self, checkpoint: dict[str, Any]) -> None:
         origin = self.options.resume_from
-        self.optimisation.load(checkpoint, origin)
-        self._spread.take_shards(self.optimisation.optimizer)
+        self.optimizer.load(checkpoint, origin)
+        self._parallel.shard_optimizer_state(self.optimizer.adamw)
         self.history = [EpochRecord(**record) for record in checkpoint["history"]]
         if "rng" in checkpoint:
             restore_rng(checkpoint["rng"])
-        changed = changes(checkpoint, self.options)
-        self._tell.say(
-            f"Resuming from {origin} after epoch {self.epoch}" + (f"; {', '.join(changed)}" if changed else "")
-        )
+        changed = f"; {', '.join(changes)}" if (changes := changed_options(checkpoint, self.options)) else ""
+        self._messages.say(f"Resuming from {origin} after epoch {self.epoch}{changed}")
 
     def _require_space(self) -> None:
-        """Weights and two moments; each average is stored once, under two names."""
+        # Weights and two moments; each average is stored once, under two names.
         tensors = [tensor for tensor in self.net.state_dict().values() if torch.is_tensor(tensor)]
         weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         averages = len(self.options.decays) if self.options.use_ema else 0
@@ -213,50 +207,50 @@ class Trainer:
             return
         origin = self.options.resume_from
         if not self.options.use_ema:
-            self._tell.say(f"The EMA in {origin} is left behind: --use-ema is not given")
+            self._messages.say(f"The EMA in {origin} is left behind: --use-ema is not given")
             return
         self._build_averages(checkpoint.get("ema_start_epoch") or 1)
         assert self.averages is not None
         fresh = self.averages.load(checkpoint["ema"])
         if fresh:
-            self._tell.say(f"{origin} has no EMA of decay {', '.join(fresh)}: from the weights of epoch {self.epoch}")
+            self._messages.say(
+                f"{origin} has no EMA of decay {', '.join(fresh)}: from the weights of epoch {self.epoch}"
+            )
 
     def _start_averages_when_due(self, origin: Path | None = None) -> None:
-        """Before the epoch that comes next: by --ema-start-epoch, or with --ema-start auto by the advisor."""
+        """Start the averages before the next epoch if --ema-start-epoch or the advisor (--ema-start auto) says so."""
         options = self.options
         if self.averages is not None or not options.use_ema or self.epoch >= options.epochs:
             return
         if options.ema_start == "auto":
-            if self._tell.is_news("wait", True):
-                self._tell.say("EMA: waits until the base IoU says that it pays (--ema-start auto)")
-            if not self._pays():
+            if self._messages.changed("wait", True):
+                self._messages.say("EMA: waits until the base IoU says that it pays (--ema-start auto)")
+            if not self._advisor_says_start():
                 return
         elif self.epoch + 1 < options.ema_start_epoch:
-            if self._tell.is_news("wait", True):
-                self._tell.say(f"EMA: starts before epoch {options.ema_start_epoch} (--ema-start-epoch)")
+            if self._messages.changed("wait", True):
+                self._messages.say(f"EMA: starts before epoch {options.ema_start_epoch} (--ema-start-epoch)")
             return
         elif origin is not None:
-            self._tell.say(f"{origin} has no EMA: it starts here, from the weights of epoch {self.epoch}")
+            self._messages.say(f"{origin} has no EMA: it starts here, from the weights of epoch {self.epoch}")
         self._build_averages(self.epoch + 1)
 
-    def _pays(self) -> bool:
-        """What the advisor says of the epochs so far; said to the user where it is new."""
+    def _advisor_says_start(self) -> bool:
+        """Ask the advisor about the epochs so far; print its advice when it changes."""
         if not self.history:
             return False
         advice = should_start([record.iou for record in self.history])
         if advice.action == "start":
-            self._tell.say(f"EMA: starts after epoch {self.epoch}, {advice.pattern}: {advice.reason}")
+            self._messages.say(f"EMA: starts after epoch {self.epoch}, {advice.pattern}: {advice.reason}")
             return True
-        if self._tell.is_news("advice", advice.pattern):
-            self._tell.say(f"EMA: not started, {advice.pattern}: {advice.reason}")
+        if self._messages.changed("advice", advice.pattern):
+            self._messages.say(f"EMA: not started, {advice.pattern}: {advice.reason}")
         return False
 
     def _build_averages(self, start_epoch: int) -> None:
-        options = self.options
         total_steps = self.stages.total_steps - self.stages.steps_before(start_epoch)
-        averages = Averages(self.net, self.optimisation.optimizer, options, start_epoch, total_steps, self.costs)
-        self.averages = averages
-        self._tell.averages(averages, self.stages.at(start_epoch).steps_per_epoch)
+        self.averages = Averages(self.net, self.optimizer.adamw, self.options, start_epoch, total_steps, self.timers)
+        self._messages.averages(self.averages, self.stages.at(start_epoch).steps_per_epoch)
 
     # --- an epoch ----------------------------------------------------------------------------------------------------
 
@@ -264,37 +258,37 @@ class Trainer:
         stage = self.stages.at(epoch)
         levels = len(self._levels)
         opened = open_levels(stage, epoch, levels, self.options.progressive_unfreeze)
-        self._tell.stage(stage, opened, levels)
+        self._messages.stage(stage, opened, levels)
         self.net.train()
         freeze(self.net.backbone, self._levels, opened)
         self._sampler.epoch = epoch
         # Dropout differs from process to process.
-        torch.manual_seed(seed_of(self.options.seed, epoch, *filter(None, [self.processes.rank])))
+        torch.manual_seed(mix_seed(self.options.seed, epoch, *filter(None, [self.processes.rank])))
         loader = self._loader_of(stage)
         with progress(self.console, f"Epoch {epoch}/{self.options.epochs}", len(loader)) as bar:
             try:
                 result = train_epoch(
                     self._objective,
                     loader,
-                    self.optimisation,
+                    self.optimizer,
                     stage,
                     epoch,
                     len(self._training_set),
                     self.device,
                     lambda loss: bar.advance(f"loss {loss:.4f}"),
-                    self._spread,
+                    self._parallel,
                 )
             except NotFiniteError as error:
                 raise UserError(
                     f"{error} in epoch {epoch}; {self._last_good()}. Try a lower --lr, --warmup-epochs, or a smaller "
                     "--clip-grad"
                 ) from error
-        self.costs.step += result.step_seconds
+        self.timers.step += result.step_seconds
         return result
 
     def _loader_of(self, stage: Stage) -> Any:
         if self._training is None or self._training[0] != stage:
-            self._training = None  # ends the workers of the stage before
+            self._training = None  # ends the workers of the previous stage
             batch_size = stage.batch_size // self.processes.world_size
             loader = training_loader(self._training_set, self._sampler, batch_size, self.options.num_workers)
             self._training = (stage, loader)
@@ -302,16 +296,17 @@ class Trainer:
 
     def _validate(self) -> Ious:
         base, *averaged = self._with_each(lambda: evaluate(self.net, self._validation, self.device))
-        return self.processes.all_of(base), [self.processes.all_of(one) for one in averaged]
+        gather = self.processes.gather_shares
+        return gather(base), [gather(one) for one in averaged]
 
     def _with_each(self, score: Callable[[], T]) -> list[T]:
-        """What `score()` says of the trained weights, and then of each average. All processes must call it."""
+        """Call `score` with the trained weights and with each average. All processes must call this."""
 
-        def score_whole() -> T:
-            with self._spread.whole():
+        def score_unsharded() -> T:
+            with self._parallel.unsharded():
                 return score()
 
-        return [score_whole(), *([] if self.averages is None else evaluate_each(self.averages, score_whole))]
+        return [score_unsharded(), *([] if self.averages is None else self.averages.with_each(score_unsharded))]
 
     def _record(self, epoch: int, result: EpochResult, ious: Ious, seconds: float) -> None:
         base, averaged = ious
@@ -324,7 +319,7 @@ class Trainer:
                 loss=result.loss,
                 iou=fmean(base),
                 ema_iou=scores[0] if scores else None,
-                lr=self.optimisation.optimizer.param_groups[0]["lr"],
+                lr=self.optimizer.adamw.param_groups[0]["lr"],
                 ema_decay=decays[0] if decays else None,
                 seconds=seconds,
                 stage=self.stages.at(epoch).number,
@@ -338,17 +333,16 @@ class Trainer:
     # --- what is written ---------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Checkpoints and `history.csv`."""
         try:
             write_epoch(
                 self.options.checkpoint_dir,
                 self.net,
                 self.averages,
-                self.optimisation,
+                self.optimizer,
                 self.history,
                 self.options,
                 self._bests_after,
-                self._spread,
+                self._parallel,
             )
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {self._last_good()}") from error
@@ -366,14 +360,13 @@ class Trainer:
     def _finish(self, base: list[float], averaged: list[list[float]]) -> None:
         comparison = None
         if self.averages is not None and averaged:
-            self.costs.measure_swaps(self.averages.ema)
-            decay = self.averages.decays_now()[0]
+            self.timers.measure_swaps(self.averages.ema)
             stage = self.stages.at(self.epoch)
             comparison = Comparison(
                 base,
                 averaged[0],
                 updates=self.averages.ema.num_updates,
-                window=math.inf if decay == 1 else 1 / (1 - decay),
+                window=window(self.averages.decays_now()[0]),
                 updates_per_epoch=stage.steps_per_epoch,
                 final_rate=self.history[-1].lr / stage.schedule.highest,
             )
@@ -385,16 +378,16 @@ class Trainer:
         written = (BEST, BEST_EMA, LAST, "history.csv", "curves.png", "predictions.png")
         files = [self._file(name) for name in written if self._file(name).exists()]
         names = ["EMA"] if self.averages is None else self.averages.names
-        print_report(self.console, self.history, comparison, self.costs, files, names)
+        print_summary(self.console, self.history, comparison, self.timers, files, names)
 
     def _examples(self) -> list[Example]:
-        """The first few validation images with what the weights after the last epoch predict."""
+        """Predict the first few validation images with the last epoch's weights."""
         self.net.eval()
-        names = [] if self.averages is None else self.averages.names
-        names = ["base", *(f"EMA {name}" if len(names) > 1 else "EMA" for name in names)]
-        if not self.processes.is_first:  # the first has the first images
+        if not self.processes.is_first:  # it has the first images
             self._with_each(lambda: None)
             return []
+        averages = [] if self.averages is None else self.averages.names
+        names = ["base", *(f"EMA {name}" if len(averages) > 1 else "EMA" for name in averages)]
         batch: Validation = next(iter(self._validation))
         columns = dict(zip(names, self._with_each(lambda: predict(self.net, batch, self.device)), strict=True))
         return [

@@ -20,22 +20,21 @@ import torch
 from PIL import Image
 
 from fastema.segmentation.data.images import read_mask, read_pair
-from fastema.segmentation.data.listing import list_pairs
+from fastema.segmentation.data.listing import hold_out, list_pairs
 from fastema.segmentation.data.loaders import (
     Draw,
     EpochSampler,
     TrainingSet,
     ValidationSet,
-    seed_of,
+    mix_seed,
     share_of,
     training_loader,
     validation_loader,
 )
-from fastema.segmentation.data.split import hold_out
 from fastema.segmentation.data.synthetic import camouflaged_pair, ensure_dataset
-from fastema.segmentation.data.verify import verified_pairs
+from fastema.segmentation.data.verify import verify_pairs
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.report.waiting import Waiting
+from fastema.segmentation.report.timers import TimedIterator
 
 NUCLEI = Path(__file__).resolve().parents[3] / ".." / "shared" / "data" / "nuclei-dsb2018"
 
@@ -66,7 +65,7 @@ def test_layouts(tmp_path: Path, level: str, images: str, masks: str) -> None:
     write_pair(folder / images, folder / masks, "b")
     write_pair(folder / images, folder / masks, "a")
     (folder / images / "Thumbs.db").write_bytes(b"not an image, and nobody's business")
-    pairs = verified_pairs(list_pairs(tmp_path))
+    pairs = verify_pairs(list_pairs(tmp_path))
     assert [(pair.image.name, pair.mask.name) for pair in pairs] == [("a.jpg", "a.png"), ("b.jpg", "b.png")]
 
 
@@ -126,7 +125,7 @@ def test_cod10k_without_camouflage_is_left_out_and_counted(tmp_path: Path) -> No
         write_pair(images, masks, stem)
     (images / "COD10K-NonCAM-5-Other-8.jpg").unlink()  # its mask alone is no problem either
     listing = list_pairs(tmp_path)
-    assert [pair.stem for pair in verified_pairs(listing)] == ["COD10K-CAM-1-Aquatic-1-BatFish-2"]
+    assert [pair.stem for pair in verify_pairs(listing)] == ["COD10K-CAM-1-Aquatic-1-BatFish-2"]
     assert listing.notes() == ["1 COD10K-NonCAM images left out"]
     listing = list_pairs(tmp_path, cam_only=False)
     assert [pair.stem[:10] for pair in listing.pairs] == ["COD10K-CAM", "COD10K-Non"]
@@ -228,7 +227,7 @@ def test_each_kind_of_problem_is_named(tmp_path: Path, harm, said: str) -> None:
     cod10k(tmp_path, count=3)
     harm(tmp_path)
     with pytest.raises(UserError, match=said) as caught:
-        verified_pairs(list_pairs(tmp_path))
+        verify_pairs(list_pairs(tmp_path))
     assert str(caught.value).startswith(f"1 problems in {tmp_path / 'Train'}; nothing was started")
 
 
@@ -239,7 +238,7 @@ def test_many_problems_are_counted_and_the_first_few_listed(tmp_path: Path) -> N
     replacement = tmp_path / "Train/GT_Object/im8.png"
     replacement.write_text("text")
     with pytest.raises(UserError) as caught:
-        verified_pairs(list_pairs(tmp_path))
+        verify_pairs(list_pairs(tmp_path))
     message = str(caught.value)
     assert message.startswith("8 problems in")
     assert "7 images without a mask" in message
@@ -254,7 +253,7 @@ def test_one_broken_file_among_many_is_found(tmp_path: Path) -> None:
     file = tmp_path / "Train/Image/im217.jpg"
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(UserError, match=r"1 images that cannot be read: im217\.jpg") as caught:
-        verified_pairs(list_pairs(tmp_path))
+        verify_pairs(list_pairs(tmp_path))
     assert len(str(caught.value).splitlines()) == 2
 
 
@@ -267,7 +266,7 @@ def test_what_is_no_problem_is_counted(tmp_path: Path) -> None:
     assert listing.notes() == []
     ticks: list[int] = []
     for _ in range(2):  # counted anew, not on top
-        assert len(verified_pairs(listing, advance=lambda: ticks.append(1))) == 5
+        assert len(verify_pairs(listing, advance=lambda: ticks.append(1))) == 5
         assert listing.notes() == [
             "2 all-black masks (IoU 1 for an empty prediction, else 0)",
             "1 images are there under several names: im2.jpg = im4.jpg",
@@ -289,8 +288,8 @@ def test_mask_values(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not NUCLEI.is_dir(), reason="../shared/data/nuclei-dsb2018 is not here")
 def test_the_real_data_set_is_fine() -> None:
-    assert len(verified_pairs(list_pairs(NUCLEI, "Train"))) == 528
-    assert len(verified_pairs(list_pairs(NUCLEI, "Test"))) == 136
+    assert len(verify_pairs(list_pairs(NUCLEI, "Train"))) == 528
+    assert len(verify_pairs(list_pairs(NUCLEI, "Test"))) == 136
 
 
 # --- split ------------------------------------------------------------------------------------------------------------
@@ -394,9 +393,9 @@ def test_workers_do_not_change_the_batches(tmp_path: Path) -> None:
 
 
 def test_seeds_depend_on_the_order_of_their_parts() -> None:
-    assert seed_of(1, 2) != seed_of(2, 1)
-    assert seed_of(1, 23) != seed_of(12, 3)
-    assert 0 <= seed_of(0) < 2**63
+    assert mix_seed(1, 2) != mix_seed(2, 1)
+    assert mix_seed(1, 23) != mix_seed(12, 3)
+    assert 0 <= mix_seed(0) < 2**63
 
 
 # --- files that go while a run is on, workers that die ---------------------------------------------------------------
@@ -405,7 +404,7 @@ def test_seeds_depend_on_the_order_of_their_parts() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "validation"])
 def test_a_file_that_went_is_named_in_one_line(tmp_path: Path, workers: int, training: bool) -> None:
-    pairs = verified_pairs(list_pairs(cod10k(tmp_path)))
+    pairs = verify_pairs(list_pairs(cod10k(tmp_path)))
     loader = (
         training_loader(TrainingSet(pairs, 32), EpochSampler(6, seed=0), 4, workers)
         if training
@@ -506,7 +505,7 @@ def test_a_process_without_a_share_has_an_empty_loader(tmp_path: Path) -> None:
 
 
 def test_only_the_time_inside_the_loader_is_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastema.segmentation.report import waiting as module
+    from fastema.segmentation.report import timers as module
 
     now = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
@@ -517,14 +516,14 @@ def test_only_the_time_inside_the_loader_is_waiting(monkeypatch: pytest.MonkeyPa
             yield seconds
         now[0] += 0.5  # the end is waited for as well
 
-    batches = Waiting(slow())
+    batches = TimedIterator(slow())
     for _ in batches:
         now[0] += 100.0
     assert batches.seconds == 4.5
 
 
 def test_waiting_adds_up_over_passes_and_lets_errors_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastema.segmentation.report import waiting as module
+    from fastema.segmentation.report import timers as module
 
     now = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
@@ -536,7 +535,7 @@ def test_waiting_adds_up_over_passes_and_lets_errors_through(monkeypatch: pytest
             now[0] += 2.0
             raise UserError("a file went")
 
-    batches = Waiting(Loader())
+    batches = TimedIterator(Loader())
     for _ in range(2):
         with pytest.raises(UserError, match="a file went"):
             list(batches)
@@ -595,7 +594,7 @@ def test_the_texture_does_give_the_object_away() -> None:
 
 def test_the_generated_data_set_is_made_once(tmp_path: Path) -> None:
     folder = ensure_dataset(tmp_path, seed=1, count=5, size=48)
-    pairs = verified_pairs(list_pairs(folder))
+    pairs = verify_pairs(list_pairs(folder))
     assert len(pairs) == 5
     before = {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in folder.rglob("*.*")}
     assert ensure_dataset(tmp_path, seed=1, count=5, size=48) == folder
@@ -605,7 +604,7 @@ def test_the_generated_data_set_is_made_once(tmp_path: Path) -> None:
 
 def test_the_generated_data_set_has_a_test_part_of_its_own(tmp_path: Path) -> None:
     folder = ensure_dataset(tmp_path, seed=1, count=8, size=48)
-    training, test = (verified_pairs(list_pairs(folder, split)) for split in ("Train", "Test"))
+    training, test = (verify_pairs(list_pairs(folder, split)) for split in ("Train", "Test"))
     assert (len(training), len(test)) == (8, 2)
     assert not {pair.image.read_bytes() for pair in training} & {pair.image.read_bytes() for pair in test}
     assert not {pair.stem for pair in training} & {pair.stem for pair in test}

@@ -34,10 +34,10 @@ from fastema import cli
 from fastema.checkpoint import load_checkpoint
 from fastema.segmentation.data.loaders import ValidationSet, share_of, validation_loader
 from fastema.segmentation.data.synthetic import ensure_dataset
-from fastema.segmentation.distributed.parallel import Spread
-from fastema.segmentation.distributed.process_group import Processes, padded
+from fastema.segmentation.distributed.parallel import ParallelModel
+from fastema.segmentation.distributed.process_group import Processes, pad_batches
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.eval.evaluation import evaluate
+from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.load import load_net, read_checkpoint
 from fastema.segmentation.train import trainer as trainer_module
 from fastema.segmentation.train.trainer import Trainer
@@ -75,7 +75,7 @@ def trained(processes: Processes, folder: Path, **changes: Any) -> Trainer:
 
 
 def group(rank: Rank) -> Processes:
-    return Processes(rank.rank, rank.world, rank.rank, joined=True)
+    return Processes(rank.rank, rank.world, rank.rank, launched=True)
 
 
 def refuse_unlike(one: Any, other: Any, where: str = "") -> None:
@@ -157,16 +157,16 @@ def test_shadows_and_weights_are_the_same_on_all_replicas(rank: Rank) -> None:
 @on_ranks(2)
 def test_buffers_become_their_mean_over_the_images(rank: Rank) -> None:
     net = torch.nn.BatchNorm1d(2)
-    spread = Spread(net, group(rank))
+    parallel = ParallelModel(net, group(rank))
     mean, batches = net.get_buffer("running_mean"), net.get_buffer("num_batches_tracked")
     mean.copy_(torch.tensor([rank.rank, 0.1]))
     batches.fill_(7)
     for images in ((3, 1), (1, 2), (5, 0)):  # what is alike stays so, to the bit
-        spread.agree(images[rank.rank])
+        parallel.sync_buffers(images[rank.rank])
     assert mean.tolist() == torch.tensor([0.25, 0.1]).tolist()
     assert batches.item() == 7
     mean.fill_(rank.rank)
-    spread.agree((5, 0)[rank.rank])
+    parallel.sync_buffers((5, 0)[rank.rank])
     assert mean.tolist() == [0, 0]
 
 
@@ -395,12 +395,12 @@ def test_shares_become_the_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
         shares = [share_of(whole, rank, world_size) for rank in range(world_size)]
         processes = Processes(world_size=world_size)
         monkeypatch.setattr(Processes, "gather", lambda self, share, shares=shares: shares)
-        assert processes.all_of(shares[0]) == whole
+        assert processes.gather_shares(shares[0]) == whole
 
 
 def test_a_process_goes_along_with_its_last_batch() -> None:
-    assert list(padded("ab", 2)) == [("a", True), ("b", True)]
-    assert list(padded("ab", 4)) == [("a", True), ("b", True), ("b", False), ("b", False)]
+    assert list(pad_batches("ab", 2)) == [("a", True), ("b", True)]
+    assert list(pad_batches("ab", 4)) == [("a", True), ("b", True), ("b", False), ("b", False)]
 
 
 def test_one_process_has_no_peers() -> None:
@@ -408,5 +408,5 @@ def test_one_process_has_no_peers() -> None:
     assert alone.is_first
     assert alone.gather("own") == ["own"]
     assert alone.from_first(lambda: "own") == "own"
-    assert alone.all_of([1, 2]) == [1, 2]
+    assert alone.gather_shares([1, 2]) == [1, 2]
     assert replace(alone, rank=1).is_first is False

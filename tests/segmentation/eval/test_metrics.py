@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from fastema.segmentation.eval import metrics as saliency_metrics
-from fastema.segmentation.eval.metrics import as_published, mae, mean_e, s_measure, to_levels, weighted_f
-from fastema.segmentation.eval.overlap import dice, iou
+from fastema.segmentation.eval import metrics
+from fastema.segmentation.eval.metrics import as_published, dice, iou, mae, mean_e, s_measure, to_levels, weighted_f
 from fastema.segmentation.eval.scores import Scores, difference, mean_scores, score
 
 HAS_ORACLE = importlib.util.find_spec("py_sod_metrics") is not None
@@ -69,7 +68,7 @@ def test_s_measure_by_hand() -> None:
     truth = np.array([[True, False], [False, False]])
     assert s_measure(truth.astype(float), truth) == pytest.approx(1)
     # All 0.5. Objects: 2m / (m² + 1) = 0.8 for m = 0.5, inside and outside. Regions: the centroid is the first pixel,
-    # so each pixel is a part; a single pixel has no spread to differ in: 1 each.
+    # so each pixel is a part; a single pixel has no deviation to differ in: 1 each.
     assert s_measure(np.full((2, 2), 0.5), truth) == pytest.approx(0.5 * 0.8 + 0.5 * 1.0)
     empty, full = np.zeros((2, 2), bool), np.ones((2, 2), bool)
     assert s_measure(np.full((2, 2), 0.25), empty) == 0.75
@@ -148,7 +147,7 @@ def test_means_and_differences() -> None:
     assert mean_scores(base).mae == pytest.approx(0.3)
     lead = difference(base, other)["iou"]
     assert lead.mean == pytest.approx(0.3)
-    assert lead.error == pytest.approx(0.2)  # the leads are 0.1 and 0.5: a spread of 0.2·√2, over √2
+    assert lead.error == pytest.approx(0.2)  # the leads are 0.1 and 0.5: a deviation of 0.2·√2, over √2
     assert math.isnan(difference(base[:1], other[:1])["iou"].error)
 
 
@@ -238,7 +237,7 @@ def test_the_same_numbers_as_pysodmetrics_on_files() -> None:
 
 
 def test_the_smoothing_kernel_is_matlabs() -> None:
-    kernel = np.outer(saliency_metrics._GAUSSIAN, saliency_metrics._GAUSSIAN)
+    kernel = np.outer(metrics._GAUSSIAN, metrics._GAUSSIAN)
     y, x = np.mgrid[-3:4, -3:4]
     expected = np.exp(-(x**2 + y**2) / (2 * 5**2))
     np.testing.assert_allclose(kernel, expected / expected.sum(), rtol=1e-14)

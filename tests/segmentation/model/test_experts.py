@@ -16,8 +16,8 @@ from fastema.segmentation.model.experts import (
     Expert,
     Frequency,
     Texture,
-    _extended,
-    _pooled,
+    _adaptive_pool,
+    _replicate_pad,
     create_experts,
     expert_names,
 )
@@ -191,13 +191,13 @@ def test_frequency_filters_by_its_gain() -> None:
 )
 def test_pooling_is_torchs(size: tuple[int, int], grid: tuple[int, int]) -> None:
     features = seeded((2, WIDTH, *size))
-    torch.testing.assert_close(_pooled(features, grid), nn.functional.adaptive_avg_pool2d(features, grid))
+    torch.testing.assert_close(_adaptive_pool(features, grid), nn.functional.adaptive_avg_pool2d(features, grid))
 
 
 @pytest.mark.parametrize("reach", [1, 3])
 def test_extending_is_torchs_replicating_pad(reach: int) -> None:
     features = seeded((2, WIDTH, 1, 5))
-    extended = _extended(_extended(features, reach, dim=2), reach, dim=3)
+    extended = _replicate_pad(_replicate_pad(features, reach, dim=2), reach, dim=3)
     assert torch.equal(extended, nn.functional.pad(features, [reach] * 4, mode="replicate"))
 
 

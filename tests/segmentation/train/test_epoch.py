@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastema.segmentation.model.network import Output
 from fastema.segmentation.train.epoch import EpochResult, train_epoch
-from fastema.segmentation.train.lr_schedule import Schedule
+from fastema.segmentation.train.lr_schedule import LRSchedule
 from fastema.segmentation.train.optimizer import NotFiniteError
 from fastema.segmentation.train.stages import Stage
 
@@ -55,7 +55,7 @@ def trained(
 
     batches = [(part.view(-1, 1, 1, 1), part.view(-1, 1, 1, 1)) for part in values.split(batch_size)]
     steps = math.ceil(len(values) / group_size)
-    stage = Stage(2, 1, 3, batch_size, group_size, steps, Schedule("cosine", 1.0, 0.0, 0, 3 * steps))
+    stage = Stage(2, 1, 3, batch_size, group_size, steps, LRSchedule("cosine", 1.0, 0.0, 0, 3 * steps))
     recorded, shown = Recorded(weight), []
     device = torch.device("cpu")
     result = train_epoch(objective, batches, recorded, stage, epoch, len(values), device, shown.append)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, LRScheduler, OneCycleLR
 
-from fastema.segmentation.train.lr_schedule import Schedule, first_cycle
+from fastema.segmentation.train.lr_schedule import LRSchedule, first_cycle
 
 HIGHEST, LOWEST = 2e-4, 1e-5
 
@@ -26,7 +26,7 @@ def torchs(make: Callable[[torch.optim.Optimizer], LRScheduler], steps: int) -> 
 
 
 def ours(kind: str, steps: int, warmup: int = 0) -> list[float]:
-    schedule = Schedule(kind, HIGHEST, LOWEST, warmup, steps)
+    schedule = LRSchedule(kind, HIGHEST, LOWEST, warmup, steps)
     return [schedule.at(step) for step in range(1, steps + 1)]
 
 
@@ -55,7 +55,7 @@ def test_one_cycle(steps: int) -> None:
         # torch's floor is a share of its start, which is a 25th of the top.
         return OneCycleLR(optimizer, HIGHEST, total_steps=steps, cycle_momentum=False, final_div_factor=4.0)
 
-    schedule = Schedule("onecycle", HIGHEST, floor, 0, steps)
+    schedule = LRSchedule("onecycle", HIGHEST, floor, 0, steps)
     rates = [schedule.at(step) for step in range(1, steps + 1)]
     assert rates[:-1] == pytest.approx(torchs(make, steps - 1))
     assert rates[-1] == pytest.approx(floor)
@@ -63,7 +63,7 @@ def test_one_cycle(steps: int) -> None:
 
 
 def test_one_cycle_starts_at_the_floor_where_a_25th_is_below_it() -> None:
-    schedule = Schedule("onecycle", HIGHEST, HIGHEST / 2, 0, 50)
+    schedule = LRSchedule("onecycle", HIGHEST, HIGHEST / 2, 0, 50)
     assert schedule.at(1) == pytest.approx(HIGHEST / 2)
     assert min(schedule.at(step) for step in range(1, 51)) == pytest.approx(HIGHEST / 2)
 
@@ -87,4 +87,4 @@ def test_runs_of_a_few_steps_stay_within_the_limits(kind: str, steps: int) -> No
 
 def test_an_unknown_kind() -> None:
     with pytest.raises(ValueError, match="unknown schedule 'step'"):
-        Schedule("step", HIGHEST, LOWEST, 0, 10).at(1)
+        LRSchedule("step", HIGHEST, LOWEST, 0, 10).at(1)

@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.train.advice import latest_finding, outlook
+from fastema.segmentation.train.messages import describe_window, latest_finding
 from fastema.segmentation.train_extra import missing_packages
 
 
 def test_the_outlook() -> None:
     assert (
-        outlook(0.999, "constant", 400, 40_000)
+        describe_window(0.999, "constant", 400, 40_000)
         == "looks back over up to 1,000 updates, 2.5 epochs; judge it after 8 epochs"
     )
-    assert outlook(0.999, "threshold", 400, 40_000).endswith("judge it after 3 epochs")
-    assert outlook(0.9, "linear", 400, 40_000).endswith("judge it after 1 epoch")
-    assert "never moves" in outlook(1.0, "constant", 400, 40_000)
-    assert outlook(0.0, "constant", 400, 40_000).endswith("judge it after 1 epoch")
+    assert describe_window(0.999, "threshold", 400, 40_000).endswith("judge it after 3 epochs")
+    assert describe_window(0.9, "linear", 400, 40_000).endswith("judge it after 1 epoch")
+    assert "never moves" in describe_window(1.0, "constant", 400, 40_000)
+    assert describe_window(0.0, "constant", 400, 40_000).endswith("judge it after 1 epoch")
 
 
 def test_nothing_is_said_too_early_in_a_run() -> None:
@@ -52,8 +52,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     """Trains with a script in place of the validation: (base, ema) IoUs of the epochs from the first on."""
     from rich.console import Console
 
-    from fastema.segmentation.data.listing import list_pairs
-    from fastema.segmentation.data.split import hold_out
+    from fastema.segmentation.data.listing import hold_out, list_pairs
     from fastema.segmentation.data.synthetic import ensure_dataset
     from fastema.segmentation.options import TrainOptions
     from fastema.segmentation.train import trainer as trainer_module

@@ -14,7 +14,7 @@ import pytest
 
 from fastema.checkpoint import load_checkpoint
 from fastema.segmentation.errors import Terminated
-from fastema.segmentation.train.signals import termination_raises, uninterrupted
+from fastema.segmentation.train.signals import defer_signals, sigterm_raises
 from fastema.segmentation.train_extra import missing_packages
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
@@ -33,7 +33,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def test_termination_is_an_exception_and_only_within_the_block() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated), termination_raises():
+    with pytest.raises(Terminated), sigterm_raises():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -41,8 +41,8 @@ def test_termination_is_an_exception_and_only_within_the_block() -> None:
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_a_signal_waits_for_the_end_of_an_uninterrupted_block(number: int, raised: type[BaseException]) -> None:
     done = []
-    with pytest.raises(raised), termination_raises():
-        with uninterrupted():
+    with pytest.raises(raised), sigterm_raises():
+        with defer_signals():
             signal.raise_signal(number)
             signal.raise_signal(number)  # somebody who is impatient
             done.append("written")
@@ -52,7 +52,7 @@ def test_a_signal_waits_for_the_end_of_an_uninterrupted_block(number: int, raise
 
 def test_an_error_in_an_uninterrupted_block_comes_out_and_handlers_are_back() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(OSError, match="disk"), uninterrupted():
+    with pytest.raises(OSError, match="disk"), defer_signals():
         raise OSError("disk")
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -61,7 +61,7 @@ def test_other_threads_have_no_signals_to_wait_for() -> None:
     passed = []
 
     def run() -> None:
-        with termination_raises(), uninterrupted():
+        with sigterm_raises(), defer_signals():
             passed.append(True)
 
     thread = threading.Thread(target=run)

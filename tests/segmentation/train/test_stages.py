@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastema.segmentation.options import TrainOptions
-from fastema.segmentation.train.stages import freeze, open_levels, stages_of
+from fastema.segmentation.train.stages import freeze, open_levels, plan_stages
 
 
 def options(**changes: Any) -> TrainOptions:
@@ -22,7 +22,7 @@ def options(**changes: Any) -> TrainOptions:
 def test_two_stages_have_their_own_batches_rates_and_schedules() -> None:
     chosen = {"epochs": 120, "stage1_epochs": 30, "batch_size": 8, "stage2_batch_size": 1, "accumulation_steps": 4}
     rates = {"lr": 0.00025, "stage2_lr": 0.0002, "min_lr": 0.00001, "warmup_epochs": 2}
-    stages = stages_of(options(**chosen, **rates), images=100)
+    stages = plan_stages(options(**chosen, **rates), images=100)
     first, second = stages.stages
     assert (first.number, first.first_epoch, first.epochs, first.group_size, first.steps_per_epoch) == (1, 1, 30, 32, 4)
     assert (second.number, second.first_epoch, second.epochs, second.group_size) == (2, 31, 90, 4)
@@ -39,19 +39,19 @@ def test_two_stages_have_their_own_batches_rates_and_schedules() -> None:
 
 def test_without_a_first_stage_the_second_has_the_warm_up_and_all_epochs() -> None:
     for chosen in ({"stage1_epochs": 0}, {"stage1_epochs": 5, "skip_stage1": True}):
-        (only,) = stages_of(options(epochs=20, warmup_epochs=3, **chosen), images=16).stages
+        (only,) = plan_stages(options(epochs=20, warmup_epochs=3, **chosen), images=16).stages
         assert (only.number, only.first_epoch, only.epochs) == (2, 1, 20)
         assert only.schedule.warmup_steps == 3 * 2
 
 
 def test_a_run_may_be_stage_1_alone() -> None:
-    (only,) = stages_of(options(epochs=4, stage1_epochs=4), images=16).stages
+    (only,) = plan_stages(options(epochs=4, stage1_epochs=4), images=16).stages
     assert (only.number, only.epochs) == (1, 4)
 
 
 @pytest.mark.parametrize("levels", [3, 4, 5])
 def test_levels_open_one_after_the_other_until_half_of_the_stage(levels: int) -> None:
-    first, second = stages_of(options(epochs=70, stage1_epochs=10, progressive_unfreeze=True), images=16).stages
+    first, second = plan_stages(options(epochs=70, stage1_epochs=10, progressive_unfreeze=True), images=16).stages
     opened = [open_levels(second, epoch, levels, progressive=True) for epoch in range(11, 71)]
     assert opened[0] == 1
     assert opened == sorted(opened)
@@ -65,7 +65,7 @@ def test_levels_open_one_after_the_other_until_half_of_the_stage(levels: int) ->
 
 
 def test_a_stage_too_short_for_its_levels_opens_several_at_once() -> None:
-    (only,) = stages_of(options(epochs=2, progressive_unfreeze=True), images=16).stages
+    (only,) = plan_stages(options(epochs=2, progressive_unfreeze=True), images=16).stages
     assert [open_levels(only, epoch, 5, progressive=True) for epoch in (1, 2)] == [1, 5]
 
 

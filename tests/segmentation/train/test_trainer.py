@@ -23,7 +23,7 @@ from fastema.checkpoint import CheckpointError, load_checkpoint, load_weights
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.train import checkpoints as checkpointing
 from fastema.segmentation.train import trainer as trainer_module
-from fastema.segmentation.train.run_dir import make_writable, require_space, set_aside
+from fastema.segmentation.train.run_dir import ensure_writable, move_previous_run, require_space
 from fastema.segmentation.train.trainer import Trainer
 from segmentation.phases import PHASE_1, PHASE_2
 from segmentation.runs import Pairs, differences, tiny_pairs
@@ -155,7 +155,7 @@ def test_the_ema_is_updated_once_for_each_real_step(pairs, tmp_path: Path) -> No
     """Ten images, groups of 2 x 4: a whole group and one of a single batch of 2 - two steps, not three batches."""
     run = trainer(pairs, options(tmp_path / "run", use_ema=True, accumulation_steps=2))
     stepped = []
-    run.optimisation.optimizer.register_step_post_hook(lambda *_: stepped.append(1))
+    run.optimizer.adamw.register_step_post_hook(lambda *_: stepped.append(1))
     run._train_epoch(1)
     assert len(stepped) == run.ema.num_updates == 2
 
@@ -171,8 +171,8 @@ def test_accumulated_batches_are_one_large_batch(
         chosen = {"batch_size": size, "accumulation_steps": accumulation, "lr": 0.01, "scheduler": "none"}
         run = trainer(pairs, options(tmp_path / name, **chosen))
         # SGD shows the gradient as it is; normalisation by the running statistics makes images independent.
-        groups = [{"params": group["params"]} for group in run.optimisation.optimizer.param_groups]
-        run.optimisation.optimizer = torch.optim.SGD(groups, lr=0.0)
+        groups = [{"params": group["params"]} for group in run.optimizer.adamw.param_groups]
+        run.optimizer.adamw = torch.optim.SGD(groups, lr=0.0)
         run.net.eval()
         run.net.train = lambda mode=True, net=run.net: net  # type: ignore[method-assign]
         assert len(run._train_epoch(1).step_seconds) == 2
@@ -196,10 +196,10 @@ PARTS = ("decoder", "backbone")
 def test_the_backbone_stands_still_in_stage_1_and_moves_in_stage_2(pairs, tmp_path: Path) -> None:
     run = trainer(pairs, options(tmp_path / "run", epochs=3, stage1_epochs=1, stage2_batch_size=2))
     assert trained_parts(run, 1) == (True, False)
-    moments = [dict(state) for state in run.optimisation.optimizer.state.values()]
-    optimizer = run.optimisation.optimizer
+    moments = [dict(state) for state in run.optimizer.adamw.state.values()]
+    optimizer = run.optimizer.adamw
     assert trained_parts(run, 2) == (True, True)
-    assert run.optimisation.optimizer is optimizer, "one optimizer for the whole run"
+    assert run.optimizer.adamw is optimizer, "one optimizer for the whole run"
     assert len(optimizer.state) > len(moments) > 0
     decoder_steps = {int(optimizer.state[parameter]["step"]) for parameter in run.net.decoder.parameters()}
     assert decoder_steps <= {3 + 5, 3 + 5 - 1}, "the decoder's moments went on: 3 steps of 4 images, then 5 of 2"
@@ -230,7 +230,7 @@ def test_the_backbone_opens_from_its_deep_end(pairs, tmp_path: Path) -> None:
 def test_every_group_of_parameters_has_its_rate(pairs, tmp_path: Path) -> None:
     run = trainer(pairs, options(tmp_path / "run", lr=0.01, min_lr=0.001))
     rates = []
-    run.optimisation.optimizer.register_step_pre_hook(
+    run.optimizer.adamw.register_step_pre_hook(
         lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
     )
     run._train_epoch(1)
@@ -238,7 +238,7 @@ def test_every_group_of_parameters_has_its_rate(pairs, tmp_path: Path) -> None:
     assert rates[0] == pytest.approx([0.01, 0.01, 0.001, 0.001])
     assert rates[-1] == pytest.approx([0.001, 0.001, 0.0001, 0.0001]), "the floor is the group's own"
     backbone = {id(parameter) for parameter in run.net.backbone.parameters()}
-    for i, group in enumerate(run.optimisation.optimizer.param_groups):
+    for i, group in enumerate(run.optimizer.adamw.param_groups):
         assert all((id(parameter) in backbone) == (i >= 2) for parameter in group["params"])
         assert all((parameter.ndim > 1) == (group["weight_decay"] > 0) for parameter in group["params"])
 
@@ -264,27 +264,27 @@ def test_float16_is_refused_on_a_cpu(pairs, tmp_path: Path) -> None:
 def test_a_step_that_the_scaler_leaves_out_is_no_update_of_the_ema(pairs, tmp_path: Path) -> None:
     """A scaler works on a CPU too, only float16 does not: an overflow in the first of three steps."""
     run = trainer(pairs, options(tmp_path / "run", use_ema=True))
-    run.optimisation.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    backward = run.optimisation.backward
+    run.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    backward = run.optimizer.backward
     calls = []
 
     def overflowing(loss: torch.Tensor) -> None:
         calls.append(1)
         backward(loss * (math.inf if len(calls) == 1 else 1.0))
 
-    run.optimisation.backward = overflowing  # type: ignore[method-assign]
+    run.optimizer.backward = overflowing  # type: ignore[method-assign]
     assert len(run._train_epoch(1).step_seconds) == 3
     assert run.ema is not None
     assert run.ema.num_updates == 2
-    assert run.optimisation.scaler.get_scale() == 2.0**9
+    assert run.optimizer.scaler.get_scale() == 2.0**9
     assert all(bool(parameter.isfinite().all()) for parameter in run.net.parameters())
 
 
 def test_gradients_that_overflow_at_every_scale_stop_the_run(pairs, tmp_path: Path) -> None:
     run = trainer(pairs, options(tmp_path / "run", batch_size=1))
-    run.optimisation.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-8)
-    backward = run.optimisation.backward
-    run.optimisation.backward = lambda loss: backward(loss * math.inf)  # type: ignore[method-assign]
+    run.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-8)
+    backward = run.optimizer.backward
+    run.optimizer.backward = lambda loss: backward(loss * math.inf)  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"the gradient became inf in epoch 1; no epoch was finished yet"):
         run.fit()
 
@@ -415,7 +415,7 @@ def test_the_weight_decay_of_a_resumed_run_is_the_one_it_is_given(pairs, tmp_pat
     trainer(pairs, options(tmp_path / "run", epochs=1)).fit()
     last = tmp_path / "run" / "last.pth"
     run = trainer(pairs, options(tmp_path / "run", weight_decay=0.3, resume_from=last))
-    assert [group["weight_decay"] for group in run.optimisation.optimizer.param_groups] == [0.3, 0.0, 0.3, 0.0]
+    assert [group["weight_decay"] for group in run.optimizer.adamw.param_groups] == [0.3, 0.0, 0.3, 0.0]
     assert "--weight-decay 0.0001 → 0.3" in output(run)
 
 
@@ -549,11 +549,11 @@ def test_a_disk_that_is_full_is_found_before_the_training(
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
-    make_writable(tmp_path / "a" / "b")
+    ensure_writable(tmp_path / "a" / "b")
     assert not list((tmp_path / "a" / "b").iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--checkpoint-dir .*file/run cannot be written to: Not a directory"):
-        make_writable(tmp_path / "file" / "run")
+        ensure_writable(tmp_path / "file" / "run")
 
 
 def test_an_unusable_device(pairs, tmp_path: Path) -> None:
@@ -565,11 +565,11 @@ def test_an_unusable_device(pairs, tmp_path: Path) -> None:
 
 
 def test_an_earlier_run_is_set_aside_not_overwritten(tmp_path: Path) -> None:
-    assert set_aside(tmp_path, keep=None) is None
+    assert move_previous_run(tmp_path, keep=None) is None
     for name in ("last.pth", "history.csv", "notes.txt"):
         (tmp_path / name).write_text(name)
-    assert set_aside(tmp_path, keep=tmp_path / "last.pth") is None, "the run goes on: everything stays"
-    assert set_aside(tmp_path, keep=None) == tmp_path / "previous"
+    assert move_previous_run(tmp_path, keep=tmp_path / "last.pth") is None, "the run goes on: everything stays"
+    assert move_previous_run(tmp_path, keep=None) == tmp_path / "previous"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["notes.txt", "previous"]
     assert (tmp_path / "previous" / "last.pth").read_text() == "last.pth"
 
@@ -586,7 +586,7 @@ def test_the_trainers_ema_is_the_one_we_publish(pairs, tmp_path: Path) -> None:
         for name, parameter in run.net.named_parameters():
             expected[name] = (0.9 * expected[name] + 0.1 * parameter.double()).detach()
 
-    run.optimisation.optimizer.register_step_post_hook(average)
+    run.optimizer.adamw.register_step_post_hook(average)
     run._train_epoch(1)
     shadow = run.ema.shadow_state_dict()
     assert max(float((shadow[name].double() - value).abs().max()) for name, value in expected.items()) < 1e-6
