@@ -57,11 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the advice as a page or JSON, and draw the picture.
-
-    Raises:
-        UserError: a flag or the history cannot be used.
-    """
+    """Print the advice as a page or JSON, and draw the picture."""
     if arguments.history is None and arguments.epochs is None:
         raise UserError("give --history FILE, or --epochs with --images (or --updates-per-epoch), or both")
     if arguments.plot is not None and arguments.history is None:

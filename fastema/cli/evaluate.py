@@ -41,11 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluate, print a table and write JSON.
-
-    Raises:
-        UserError: a flag, the checkpoint or the data cannot be used.
-    """
+    """Evaluate, print a table and write JSON."""
     options = EvaluateOptions(**{field.name: getattr(arguments, field.name) for field in fields(EvaluateOptions)})
     options.check()
     require_train_extra()

@@ -31,11 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write a mask for every image that can be read.
-
-    Raises:
-        UserError: a flag, a file or the checkpoint cannot be used.
-    """
+    """Write a mask for every image that can be read."""
     threshold = arguments.threshold
     if threshold is not None and not 0 < threshold < 1:
         raise UserError(f"--threshold must be a probability between 0 and 1, got {threshold:g}")

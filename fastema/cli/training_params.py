@@ -19,9 +19,6 @@ def read_training_params(path: Path) -> dict[str, Any]:
 
     Args:
         path: JSON with `ema`, true or false, and `ema_params`: `decay`, `decay_type`, and the schedule's arguments.
-
-    Raises:
-        UserError: the file is missing, not JSON, or has a key that would not be used.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -1,10 +1,13 @@
 """The options of a training, one field a flag, checked before anything is read or built."""
 
+# ruff: noqa: RUF009 - `_flag` returns a field
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,53 +24,126 @@ PRECISIONS = ("none", "bf16", "fp16")
 EMA_STARTS = ("now", "auto")
 
 
+def _parse_decays(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers like 0.99,0.999, got {text!r}") from None
+
+
+def _parse_decay_args(text: str) -> dict[str, float]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {name.strip(): float(value) for name, value in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected something like beta=15, got {text!r}") from None
+
+
+#: The groups of flags in `--help`, with their descriptions.
+GROUPS = {
+    "teacher": "A checkpoint of fastema train: its averaged weights where it has any. It may be of another backbone, "
+    "other experts, and another image size.",
+    "data": None,
+    "model": None,
+    "stages": "1: the decoder alone, the backbone frozen. 2: everything, the backbone at a tenth of the rate.",
+    "optimisation": "AdamW. The backbone is at a tenth of each rate, --min-lr too.",
+    "exponential moving average": None,
+    "checkpoints": None,
+}
+_EMA = "exponential moving average"
+
+
+def _flag(group: str, help: str, default: Any = dataclasses.MISSING, metavar: str | None = None, **more: Any) -> Any:
+    """Return a field and how its flag is shown; `more` are arguments of `argparse`'s `add_argument`."""
+    metadata = {"group": group, "help": help, "metavar": metavar, **more}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """The options of `fastema train`; None means the value of the option it falls back to."""
 
-    dataset_path: str
-    checkpoint_dir: Path
-    # data
-    cam_only: bool = True
-    val_fraction: float = 0.1
-    num_workers: int = 0
-    # model
-    backbone: str = "edgenext_base"
-    pretrained: bool = True
-    num_experts: int = 7
-    top_k: int = 2
-    img_size: int = 384
-    device: str = "auto"
-    amp: str = "none"
-    fsdp: bool = False
-    # stages
-    epochs: int = 30
-    stage1_epochs: int = 0
-    skip_stage1: bool = False
-    progressive_unfreeze: bool = False
-    batch_size: int = 8
-    stage2_batch_size: int | None = None
-    accumulation_steps: int = 1
-    # optimisation
-    lr: float = 1e-3
-    stage2_lr: float | None = None
-    scheduler: str = "cosine"
-    min_lr: float = 1e-5
-    warmup_epochs: int = 0
-    weight_decay: float = 1e-4
-    clip_grad: float = 1.0
-    seed: int = 0
-    # exponential moving average
-    use_ema: bool = False
-    ema_decay: float = 0.999
-    ema_decays: tuple[float, ...] = ()
-    ema_decay_type: str = "threshold"
-    ema_decay_args: Mapping[str, float] | None = None
-    ema_start: str = "now"
-    ema_start_epoch: int = 1
-    # checkpoints
-    resume_from: Path | None = None
-    save_every: int = 0
+    dataset_path: str = _flag(
+        "data",
+        "folder with Train/Image and Train/GT_Object (COD10K-v3), Imgs and GT, or Image and Mask; "
+        f"or '{SYNTHETIC}': a camouflage data set, generated on the spot",
+        metavar="DIR",
+    )
+    checkpoint_dir: Path = _flag("checkpoints", "where everything is written", metavar="DIR")
+    cam_only: bool = _flag(
+        "data",
+        "of COD10K, only the images with a camouflaged object, as the papers do; this is the default",
+        True,
+        action=argparse.BooleanOptionalAction,
+    )
+    val_fraction: float = _flag("data", "share of Train held out to validate on", 0.1, "F")
+    num_workers: int = _flag("data", "processes that read images beside the training", 0, "N")
+
+    backbone: str = _flag("model", "any timm model with a feature pyramid", "edgenext_base", "NAME")
+    pretrained: bool = _flag("model", "start from random weights", True)
+    num_experts: int = _flag("model", "experts at every level of the decoder; 0: none", 7, "N")
+    top_k: int = _flag("model", "experts that each image is given to", 2, "K")
+    img_size: int = _flag("model", "images are trained on as squares of this size", 384, "PX")
+    device: str = _flag("model", "auto, cpu, cuda, cuda:1, …", "auto", "DEV")
+    amp: str = _flag(
+        "model",
+        "16-bit forward and backward; fp16 (with loss scaling) on CUDA only, bf16 on a CPU too",
+        "none",
+        choices=PRECISIONS,
+    )
+    fsdp: bool = _flag(
+        "model",
+        "under torchrun: each process keeps a part of weights, moments and averages (fully_shard), not all of it",
+        False,
+    )
+
+    epochs: int = _flag("stages", "in all, both stages and those before a resume included", 30, "N")
+    stage1_epochs: int = _flag("stages", "how many of them are stage 1", 0, "N")
+    skip_stage1: bool = _flag("stages", "all epochs are stage 2, whatever --stage1-epochs", False)
+    progressive_unfreeze: bool = _flag(
+        "stages", "in stage 2, open the backbone level by level, the deepest first, until half of the stage", False
+    )
+    batch_size: int = _flag("stages", "images a batch, in all processes together", 8, "N")
+    stage2_batch_size: int | None = _flag("stages", "in stage 2 (default: --batch-size)", None, "N")
+    accumulation_steps: int = _flag("stages", "batches an optimizer step, in both stages", 1, "N")
+
+    lr: float = _flag("optimisation", "highest learning rate", 1e-3, "LR")
+    stage2_lr: float | None = _flag("optimisation", "highest learning rate of stage 2 (default: --lr)", None, "LR")
+    scheduler: str = _flag(
+        "optimisation",
+        "over each stage anew: half a cosine; a cosine with warm restarts (3 cycles, each twice as long); "
+        "one-cycle; or constant",
+        "cosine",
+        choices=SCHEDULERS,
+    )
+    min_lr: float = _flag("optimisation", "learning rate at the end of a stage (not: none)", 1e-5, "LR")
+    warmup_epochs: int = _flag("optimisation", "linear warm-up at the start (not: onecycle)", 0, "N")
+    weight_decay: float = _flag("optimisation", "AdamW's, on weights only", 1e-4, "W")
+    clip_grad: float = _flag("optimisation", "gradient norm limit; 0: none", 1.0, "NORM")
+    seed: int = _flag("optimisation", "of weights, order, augmentation and synthetic data", 0, "N")
+
+    use_ema: bool = _flag(_EMA, "validate the averaged weights every epoch", False)
+    ema_decay: float = _flag(_EMA, "it looks back over 1 / (1 - D) steps", 0.999, "D")
+    ema_decays: tuple[float, ...] = _flag(
+        _EMA,
+        "several averages at once, in place of --ema-decay; the first is the main one, ema_net of last.pth",
+        (),
+        "D,D,…",
+        type=_parse_decays,
+    )
+    ema_decay_type: str = _flag(_EMA, "constant, threshold, exp, warmup, linear", "threshold", "TYPE")
+    ema_decay_args: Mapping[str, float] | None = _flag(
+        _EMA,
+        "what the type takes: beta=15 (exp), inv_gamma=1,power=0.67 (warmup)",
+        None,
+        "NAME=X,…",
+        type=_parse_decay_args,
+    )
+    ema_start_epoch: int = _flag(_EMA, "start it before epoch N", 1, "N")
+    ema_start: str = _flag(_EMA, "now, or auto: when the IoU so far says that it pays", "now", choices=EMA_STARTS)
+
+    resume_from: Path | None = _flag("checkpoints", "go on from a checkpoint of fastema train", None, "FILE")
+    save_every: int = _flag("checkpoints", "keep checkpoint_epoch{N}.pth of every Nth epoch; 0: of none", 0, "N")
 
     @property
     def first_stage_epochs(self) -> int:
@@ -154,11 +230,17 @@ class TrainOptions:
 class DistillOptions(TrainOptions):
     """The options of `fastema distill`: those of the student's training, and the teacher's."""
 
-    use_ema: bool = True
-    teacher_checkpoint: Path = field(kw_only=True)
-    teacher_backbone: str | None = None
-    distill_weight: float = 0.5
-    temperature: float = 2.0
+    use_ema: bool = _flag(_EMA, "validate the averaged weights every epoch", True)
+    teacher_checkpoint: Path = dataclasses.field(
+        kw_only=True, metadata={"group": "teacher", "help": "whom to learn from", "metavar": "FILE"}
+    )
+    teacher_backbone: str | None = _flag(
+        "teacher", "the backbone that FILE must have; a check, since FILE itself says how it is built", None, "NAME"
+    )
+    distill_weight: float = _flag(
+        "teacher", "loss = (1 - A) x loss against the masks + A x distance to the teacher", 0.5, "A"
+    )
+    temperature: float = _flag("teacher", "what both their logits are divided by before they are compared", 2.0, "T")
 
     def check(self) -> None:
         super().check()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +18,8 @@ import torch
 
 import fastema
 from fastema import backends, cli
-from fastema.cli import train as train_command
-from fastema.segmentation import train_extra as extras
+from fastema.segmentation import train_extra
+from fastema.segmentation.options import TrainOptions
 from fastema.segmentation.train_extra import missing_packages
 
 needs_train = pytest.mark.skipif(bool(missing_packages()), reason="the train extra is not installed")
@@ -101,7 +102,7 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 def test_a_missing_extra_names_the_command_that_helps(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(extras._NEEDED, "a_module_that_is_not_there", "some-package")
+    monkeypatch.setitem(train_extra._NEEDED, "a_module_that_is_not_there", "some-package")
     message = error_of(capsys, "train", "--dataset-path", "x", "--checkpoint-dir", str(tmp_path / "run"))
     assert "some-package not installed: pip install 'fastema[train]'" in message
     assert message.count("\n") == 1
@@ -231,8 +232,9 @@ def test_ctrl_c_in_a_real_training_leaves_cleanly(tmp_path: Path) -> None:
 
 
 def test_the_flags_and_the_options_have_the_same_names() -> None:
-    assert set(train_command._REQUIRED) <= set(train_command._DEFAULTS)
+    required = {field.name for field in fields(TrainOptions) if field.default is MISSING}
+    assert required == {"dataset_path", "checkpoint_dir"}
     parsed = cli._parser().parse_args(["train", "--dataset-path", "x", "--checkpoint-dir", "y"])
-    for name, default in train_command._DEFAULTS.items():
-        if name not in train_command._REQUIRED:
-            assert getattr(parsed, name) == default, name
+    for field in fields(TrainOptions):
+        if field.name not in required:
+            assert getattr(parsed, field.name) == field.default, field.name

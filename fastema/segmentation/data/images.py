@@ -42,11 +42,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image, uint8 [H, W, 3], and its mask, uint8 [H, W] of 0 and 1.
-
-    Raises:
-        UserError: a file cannot be read or does not fit the other. Both were verified at the start of the run.
-    """
+    """Read an image, uint8 [H, W, 3], and its mask, uint8 [H, W] of 0 and 1."""
     path = pair.image
     try:
         image = read_image(path)

@@ -78,9 +78,6 @@ def list_pairs(root: Path, split: str = "Train", cam_only: bool = True) -> Listi
         root: the data set's folder.
         split: `Train` or `Test`.
         cam_only: leave out `COD10K-NonCAM-*`, as the papers on COD10K do.
-
-    Raises:
-        UserError: `root` has no such split, no known layout or no image, or it is a Test folder to train on.
     """
     images, masks = _find_folders(root, split)
     image_files, mask_files = _by_stem(images), _by_stem(masks)
@@ -111,9 +108,6 @@ def hold_out(pairs: Sequence[Pair], fraction: float) -> tuple[list[Pair], list[P
     """Split pairs into (training, validation), with about `fraction` and at least one in the second.
 
     By a hash of the stem, so the split is the same on every machine and does not change when images are added.
-
-    Raises:
-        UserError: there are fewer than two pairs.
     """
     if len(pairs) < 2:
         raise UserError(f"{len(pairs)} image(s) are not enough: one to train on and one to validate on are the least")

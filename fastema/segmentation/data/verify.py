@@ -31,9 +31,6 @@ def verify_pairs(listing: Listing, advance: Callable[[], object] | None = None) 
     Args:
         listing: from `list_pairs`.
         advance: called after each pair.
-
-    Raises:
-        UserError: files are unpaired, unreadable or do not fit; counts them and lists the first few of each kind.
     """
     problems = {kind: list(texts) for kind, texts in listing.problems.items()}
     names = defaultdict(list)

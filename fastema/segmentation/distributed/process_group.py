@@ -71,11 +71,7 @@ class Processes:
         return values
 
     def device(self, name: str) -> torch.device:
-        """Return the device of a `--device` flag for this process; each has its own GPU.
-
-        Raises:
-            UserError: there is no such device, or fewer than processes.
-        """
+        """Return the device of a `--device` flag for this process; each has its own GPU."""
         gpus = torch.cuda.device_count()
         if self.world_size > 1 and gpus and name.startswith("cuda:"):
             raise UserError(f"--device {name} is one GPU, and {self.world_size} processes need one each: --device cuda")
@@ -113,11 +109,7 @@ class Processes:
 
 
 def select_device(name: str) -> torch.device:
-    """Return the device of a `--device` flag; `auto` is the GPU if there is one.
-
-    Raises:
-        UserError: there is no such device, or it cannot be used.
-    """
+    """Return the device of a `--device` flag; `auto` is the GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -133,9 +125,6 @@ def process_group() -> Iterator[Processes]:
     """Join this process to the others of its run for a block, if a launcher started it.
 
     An exception leaves the block in the process that failed first. In the others it becomes a silent exit.
-
-    Raises:
-        UserError: the processes cannot find each other, or one is gone without a word.
     """
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         yield Processes()

@@ -44,12 +44,7 @@ _CONVENTIONS = (
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> None:
-    """Measure the checkpoint on the data, print a table and write the JSON.
-
-    Raises:
-        UserError: an option, the checkpoint or the data cannot be used.
-        CheckpointError: the checkpoint cannot be read.
-    """
+    """Measure the checkpoint on the data, print a table and write the JSON."""
     console = Console()
     checkpoint = read_checkpoint(options.checkpoint, options.img_size)
     listing = _list_images(options, checkpoint, console)

@@ -52,10 +52,6 @@ def write_masks(
         weights: `net` or `ema_net`; None: the averaged ones if there are any.
         threshold: write 255 from this probability up and 0 below; None: grey levels.
         device_name: of `--device`.
-
-    Raises:
-        UserError: an option or the checkpoint cannot be used; or, at the end, some images have no mask.
-        CheckpointError: the checkpoint cannot be read.
     """
     console = Console()
     targets = _targets(_files(images), out)

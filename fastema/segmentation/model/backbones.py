@@ -35,11 +35,7 @@ class Backbone:
 
 
 def create_backbone(name: str, pretrained: bool) -> Backbone:
-    """Create a timm model that returns its feature pyramid.
-
-    Raises:
-        UserError: there is no such model, it has no pyramid, or its weights are not available.
-    """
+    """Create a timm model that returns its feature pyramid."""
     _check_name(name)
     package = packaged_weights.find(name) if pretrained else None
     download = pretrained and package is None

@@ -60,10 +60,6 @@ def read_checkpoint(path: Path, img_size: int | None = None) -> Checkpoint:
     Args:
         path: the file.
         img_size: replaces the one it was trained with.
-
-    Raises:
-        CheckpointError: the file cannot be read or is incomplete.
-        UserError: it was not written by `fastema train`, or by a version that stored other options.
     """
     content = load_checkpoint(path)
     weights = tuple(name for name in (BASE, AVERAGED) if isinstance(content.get(name), Mapping))
@@ -99,12 +95,7 @@ def read_checkpoint(path: Path, img_size: int | None = None) -> Checkpoint:
 
 
 def load_net(checkpoint: Checkpoint, device: torch.device, weights: str) -> SegmentationNet:
-    """Build the network with the weights `net` or `ema_net`, in evaluation mode.
-
-    Raises:
-        UserError: the checkpoint has no such weights, they do not fit the network that its options describe, or it
-            cannot take images of another size than it was trained with.
-    """
+    """Build the network with the weights `net` or `ema_net`, in evaluation mode."""
     if weights not in checkpoint.weights:
         raise UserError(f"{checkpoint.path} has no {weights}: it was trained without --use-ema")
     net, _ = create_net(checkpoint.architecture, pretrained=False)
@@ -118,9 +109,6 @@ def load_both(checkpoint: Checkpoint, device: torch.device) -> tuple[Segmentatio
     """Build the network with its trained weights, and a FastEMA that holds the averaged ones, to be swapped in.
 
     The FastEMA is None where the checkpoint has no EMA. It holds `ema_net` only, and is not to be updated.
-
-    Raises:
-        UserError: as `load_net`.
     """
     if AVERAGED not in checkpoint.weights:
         return load_net(checkpoint, device, BASE), None

@@ -24,9 +24,6 @@ class Architecture:
         backbone: name of a timm model.
         num_experts: per level of the decoder; 0 for a plain decoder.
         top_k: experts per image; ignored without experts.
-
-    Raises:
-        UserError: the numbers do not go together.
     """
 
     backbone: str
@@ -165,11 +162,7 @@ class SegmentationNet(nn.Module):
 
 
 def create_net(architecture: Architecture, pretrained: bool) -> tuple[SegmentationNet, str]:
-    """Create the network; return it and the source of its backbone's weights, in words.
-
-    Raises:
-        UserError: there is no such backbone, it has no pyramid, or its weights are not available.
-    """
+    """Create the network; return it and the source of its backbone's weights, in words."""
     backbone = create_backbone(architecture.backbone, pretrained)
     shape = (backbone.module, backbone.channels, backbone.mean, backbone.std)
     return SegmentationNet(*shape, architecture.num_experts, architecture.top_k), backbone.weights

@@ -41,11 +41,7 @@ def install_hint(name: str) -> str:
 
 
 def load(package: WeightsPackage, name: str, backbone: nn.Module) -> None:
-    """Copy a package's weights into a `features_only` backbone of timm model `name`.
-
-    Raises:
-        UserError: the package has no weights, or others than are known to match.
-    """
+    """Copy a package's weights into a `features_only` backbone of timm model `name`."""
     import timm
 
     full = timm.create_model(name, pretrained=False).state_dict()

@@ -44,9 +44,6 @@ class Averages:
         start_epoch: the averages start before this epoch.
         total_steps: optimizer steps from there to the end of the run, for schedules with an end.
         timers: get the time of every update.
-
-    Raises:
-        UserError: the options do not make an average.
     """
 
     def __init__(
@@ -112,9 +109,6 @@ class Averages:
 
         Returns:
             The names of those that start from the weights.
-
-        Raises:
-            UserError: the averages are of another network.
         """
         own = self.ema.state_dict()
         mine, saved = _as_list(own["shadow"]), _as_list(state.get("shadow", {}))

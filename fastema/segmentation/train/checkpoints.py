@@ -37,12 +37,7 @@ _PLACES = ("resume_from", "checkpoint_dir")
 
 
 def read_resumable(path: Path, options: TrainOptions) -> dict[str, Any]:
-    """Read a checkpoint to resume from.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-        UserError: it was not written by fastema train, is of another architecture, or has done its epochs.
-    """
+    """Read a checkpoint to resume from."""
     checkpoint = load_checkpoint(path)
     missing = [name for name in _NEEDED if name not in checkpoint]
     if missing:
@@ -99,9 +94,6 @@ def write_epoch(
         options: stored as plain values.
         bests_after: epochs up to this one do not count for `best_*.pth`; their files are in another folder.
         parallel: the network over the processes.
-
-    Raises:
-        CheckpointError: the disk is full, or the folder is not writable any more.
     """
     record = history[-1]
     candidates = [each for each in history if each.epoch > bests_after]

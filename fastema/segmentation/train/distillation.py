@@ -68,10 +68,6 @@ def load_teacher(path: Path, backbone: str | None = None) -> Teacher:
     Args:
         path: the checkpoint.
         backbone: the expected one, without regard to a pretraining tag (`name.tag`).
-
-    Raises:
-        CheckpointError: the file cannot be read or is incomplete.
-        UserError: no network can be built from it, or it has another backbone.
     """
     checkpoint = read_checkpoint(path)
     architecture = checkpoint.architecture

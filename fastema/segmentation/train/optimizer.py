@@ -26,9 +26,6 @@ class Precision:
     Attributes:
         amp: "none", "bf16" or "fp16".
         device: of the training.
-
-    Raises:
-        UserError: the device does not support it.
     """
 
     amp: str
@@ -108,11 +105,7 @@ class TrainOptimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def load(self, checkpoint: dict[str, Any], origin: object) -> None:
-        """Load a checkpoint's moments; the options stay this run's.
-
-        Raises:
-            UserError: the checkpoint has other parameter groups.
-        """
+        """Load a checkpoint's moments; the options stay this run's."""
         try:
             self.adamw.load_state_dict(checkpoint["optimizer"])
         except ValueError as error:

@@ -30,12 +30,7 @@ ObjectiveFor: TypeAlias = Callable[[Sequence[Pair], Console], MakeObjective]
 def run_training(
     options: TrainOptions, processes: Processes, objective_for: ObjectiveFor = lambda *_: supervised
 ) -> Trainer:
-    """Read the data and train to the last epoch.
-
-    Raises:
-        UserError: an option, the data or the device cannot be used, or the training cannot go on.
-        CheckpointError: a checkpoint cannot be read or written.
-    """
+    """Read the data and train to the last epoch."""
     console = Console(quiet=not processes.is_first)
     with sigterm_raises():
         processes.check(options)
@@ -56,11 +51,7 @@ def run_training(
 
 
 def run_distillation(options: DistillOptions, processes: Processes) -> Trainer:
-    """Train a student from a teacher.
-
-    Raises:
-        UserError, CheckpointError: as `run_training`.
-    """
+    """Train a student from a teacher."""
     try:
         # Before the images are read, which may take minutes.
         teacher = load_teacher(options.teacher_checkpoint, options.teacher_backbone)

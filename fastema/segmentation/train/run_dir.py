@@ -13,11 +13,7 @@ _WRITTEN = frozenset({".pth", ".csv", ".png"})
 
 
 def ensure_writable(folder: Path) -> None:
-    """Make the folder and write a trial file, so that a run does not find it read-only after hours.
-
-    Raises:
-        UserError: it cannot be made or written to.
-    """
+    """Make the folder and write a trial file, so that a run does not find it read-only after hours."""
     trial = folder / f".trial.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)

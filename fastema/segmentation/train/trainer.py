@@ -80,10 +80,6 @@ class Trainer:
         console: to print to.
         make_objective: the objective's factory; the loss against the masks unless given.
         processes: of the run, each with a trainer of its own.
-
-    Raises:
-        UserError: the backbone, the device, the precision or the checkpoint to resume from cannot be used.
-        CheckpointError: the checkpoint to resume from is not readable, or of another model.
     """
 
     def __init__(
@@ -145,12 +141,7 @@ class Trainer:
         return None if self.averages is None else self.averages.ema
 
     def fit(self) -> None:
-        """Train to the last epoch; write checkpoints, history, summary and pictures.
-
-        Raises:
-            UserError: the loss is not finite any more, or memory ran out.
-            CheckpointError: a checkpoint cannot be written.
-        """
+        """Train to the last epoch; write checkpoints, history, summary and pictures."""
         log = TensorBoardLog(self._file(TENSORBOARD), self.epoch + 1, writes=self.processes.is_first)
         try:
             self._messages.say(log.note)
