@@ -7,9 +7,9 @@ foreground where its logit is above 0, a probability above 0.5.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from fastema.segmentation.data.loaders import Validation
 from fastema.segmentation.eval.metrics import as_published, dice, iou, mae, mean_e, s_measure, weighted_f
+from fastema.segmentation.model.network import eval_mode
 
 
 def resized_logits(net: nn.Module, images: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -52,18 +53,6 @@ def evaluate(net: nn.Module, loader: DataLoader, device: torch.device) -> list[f
             for batch in loader
             for prediction, truth in zip(predict(net, batch, device), batch.masks, strict=True)
         ]
-
-
-@contextmanager
-def eval_mode(net: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode for a block; afterwards each module has its mode back."""
-    were_training = [module for module in net.modules() if module.training]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module in were_training:  # not net.train(): frozen parts were in evaluation mode
-            module.training = True
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -161,6 +162,18 @@ class SegmentationNet(nn.Module):
         return stages
 
 
+@contextmanager
+def eval_mode(net: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode for a block; afterwards each module has its mode back."""
+    were_training = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module in were_training:  # not net.train(): frozen parts were in evaluation mode
+            module.training = True
+
+
 def create_net(architecture: Architecture, pretrained: bool) -> tuple[SegmentationNet, str]:
     """Create the network; return it and the source of its backbone's weights, in words."""
     backbone = create_backbone(architecture.backbone, pretrained)
@@ -171,22 +184,27 @@ def create_net(architecture: Architecture, pretrained: bool) -> tuple[Segmentati
 def _depths(backbone: nn.Module) -> dict[str, int]:
     """Return, by parameter name, the shallowest level of the pyramid that depends on it.
 
-    Found by autograd on meta tensors, so it is right for any architecture.
+    Found in autograd's graph, so it is right for any architecture.
     """
-    state = {name: buffer.to("meta") for name, buffer in backbone.named_buffers()}
-    left = {name: parameter.detach().to("meta").requires_grad_() for name, parameter in backbone.named_parameters()}
+    parameters = {name: parameter.detach().requires_grad_() for name, parameter in backbone.named_parameters()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
     size = getattr(backbone, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    device = next(iter(parameters.values())).device
+    with eval_mode(backbone), torch.enable_grad():
+        pyramid = torch.func.functional_call(backbone, parameters, torch.zeros(1, *size, device=device))
     depths: dict[str, int] = {}
-    with torch.enable_grad():
-        pyramid = torch.func.functional_call(backbone, {**state, **left}, torch.zeros(2, *size, device="meta"))
-        for depth, features in enumerate(pyramid):
-            if not left:
-                break
-            gradients = torch.autograd.grad(features.sum(), list(left.values()), retain_graph=True, allow_unused=True)
-            reached = [name for name, gradient in zip(left, gradients, strict=True) if gradient is not None]
-            depths.update(dict.fromkeys(reached, depth))
-            left = {name: parameter for name, parameter in left.items() if name not in depths}
-    return depths | dict.fromkeys(left, len(pyramid) - 1)
+    seen = set()
+    for depth, features in enumerate(pyramid):
+        nodes = [features.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                depths[names[id(node.variable)]] = depth
+            nodes += [following for following, _ in node.next_functions]
+    return dict.fromkeys(parameters, len(pyramid) - 1) | depths
 
 
 def _resize(logits: Tensor, size: torch.Size) -> Tensor:

@@ -41,10 +41,10 @@ from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.load import load_net, read_checkpoint
 from fastema.segmentation.train import trainer as trainer_module
 from fastema.segmentation.train.trainer import Trainer
+from segmentation.commands import TIMEOUT, Command
 from segmentation.runs import Pairs, tiny_options, tiny_pairs, tiny_run
 
 CPU = torch.device("cpu")
-TIMEOUT = 120.0  # seconds; a run that hangs fails its test
 # Nine images in batches of four: of the last one the second process has none.
 UNEVEN = 9
 
@@ -256,40 +256,32 @@ class Run:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = str(found.getsockname()[1])
-        arguments = ["train", "--dataset-path", str(data), "--checkpoint-dir", str(folder), *TINY.split(), *more]
+        arguments = [
+            "train",
+            "--dataset-path",
+            str(data),
+            "--checkpoint-dir",
+            str(folder / "run"),
+            *TINY.split(),
+            *more,
+        ]
+        launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         self.ranks = [
-            subprocess.Popen(
-                [sys.executable, "-u", "-m", "fastema", *arguments, "--num-experts", "0", "--epochs", "999"],
-                env=environment(
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                    WORLD_SIZE="2",
-                    MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=port,
-                ),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
+            Command(
+                folder / f"rank{rank}",
+                [*arguments, "--num-experts", "0", "--epochs", "999"],
+                environment(RANK=str(rank), LOCAL_RANK=str(rank), **launcher),
             )
             for rank in range(2)
         ]
 
-    def wait_for(self, beginning: str) -> None:
-        output = self.ranks[0].stdout
-        assert output is not None
-        for line in output:
-            if line.startswith(beginning):
-                return
-        raise AssertionError(f"no line {beginning!r}; stderr: {self.ends()}")
-
     def ends(self) -> list[tuple[int, list[str]]]:
-        """Each one's status, and what it said of fastema's failing; whatever hangs fails here."""
+        """Each one's status, and what it said of fastema's failing."""
         ends = []
-        for process in self.ranks:
-            errors = process.communicate(timeout=TIMEOUT)[1]
-            assert "Traceback" not in errors, errors
-            ends.append((process.returncode, [line for line in errors.splitlines() if line.startswith("fastema:")]))
+        for command in self.ranks:
+            status = command.end()
+            assert "Traceback" not in command.errors, command.errors
+            ends.append((status, [line for line in command.errors.splitlines() if line.startswith("fastema:")]))
         return ends
 
 
@@ -299,22 +291,22 @@ def started() -> Iterator[list[Run]]:
     runs: list[Run] = []
     yield runs
     for run in runs:
-        for process in run.ranks:
-            process.kill()
-            process.wait()
+        for command in run.ranks:
+            command.process.kill()
+            command.process.join()
 
 
 def test_a_process_that_is_killed_ends_the_others(data: Path, tmp_path: Path, started: list[Run]) -> None:
     run = Run(data, tmp_path)
     started.append(run)
-    run.wait_for("Epoch 2:")  # what the first left is written
-    run.ranks[1].kill()
+    run.ranks[0].wait_for("Epoch 2:")  # what the first left is written
+    run.ranks[1].process.kill()
     (status, said), (killed, _) = run.ends()
     assert killed == -signal.SIGKILL
     assert status == 2
     assert len(said) == 1
     assert said[0].startswith("fastema: error: another process of this run is gone, killed or out of memory maybe (")
-    assert load_checkpoint(tmp_path / "last.pth")["epoch"] >= 1
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] >= 1
 
 
 def test_an_error_in_one_process_is_said_once_and_ends_all(data: Path, tmp_path: Path, started: list[Run]) -> None:
@@ -322,9 +314,9 @@ def test_an_error_in_one_process_is_said_once_and_ends_all(data: Path, tmp_path:
     own.mkdir()
     for folder in data.iterdir():
         (own / folder.name).symlink_to(folder)
-    run = Run(own, tmp_path / "run")
+    run = Run(own, tmp_path)
     started.append(run)
-    run.wait_for("Epoch 2:")  # what the first left is written
+    run.ranks[0].wait_for("Epoch 2:")  # what the first left is written
     for folder in own.iterdir():
         folder.unlink()
     ends = run.ends()
@@ -337,13 +329,13 @@ def test_an_error_in_one_process_is_said_once_and_ends_all(data: Path, tmp_path:
 def test_a_terminated_run_says_once_how_to_go_on(data: Path, tmp_path: Path, started: list[Run]) -> None:
     run = Run(data, tmp_path, "--num-workers", "1")
     started.append(run)
-    run.wait_for("Epoch 2:")  # what the first left is written
-    for process in run.ranks:  # and to those that read images, as torchrun and schedulers do
-        os.killpg(process.pid, signal.SIGTERM)
+    run.ranks[0].wait_for("Epoch 2:")  # what the first left is written
+    for command in run.ranks:  # and to those that read images, as torchrun and schedulers do
+        command.signal_group(signal.SIGTERM)
     ends = run.ends()
     assert sorted(status for status, _ in ends) == [1, 143]
     (line,) = [line for _, said in ends for line in said]
-    assert line == f"fastema: terminated: go on with --resume-from {tmp_path / 'last.pth'}"
+    assert line == f"fastema: terminated: go on with --resume-from {tmp_path / 'run' / 'last.pth'}"
 
 
 def test_what_is_wrong_for_all_is_said_once(data: Path, tmp_path: Path, started: list[Run]) -> None:
