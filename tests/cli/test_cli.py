@@ -8,13 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import fastema
 from fastema import backends, cli
@@ -30,15 +28,6 @@ FLAGS = (
     "--ema-decay-type --ema-start --resume-from --device --no-pretrained"
 )
 TINY = ["--backbone", "mobilenetv3_small_050", "--no-pretrained", "--img-size", "64", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from a second thread, and wait for it ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -26,8 +26,6 @@ from fastema.segmentation.model.load import load_both, load_net, read_checkpoint
 from fastema.segmentation.model.network import SegmentationNet
 from segmentation.cases import ARCHITECTURE, OPTIONS, SIZES, random_net, write_pairs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 COUNT = 5
 

@@ -24,8 +24,6 @@ from fastema.checkpoint import save_checkpoint
 from fastema.segmentation.data.loaders import network_input
 from segmentation.cases import OPTIONS, random_net, write_pairs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Run = Callable[..., Path]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,12 +24,6 @@ from fastema.segmentation.model.mixture_of_experts import Mixture
 
 WIDTH = 16
 SIZES = [(1, 1), (3, 4), (17, 25)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(one_thread: None) -> Iterator[None]:
-    """Everything here is tiny."""
-    yield one_thread
 
 
 def seeded(shape: tuple[int, ...], seed: int = 0) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,11 +35,6 @@ def small_net(num_experts: int = 3, top_k: int = 2, seed: int = 0) -> Segmentati
 
 def images(count: int = 2, size: tuple[int, int] = (64, 64), seed: int = 0) -> Tensor:
     return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(autouse=True)
-def one_thread(one_thread: None) -> Iterator[None]:
-    yield one_thread
 
 
 # --- backbones --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -42,21 +41,6 @@ BACKBONE = "mobilenetv3_small_050"
 STUDENT = "mobilenetv3_small_075"
 TINY = ["--backbone", STUDENT, "--no-pretrained", "--num-experts", "0", "--img-size", "64", "--device", "cpu"]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from a second thread, and wait for it ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "write_curves", lambda *_: None)
-    monkeypatch.setattr(trainer_module, "write_predictions", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

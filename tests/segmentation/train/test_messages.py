@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.train.messages import describe_window, latest_finding
@@ -48,17 +46,12 @@ needs_train = pytest.mark.skipif(bool(missing_packages()), reason="the train ext
 
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Any, str]]]:
+def train(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Any, str]]:
     """Trains with a script in place of the validation: (base, ema) IoUs of the epochs from the first on."""
-    from rich.console import Console
-
-    from fastema.segmentation.data.listing import hold_out, list_pairs
-    from fastema.segmentation.data.synthetic import ensure_dataset
-    from fastema.segmentation.options import TrainOptions
-    from fastema.segmentation.train import trainer as trainer_module
     from fastema.segmentation.train.trainer import Trainer
-
-    training, validation = hold_out(list_pairs(ensure_dataset(tmp_path / "data", 0, 8, 64)).pairs, 0.3)
+    from segmentation.runs import output_of, tiny_options, tiny_run
 
     def run(base: list[float], ema: list[float], **changes: Any) -> tuple[Any, str]:
         def validate(self: Trainer) -> tuple[list[float], list[list[float]]]:
@@ -66,32 +59,12 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
             return [base[epoch]] * 2, [] if self.ema is None else [[ema[epoch]] * 2]
 
         monkeypatch.setattr(Trainer, "_validate", validate)
-        for picture in ("write_curves", "write_predictions"):
-            monkeypatch.setattr(trainer_module, picture, lambda *_: None)
-        (tmp_path / "run").mkdir(exist_ok=True)
-        chosen: dict[str, Any] = {
-            "dataset_path": "synthetic",
-            "checkpoint_dir": tmp_path / "run",
-            "backbone": "mobilenetv3_small_050",
-            "pretrained": False,
-            "num_experts": 0,
-            "img_size": 64,
-            "epochs": len(base),
-            "device": "cpu",
-            "use_ema": True,
-            **changes,
-        }
-        options = TrainOptions(**chosen)
-        options.check()
-        console = Console(file=io.StringIO(), width=200)
-        trainer = Trainer(options, training, validation, console)
+        chosen = {"epochs": len(base), "use_ema": True, **changes}
+        trainer = tiny_run(request.getfixturevalue("pairs"), tiny_options(tmp_path / "run", **chosen))
         trainer.fit()
-        return trainer, console.file.getvalue()  # type: ignore[attr-defined]
+        return trainer, output_of(trainer)
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield run
-    torch.set_num_threads(before)
+    return run
 
 
 @needs_train

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ import torch
 from fastema import FastEMA, cli
 from fastema.checkpoint import CheckpointError, load_checkpoint, load_weights
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.train import checkpoints as checkpointing
+from fastema.segmentation.train import checkpoints
 from fastema.segmentation.train import trainer as trainer_module
 from fastema.segmentation.train.run_dir import ensure_writable, move_previous_run, require_space
 from fastema.segmentation.train.trainer import Trainer
 from segmentation.phases import PHASE_1, PHASE_2
-from segmentation.runs import Pairs, differences, tiny_pairs
+from segmentation.runs import differences
 from segmentation.runs import output_of as output
 from segmentation.runs import tiny_options as options
 from segmentation.runs import tiny_run as trainer
@@ -37,30 +36,29 @@ EMA_LINE = re.compile(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from a second thread, and wait for it ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def pictures() -> None:
-    """For a test that wants the pictures at the end of a run; the others save themselves the seconds."""
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(trainer_module, "write_curves", lambda *_: None)
-        monkeypatch.setattr(trainer_module, "write_predictions", lambda *_: None)
+@pytest.fixture(scope="module")
+def one_epoch(pairs, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A run of one epoch without an average, to look at and to resume from."""
+    return trained_once(pairs, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
-    return tiny_pairs(tmp_path_factory.mktemp("data"))
+def one_epoch_averaged(pairs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of one epoch with an average."""
+    run = trained_once(pairs, tmp_path_factory, use_ema=True, **CONSTANT)
+    return run.options.checkpoint_dir / "last.pth"
+
+
+CONSTANT: dict[str, Any] = {"ema_decay": 0.5, "ema_decay_type": "constant"}
+
+
+def trained_once(pairs, tmp_path_factory: pytest.TempPathFactory, **chosen: Any) -> Trainer:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "write_curves", lambda *_: None)
+        patch.setattr(trainer_module, "write_predictions", lambda *_: None)
+        run = trainer(pairs, options(tmp_path_factory.mktemp("run"), epochs=1, **chosen))
+        run.fit()
+    return run
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -118,13 +116,12 @@ def test_how_the_experts_are_used_is_said_and_recorded(pairs, tmp_path: Path) ->
     assert "of the training time went by waiting for images" in output(run)
 
 
-def test_a_run_without_an_ema(pairs, tmp_path: Path) -> None:
-    run = trainer(pairs, options(tmp_path / "run", epochs=1))
-    run.fit()
-    assert BASE_LINE.search(output(run))
-    assert "EMA" not in output(run)
-    assert not (tmp_path / "run" / "best_ema.pth").exists()
-    assert "ema_net" not in load_checkpoint(tmp_path / "run" / "last.pth")
+def test_a_run_without_an_ema(one_epoch: Trainer) -> None:
+    assert BASE_LINE.search(output(one_epoch))
+    assert "EMA" not in output(one_epoch)
+    folder = one_epoch.options.checkpoint_dir
+    assert not (folder / "best_ema.pth").exists()
+    assert "ema_net" not in load_checkpoint(folder / "last.pth")
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(pairs, tmp_path: Path) -> None:
@@ -309,11 +306,9 @@ def test_several_averages_at_once(pairs, tmp_path: Path, monkeypatch: pytest.Mon
     assert not differences(best["ema"], last["ema"]), "and the state of all"
 
 
-def test_other_decays_after_a_resume(pairs, tmp_path: Path) -> None:
+def test_other_decays_after_a_resume(pairs, tmp_path: Path, one_epoch_averaged: Path) -> None:
     """Averages of a decay that was there go on; new ones start from the weights."""
-    first = trainer(pairs, options(tmp_path / "run", epochs=1, use_ema=True, ema_decay=0.5, ema_decay_type="constant"))
-    first.fit()
-    last = tmp_path / "run" / "last.pth"
+    last = one_epoch_averaged
     chosen = {"use_ema": True, "ema_decay_type": "constant", "resume_from": last}
     run = trainer(pairs, options(tmp_path / "run", ema_decays=(0.9, 0.5), **chosen))
     assert "last.pth has no EMA of decay 0.9: from the weights of epoch 1" in output(run)
@@ -350,8 +345,15 @@ def interrupted_after(run: Trainer, epoch: int) -> None:
 
 
 RUNS: dict[str, dict[str, Any]] = {
-    "one stage": {"ema_decay_type": "threshold", "warmup_epochs": 1, "accumulation_steps": 2, "num_experts": 2},
+    "one stage": {
+        "epochs": 3,
+        "ema_decay_type": "threshold",
+        "warmup_epochs": 1,
+        "accumulation_steps": 2,
+        "num_experts": 2,
+    },
     "two stages, resumed while the backbone opens": {
+        "epochs": 4,
         "stage1_epochs": 1,
         "progressive_unfreeze": True,
         "stage2_batch_size": 2,
@@ -362,14 +364,14 @@ RUNS: dict[str, dict[str, Any]] = {
         "ema_start_epoch": 2,
         "amp": "bf16",
     },
-    "resumed between the stages": {"stage1_epochs": 2, "scheduler": "onecycle", "ema_start_epoch": 3},
+    "resumed between the stages": {"epochs": 3, "stage1_epochs": 2, "scheduler": "onecycle", "ema_start_epoch": 3},
 }
 
 
 @pytest.mark.parametrize("chosen", RUNS.values(), ids=RUNS)
 def test_resume_is_exact(pairs, tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """4 epochs = 2, Ctrl-C, resume, 2; bit for bit, even with another number of workers."""
-    chosen = {"epochs": 4, "use_ema": True, **chosen}
+    """All epochs = 2, Ctrl-C, resume, the rest; bit for bit, even with another number of workers."""
+    chosen = {"use_ema": True, **chosen}
     trainer(pairs, options(tmp_path / "whole", **chosen)).fit()
 
     interrupted_after(trainer(pairs, options(tmp_path / "parts", **chosen)), epoch=2)
@@ -382,17 +384,15 @@ def test_resume_is_exact(pairs, tmp_path: Path, chosen: dict[str, Any]) -> None:
     for name in ("net", "ema_net", "ema", "optimizer", "scaler", "epoch", "bests", "ema_start_epoch"):
         assert not differences(whole[name], parts[name]), name
     assert not differences(whole["rng"]["torch"], parts["rng"]["torch"])
-    assert len(whole["history"]) == len(parts["history"]) == 4
+    assert len(whole["history"]) == len(parts["history"]) == chosen["epochs"]
     for a, b in zip(whole["history"], parts["history"], strict=True):
         assert {**a, "seconds": 0, "data_wait": 0} == {**b, "seconds": 0, "data_wait": 0}
     best = [load_checkpoint(tmp_path / name / "best_ema.pth")["epoch"] for name in ("whole", "parts")]
     assert best[0] == best[1], "the best score of the EMA survives the resume"
 
 
-def test_a_checkpoint_without_an_ema_starts_it_from_its_weights(pairs, tmp_path: Path) -> None:
-    first = trainer(pairs, options(tmp_path / "first", epochs=1))
-    first.fit()
-    last = tmp_path / "first" / "last.pth"
+def test_a_checkpoint_without_an_ema_starts_it_from_its_weights(pairs, tmp_path: Path, one_epoch: Trainer) -> None:
+    last = one_epoch.options.checkpoint_dir / "last.pth"
     run = trainer(pairs, options(tmp_path / "second", use_ema=True, resume_from=last))
     assert "has no EMA: it starts here, from the weights of epoch 1" in output(run)
     assert not differences(run.ema.shadow_state_dict(), load_checkpoint(last)["net"])
@@ -402,26 +402,22 @@ def test_a_checkpoint_without_an_ema_starts_it_from_its_weights(pairs, tmp_path:
     assert (tmp_path / "second" / "best_model.pth").exists(), "a new folder gets best files of its own"
 
 
-def test_resume_says_what_is_different(pairs, tmp_path: Path) -> None:
-    trainer(pairs, options(tmp_path / "run", epochs=1, use_ema=True)).fit()
-    last = tmp_path / "run" / "last.pth"
-    run = trainer(pairs, options(tmp_path / "run", epochs=3, lr=0.01, resume_from=last))
+def test_resume_says_what_is_different(pairs, tmp_path: Path, one_epoch_averaged: Path) -> None:
+    run = trainer(pairs, options(tmp_path / "run", epochs=3, lr=0.01, resume_from=one_epoch_averaged, **CONSTANT))
     assert "after epoch 1; --epochs 1 → 3, --lr 0.001 → 0.01, --use-ema True → False" in output(run)
     assert "left behind: --use-ema is not given" in output(run)
 
 
-def test_the_weight_decay_of_a_resumed_run_is_the_one_it_is_given(pairs, tmp_path: Path) -> None:
+def test_the_weight_decay_of_a_resumed_run_is_the_one_it_is_given(pairs, tmp_path: Path, one_epoch: Trainer) -> None:
     """An optimizer's state brings the old one along."""
-    trainer(pairs, options(tmp_path / "run", epochs=1)).fit()
-    last = tmp_path / "run" / "last.pth"
+    last = one_epoch.options.checkpoint_dir / "last.pth"
     run = trainer(pairs, options(tmp_path / "run", weight_decay=0.3, resume_from=last))
     assert [group["weight_decay"] for group in run.optimizer.adamw.param_groups] == [0.3, 0.0, 0.3, 0.0]
     assert "--weight-decay 0.0001 → 0.3" in output(run)
 
 
-def test_resume_errors(pairs, tmp_path: Path) -> None:
-    trainer(pairs, options(tmp_path / "run", epochs=1)).fit()
-    last = tmp_path / "run" / "last.pth"
+def test_resume_errors(pairs, tmp_path: Path, one_epoch: Trainer) -> None:
+    last = one_epoch.options.checkpoint_dir / "last.pth"
     with pytest.raises(UserError, match=r"has done its 1 epochs: --epochs is the total"):
         trainer(pairs, options(tmp_path / "run", epochs=1, resume_from=last))
     longer = {"epochs": 2, "resume_from": last}
@@ -523,14 +519,14 @@ def test_a_disk_that_fills_up_names_the_last_good_checkpoint(
     pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trainer(pairs, options(tmp_path / "run"))
-    save = checkpointing.save_checkpoint
+    save = checkpoints.save_checkpoint
 
     def full(path: Path, **content: Any) -> None:
         if content["epoch"] == 2:
             raise CheckpointError(f"cannot write the checkpoint {path}: No space left on device")
         save(path, **content)
 
-    monkeypatch.setattr(checkpointing, "save_checkpoint", full)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", full)
     with pytest.raises(CheckpointError, match=r"No space left on device; the last good .* is .*last\.pth \(epoch 1\)"):
         run.fit()
     assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 1
@@ -539,10 +535,10 @@ def test_a_disk_that_fills_up_names_the_last_good_checkpoint(
 def test_a_disk_that_is_full_is_found_before_the_training(
     pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastema.segmentation.train import run_dir as run_folder
+    from fastema.segmentation.train import run_dir
 
-    usage = run_folder.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: usage._replace(free=30_000_000))
+    usage = run_dir.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(run_dir.shutil, "disk_usage", lambda _: usage._replace(free=30_000_000))
     with pytest.raises(UserError, match=r"no space left for this run in .*: its checkpoints are \d+\.\d MB each"):
         trainer(pairs, options(tmp_path / "run", use_ema=True))
     require_space(tmp_path, 1_000_000)
