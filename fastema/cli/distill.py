@@ -11,7 +11,7 @@ from fastema.segmentation.options import DistillOptions
 
 HELP = "train a small student from a trained teacher, the student averaged"
 DESCRIPTION = (
-    "Trains as fastema train does, with an EMA, towards the masks and towards what a teacher says of the same images. "
+    "Trains as fastema train does, with an EMA, towards the masks and a teacher's output for the same images. "
     "The teacher is frozen, is never averaged, and is in no checkpoint."
 )
 

@@ -140,7 +140,7 @@ class TrainOptions:
         type=_parse_decay_args,
     )
     ema_start_epoch: int = _flag(_EMA, "start it before epoch N", 1, "N")
-    ema_start: str = _flag(_EMA, "now, or auto: when the IoU so far says that it pays", "now", choices=EMA_STARTS)
+    ema_start: str = _flag(_EMA, "now, or auto: when the IoU so far shows that it helps", "now", choices=EMA_STARTS)
 
     resume_from: Path | None = _flag("checkpoints", "go on from a checkpoint of fastema train", None, "FILE")
     save_every: int = _flag("checkpoints", "keep checkpoint_epoch{N}.pth of every Nth epoch; 0: of none", 0, "N")
@@ -232,7 +232,7 @@ class DistillOptions(TrainOptions):
 
     use_ema: bool = _flag(_EMA, "validate the averaged weights every epoch", True)
     teacher_checkpoint: Path = dataclasses.field(
-        kw_only=True, metadata={"group": "teacher", "help": "whom to learn from", "metavar": "FILE"}
+        kw_only=True, metadata={"group": "teacher", "help": "the teacher's checkpoint", "metavar": "FILE"}
     )
     teacher_backbone: str | None = _flag(
         "teacher", "the backbone that FILE must have; a check, since FILE itself says how it is built", None, "NAME"
@@ -240,7 +240,7 @@ class DistillOptions(TrainOptions):
     distill_weight: float = _flag(
         "teacher", "loss = (1 - A) x loss against the masks + A x distance to the teacher", 0.5, "A"
     )
-    temperature: float = _flag("teacher", "what both their logits are divided by before they are compared", 2.0, "T")
+    temperature: float = _flag("teacher", "divides the logits of both before they are compared", 2.0, "T")
 
     def check(self) -> None:
         super().check()

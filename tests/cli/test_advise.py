@@ -1,4 +1,4 @@
-"""`fastema advise` as a user meets it: pages, JSON, pictures, and one line for an error."""
+"""`fastema advise` pages, JSON, pictures, and one line for an error."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_which_way_is_better() -> None:
 def test_a_recommendation_is_not_taken_for_the_decay_of_a_history(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Nobody said which decay made that average."""
+    """The average's decay is not given."""
     file = history(tmp_path, BASE, BASE)
     found = json_of(capsys, *RUN, "--history", str(file))
     assert found["findings"] == []

@@ -1,4 +1,4 @@
-"""The `fastema` command as a user meets it: help, one line for an error, exit statuses."""
+"""The `fastema` command help, one line for an error, exit statuses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TINY = ["--backbone", "mobilenetv3_small_050", "--no-pretrained", "--img-size", 
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Runs a command that must fail as a user's error does; returns what it says."""
+    """Run a command that must fail with a user's error; return its message."""
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("fastema: error: ")

@@ -1,4 +1,4 @@
-"""`fastema evaluate`, from a checkpoint file to a table and JSON, and the way from a file to a network."""
+"""`fastema evaluate`, the table and the JSON; and loading a network from a checkpoint."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def without_ema(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: object) -> tuple[dict[str, Any], str]:
-    """Runs the command; returns its JSON and what it printed."""
+    """Run the command; return its JSON and its output."""
     out = tmp_path / "evaluation.json"
     assert cli.main(["evaluate", *map(str, arguments), "--json", str(out), "--device", "cpu"]) == 0
     return json.loads(out.read_text()), capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`fastema predict`: a mask for every image, nothing overwritten, and what could not be read named at the end."""
+"""`fastema predict`: a mask for every image, no other file replaced, unreadable images named at the end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(checkpoint: Path, tmp_path: Path) -> Run:
-    """Runs the command with the masks going to `tmp_path / "masks"`; returns that folder."""
+    """Run the command with `tmp_path / "masks"` as its output; return that folder."""
 
     def run(*arguments: object, status: int = 0, out: Path = tmp_path / "masks") -> Path:
         given = ["predict", str(checkpoint), *map(str, arguments), "--out", str(out), "--device", "cpu"]
@@ -60,7 +60,7 @@ def mask_of(path: Path) -> np.ndarray:
 
 
 def probability(seed: int, file: Path) -> np.ndarray:
-    """What the weights of this seed say of an image, computed with torch alone."""
+    """Compute the probability map of the weights of this seed with torch alone."""
     with Image.open(file) as image:
         pixels = np.array(image.convert("RGB"))
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_without_an_ema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_a_folder_that_cannot_be_written_to(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a full disk: root, who runs tests in containers, may write everywhere."""
+    """With a full disk: root, under whom containers run tests, may write everywhere."""
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""What a run can be told, by flags and by a file: what is understood, and what is refused with a reason."""
+"""The options of a training, by flags and by a file: accepted values, and errors with a reason."""
 
 from __future__ import annotations
 

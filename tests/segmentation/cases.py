@@ -1,4 +1,4 @@
-"""A tiny network and a few images, for the tests of what is done with a trained checkpoint."""
+"""A tiny network and a few images, for tests that use a trained checkpoint."""
 
 from __future__ import annotations
 

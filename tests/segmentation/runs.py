@@ -1,4 +1,4 @@
-"""Whole, tiny trainings for the rooms that test them: data, options, a run, and how two checkpoints differ."""
+"""Tiny trainings for tests: data, options, a run, and the differences of two checkpoints."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Pairs = tuple[list[Pair], list[Pair]]
 
 
 def tiny_pairs(folder: Path) -> Pairs:
-    """Ten images to train on and four to validate on, 64 px."""
+    """Return ten images to train on and four to validate on, 64 px."""
     root = ensure_dataset(folder, seed=0, count=14, size=64)
     training, validation = hold_out(list_pairs(root).pairs, 0.3)
-    # Whatever the hash says: ten to train on, so that the groups of the tests are what they say.
+    # Independent of the hash, since tests count groups of ten images.
     spare = validation + training
     return spare[4:14], spare[:4]
 
 
 def tiny_options(folder: Path, **changes: Any) -> TrainOptions:
-    """The smallest training there is; the folder is made."""
+    """Return the options of the smallest training; make its folder."""
     folder.mkdir(exist_ok=True)
     defaults: dict[str, Any] = {
         "dataset_path": "synthetic",
@@ -44,7 +44,7 @@ def tiny_options(folder: Path, **changes: Any) -> TrainOptions:
 
 
 def tiny_run(pairs: Pairs, options: TrainOptions, **more: Any) -> Trainer:
-    """A run that prints into memory."""
+    """Return a run that prints into memory."""
     options.check()
     return Trainer(options, *pairs, Console(file=io.StringIO(), width=200), **more)
 
@@ -55,7 +55,7 @@ def output_of(run: Trainer) -> str:
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Every place in which two nested values differ, bit for bit."""
+    """Return the places where two nested values differ, bit for bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():

@@ -137,7 +137,7 @@ def rng_states() -> dict[str, Any]:
 
 
 def restore_rng(states: dict[str, Any]) -> None:
-    """Restore the generators. Every epoch seeds torch's anew; the others continue from here."""
+    """Restore the generators. Every epoch seeds torch's again; the others continue from here."""
     torch.set_rng_state(states["torch"])
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))

@@ -1,4 +1,4 @@
-"""What a data set may look like, what is refused before training, and what reaches the network."""
+"""Data sets: layouts, errors before training, and the tensors for the network."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_layouts(tmp_path: Path, level: str, images: str, masks: str) -> None:
     folder = tmp_path / level if level else tmp_path
     write_pair(folder / images, folder / masks, "b")
     write_pair(folder / images, folder / masks, "a")
-    (folder / images / "Thumbs.db").write_bytes(b"not an image, and nobody's business")
+    (folder / images / "Thumbs.db").write_bytes(b"not an image")
     pairs = verify_pairs(list_pairs(tmp_path))
     assert [(pair.image.name, pair.mask.name) for pair in pairs] == [("a.jpg", "a.png"), ("b.jpg", "b.png")]
 
@@ -83,7 +83,7 @@ def test_the_test_split_is_read_only_when_asked_for(tmp_path: Path) -> None:
 
 def test_a_test_folder_is_refused_for_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pair(tmp_path / "Test" / "Image", tmp_path / "Test" / "GT_Object", "held")
-    # Nothing tells that this one is a test set: people call folders so.
+    # Without a Train folder beside it, `Test` is just a name.
     assert [pair.stem for pair in list_pairs(tmp_path / "Test").pairs] == ["held"]
     cod10k(tmp_path, count=1)
     with pytest.raises(UserError, match=r"is a test set, for fastema evaluate only; to train, give .*"):
@@ -301,7 +301,7 @@ def test_the_split_is_by_hash_of_the_stem(tmp_path: Path) -> None:
     assert sorted(pair.stem for pair in training + validation) == sorted(pair.stem for pair in pairs)
     assert 4 <= len(validation) <= 22
     assert validation != pairs[: len(validation)]
-    # Whoever is held out stays held out, whatever else is in the folder and wherever that folder is.
+    # An image stays held out when others are added.
     fewer_training, fewer_validation = hold_out(pairs[:30], 0.2)
     assert set(fewer_validation) <= set(validation)
     assert set(fewer_training) <= set(training)
@@ -419,7 +419,7 @@ def test_a_file_that_went_is_named_in_one_line(tmp_path: Path, workers: int, tra
     assert str(caught.value) == (
         f"{pairs[3].image} cannot be read (No such file or directory): was it moved or changed during the run?"
     )
-    # Nobody is left who would hold up the end of the program.
+    # No worker is left that would delay the end of the program.
     assert not set(multiprocessing.active_children()) - others
 
 
@@ -437,7 +437,7 @@ def test_a_pair_that_was_changed_is_named(tmp_path: Path) -> None:
 
 
 class Deadly:
-    """Stands for a data set whose worker is killed, as the system does when memory runs out."""
+    """A data set whose worker is killed, as when memory runs out."""
 
     def __len__(self) -> int:
         return 4
@@ -558,7 +558,7 @@ def test_generated_images_are_deterministic() -> None:
 
 
 def brightness_separation(image, mask) -> float:
-    """How well a threshold on brightness finds the object: 0.5 is not at all, 1 is perfectly (area under the ROC)."""
+    """Return the area under the ROC of a threshold on brightness: 0.5 finds nothing, 1 the whole object."""
     values = image.mean(axis=2)
     ranks = np.empty(values.size)
     ranks[np.argsort(values.ravel())] = np.arange(values.size)

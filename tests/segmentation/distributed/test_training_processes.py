@@ -1,4 +1,4 @@
-"""One training on two processes, over gloo: as in one process, whoever has how much; and when one of them fails.
+"""One training on two processes over gloo: the same as in one process; and failures of one of them.
 
 Only the decoder trains where a run is held to one in a single process: the backbone's BatchNorm takes its statistics
 from a process's own share of a batch.
@@ -50,7 +50,7 @@ UNEVEN = 9
 
 
 def only_decoder(epochs: int) -> dict[str, Any]:
-    """Options whose rate does not depend on where the last epoch is, for runs that go on from each other.
+    """Return options whose rate does not depend on the number of epochs, for runs that resume each other.
 
     A gradient that is scaled wrongly shows in moments that nothing has clipped.
     """
@@ -64,7 +64,7 @@ def uneven_pairs(folder: Path) -> Pairs:
 
 
 def trained(processes: Processes, folder: Path, **changes: Any) -> Trainer:
-    """A run of these processes, up to its last epoch; without pictures, which take seconds."""
+    """Train to the last epoch, without pictures."""
     for writer in ("write_curves", "write_predictions"):
         setattr(trainer_module, writer, lambda *_: None)
     pairs = processes.from_first(lambda: uneven_pairs(folder.parent))
@@ -78,8 +78,8 @@ def group(rank: Rank) -> Processes:
     return Processes(rank.rank, rank.world, rank.rank, launched=True)
 
 
-def refuse_unlike(one: Any, other: Any, where: str = "") -> None:
-    """Nested values that are not the same up to rounding.
+def assert_close_values(one: Any, other: Any, where: str = "") -> None:
+    """Assert that nested values are equal up to rounding.
 
     Where a gradient is nothing but rounding, AdamW makes a whole step of its sign, so weights tell less than moments.
     """
@@ -89,30 +89,30 @@ def refuse_unlike(one: Any, other: Any, where: str = "") -> None:
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), where
         for key in one:
-            refuse_unlike(one[key], other[key], f"{where}/{key}")
+            assert_close_values(one[key], other[key], f"{where}/{key}")
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), where
         for index, pair in enumerate(zip(one, other, strict=True)):
-            refuse_unlike(*pair, f"{where}/{index}")
+            assert_close_values(*pair, f"{where}/{index}")
     elif isinstance(one, float):
         assert other == pytest.approx(one, rel=1e-4), where
     else:
         assert one == other, where
 
 
-def refuse_other_runs(first: Path, second: Path) -> None:
-    """Two checkpoints that are not of the same training."""
+def assert_same_training(first: Path, second: Path) -> None:
+    """Assert that two checkpoints are of the same training."""
     one, other = load_checkpoint(first), load_checkpoint(second)
     assert one.keys() == other.keys()
     for name in ("net", "ema_net", "ema", "optimizer", "scaler", "epoch", "ema_start_epoch", "bests"):
-        refuse_unlike(one[name], other[name], name)
+        assert_close_values(one[name], other[name], name)
     for ours, theirs in zip(one["history"], other["history"], strict=True):
         for name in ("epoch", "loss", "iou", "ema_iou", "lr", "expert_usage"):
-            refuse_unlike(ours[name], theirs[name], f"history/{name}")
+            assert_close_values(ours[name], theirs[name], f"history/{name}")
 
 
 def digest(tensors: dict[str, Any]) -> str:
-    """Of every bit of a state."""
+    """Hash every bit of a state."""
     found = hashlib.sha256()
     for name, tensor in tensors.items():
         found.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -134,7 +134,7 @@ def test_two_processes_train_as_one(rank: Rank) -> None:
     if rank.rank == 0:
         trained(Processes(), rank.folder / "alone", **only_decoder(1))
         for way in ways:
-            refuse_other_runs(rank.folder / "alone" / "last.pth", rank.folder / way / "last.pth")
+            assert_same_training(rank.folder / "alone" / "last.pth", rank.folder / way / "last.pth")
 
 
 @on_ranks(2)
@@ -153,7 +153,7 @@ def test_shadows_and_weights_are_the_same_on_all_replicas(rank: Rank) -> None:
     histories = processes.gather([replace(record, seconds=0.0, data_wait=0.0) for record in run.history])
     assert histories[0] == histories[1]
     if rank.rank == 0:
-        refuse_other_ious(run, rank.folder / "run" / "last.pth")
+        assert_same_ious(run, rank.folder / "run" / "last.pth")
 
 
 @on_ranks(2)
@@ -181,15 +181,15 @@ def test_experts_that_nobody_chose_are_left_alone_in_shards_as_in_replicas(rank:
         run = trained(group(rank), rank.folder / f"shard-{way}", fsdp=way, **options)
     if rank.rank == 0:
         paths = [rank.folder / f"shard-{way}" / "last.pth" for way in (False, True)]
-        refuse_other_runs(*paths)
+        assert_same_training(*paths)
         steps = {int(state["step"]) for state in load_checkpoint(paths[0])["optimizer"]["state"].values()}
-        assert len(steps) > 1  # otherwise there was nobody to leave alone
-        refuse_other_ious(run, paths[1])
+        assert len(steps) > 1  # otherwise every expert was chosen
+        assert_same_ious(run, paths[1])
 
 
 @on_ranks(2)
 def test_a_run_goes_on_with_another_number_of_processes(rank: Rank) -> None:
-    """Two with replicas, then one, then two with shards: as one all along."""
+    """Two with replicas, then one, then two with shards: the same as one throughout."""
     processes, last = group(rank), rank.folder / "run" / "last.pth"
     trained(processes, last.parent, **only_decoder(1))
     processes.gather(None)  # it is written
@@ -199,11 +199,11 @@ def test_a_run_goes_on_with_another_number_of_processes(rank: Rank) -> None:
     trained(processes, last.parent, resume_from=last, fsdp=True, **only_decoder(3))
     if rank.rank == 0:
         trained(Processes(), rank.folder / "alone", **only_decoder(3))
-        refuse_other_runs(rank.folder / "alone" / "last.pth", last)
+        assert_same_training(rank.folder / "alone" / "last.pth", last)
 
 
-def refuse_other_ious(run: Trainer, path: Path) -> None:
-    """The IoU of an epoch must be what one process finds with the checkpoint, to the last bit."""
+def assert_same_ious(run: Trainer, path: Path) -> None:
+    """Assert that an epoch's IoU is what one process finds with the checkpoint, to the last bit."""
     _, validation = uneven_pairs(path.parent.parent)
     loader = validation_loader(ValidationSet(validation, 64), 4, 0)
     checkpoint = read_checkpoint(path)
@@ -278,7 +278,7 @@ class Run:
         ]
 
     def ends(self) -> list[tuple[int, list[str]]]:
-        """Each one's status, and what it said of fastema's failing."""
+        """Return each process's status and its error lines."""
         ends = []
         for command in self.ranks:
             status = command.end()
@@ -289,7 +289,7 @@ class Run:
 
 @pytest.fixture
 def started() -> Iterator[list[Run]]:
-    """Runs that are ended with the test, whatever becomes of it."""
+    """Kill the runs at the end of the test."""
     runs: list[Run] = []
     yield runs
     for run in runs:

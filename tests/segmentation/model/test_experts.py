@@ -1,4 +1,4 @@
-"""Experts and their mixture: seven kinds that see different things, and a gate held to a plain loop over images."""
+"""Experts and their mixture: the seven kinds, and the mixture against a plain loop over images."""
 
 from __future__ import annotations
 

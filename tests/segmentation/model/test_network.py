@@ -1,4 +1,4 @@
-"""Backbones, and the network on them: shapes, levels to freeze, and that everything around a network can have it."""
+"""Backbones, and the network on them: shapes, levels to freeze, and use with FastEMA, autocast, compile and DDP."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_every_weight_is_in_one_level_and_the_stem_in_the_first(name: str) -> No
 
 
 def test_features_of_a_level_depend_on_it_and_the_shallower_ones() -> None:
-    """What the levels are for: with the first three frozen, their features have no gradient."""
+    """With the first three levels frozen, their features have no gradient."""
     net = small_net()
     for level in net.backbone_levels()[:3]:
         for weight in level:
@@ -371,7 +371,7 @@ def test_compiled_it_is_the_same() -> None:
 
 
 def test_distributed_data_parallel(tmp_path: Path) -> None:
-    """Experts that nobody chose have no gradient: every step must still go through."""
+    """Experts that no image chose have no gradient: every step must still go through."""
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
     )

@@ -1,4 +1,4 @@
-"""The picture of a run: what it must show, read back from its pixels."""
+"""The curves of a run, read back from the picture's pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words and pictures at the end of a run, and the line of every epoch."""
+"""The summary and the pictures at the end of a run, and each epoch's line."""
 
 from __future__ import annotations
 

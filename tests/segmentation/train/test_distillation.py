@@ -1,4 +1,4 @@
-"""Distillation: what the loss is, that the teacher stays what it was, that the student's run is one like any other."""
+"""Distillation: the loss, an unchanged teacher, and an ordinary run of the student."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def distillation_run(pairs: Pairs, chosen: DistillOptions) -> tuple[Trainer, Dis
 
 
 def bits(teacher: Teacher) -> dict[str, torch.Tensor]:
-    """Every parameter and every buffer, those too that no checkpoint has."""
+    """Copy every parameter and buffer, also those in no checkpoint."""
     return {name: tensor.clone() for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]}
 
 
@@ -266,7 +266,7 @@ def test_resume_of_a_distillation_is_exact(pairs: Pairs, tmp_path: Path, teacher
 def test_the_command(
     data: Path, teacher_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A student of another kind than its teacher; what is said, and what there is afterwards."""
+    """A student of another kind than its teacher; its output and its files."""
     teachers: list[Teacher] = []
 
     def recorded(path: Path, backbone: str | None) -> Teacher:

@@ -25,7 +25,7 @@ VALUES = torch.arange(1.0, 11.0)  # ten images, each of one pixel
 
 
 class Recorded:
-    """In place of the optimisation: notes the gradient and the rate of every step."""
+    """Record the gradient and the rate of every step, in place of the optimizer."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight = weight
@@ -45,7 +45,7 @@ class Recorded:
 def trained(
     batch_size: int, group_size: int, epoch: int = 1, **changes: Any
 ) -> tuple[Recorded, EpochResult, list[float]]:
-    """An epoch whose loss is weight times the mean of a batch's values, so that the gradient is that mean."""
+    """Train an epoch whose loss is weight times the mean of a batch's values, so that the gradient is that mean."""
     weight = nn.Parameter(torch.tensor(1.0))
     values = changes.get("values", VALUES)
 

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, against torch's own schedulers where there are such."""
+"""The learning rate as a function of the step, against torch's own schedulers where it has one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HIGHEST, LOWEST = 2e-4, 1e-5
 
 
 def torchs(make: Callable[[torch.optim.Optimizer], LRScheduler], steps: int) -> list[float]:
-    """The rates of `steps` optimizer steps under one of torch's schedulers."""
+    """Return the rates of `steps` optimizer steps under one of torch's schedulers."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=HIGHEST)
     scheduler = make(optimizer)
     rates = []

@@ -1,4 +1,4 @@
-"""The advisor's words in a training."""
+"""The advisor's messages in a training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ needs_train = pytest.mark.skipif(bool(missing_packages()), reason="the train ext
 def train(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Any, str]]:
-    """Trains with a script in place of the validation: (base, ema) IoUs of the epochs from the first on."""
+    """Train with given (base, ema) IoUs per epoch in place of the validation."""
     from fastema.segmentation.train.trainer import Trainer
     from segmentation.runs import output_of, tiny_options, tiny_run
 

@@ -1,4 +1,4 @@
-"""Signals, in blocks and to whole trainings in processes of their own."""
+"""Signals in blocks, and to trainings in processes of their own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_signal_waits_for_the_end_of_an_uninterrupted_block(number: int, raise
     with pytest.raises(raised), sigterm_raises():
         with defer_signals():
             signal.raise_signal(number)
-            signal.raise_signal(number)  # somebody who is impatient
+            signal.raise_signal(number)  # a second time
             done.append("written")
         done.append("not reached")
     assert done == ["written"]
@@ -60,7 +60,7 @@ def test_other_threads_have_no_signals_to_wait_for() -> None:
 
 
 def start(folder: Path, *more: str) -> Command:
-    """A training that would not end by itself."""
+    """Start a training that does not end by itself."""
     tiny = "--backbone mobilenetv3_small_050 --no-pretrained --img-size 64 --device cpu --num-experts 0 --use-ema"
     arguments = ["train", "--dataset-path", "synthetic", "--checkpoint-dir", str(folder), *tiny.split()]
     return Command(folder.parent / "output", [*arguments, "--epochs", "999", *more])

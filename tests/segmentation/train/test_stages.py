@@ -1,4 +1,4 @@
-"""Which stage an epoch is in, what trains in it, and at which rate: functions of epoch and options alone."""
+"""The stages: an epoch's stage, levels and rate, as functions of epoch and options."""
 
 from __future__ import annotations
 

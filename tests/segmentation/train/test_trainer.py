@@ -1,4 +1,4 @@
-"""Whole, tiny trainings: resume, accumulation, stages, averages, what is written, what stops a run."""
+"""Tiny trainings: resume, accumulation, stages, averages, files, errors."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ EMA_LINE = re.compile(
 
 @pytest.fixture(scope="module")
 def one_epoch(pairs, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    """A run of one epoch without an average, to look at and to resume from."""
+    """Return a run of one epoch without an average."""
     return trained_once(pairs, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def one_epoch_averaged(pairs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of one epoch with an average."""
+    """Return the checkpoint of one epoch with an average."""
     run = trained_once(pairs, tmp_path_factory, use_ema=True, **CONSTANT)
     return run.options.checkpoint_dir / "last.pth"
 
@@ -181,7 +181,7 @@ def test_accumulated_batches_are_one_large_batch(
 
 
 def trained_parts(run: Trainer, epoch: int) -> tuple[bool, bool]:
-    """Whether an epoch changed the decoder, and whether the backbone: weights and statistics."""
+    """Train an epoch; return whether the decoder, and whether the backbone, changed in weights or statistics."""
     parts = {name: {k: v.clone() for k, v in getattr(run.net, name).state_dict().items()} for name in PARTS}
     run._train_epoch(epoch)
     return tuple(bool(differences(parts[name], getattr(run.net, name).state_dict())) for name in PARTS)  # type: ignore[return-value]
@@ -331,7 +331,7 @@ def test_the_average_starts_before_the_epoch_that_was_asked_for(pairs, tmp_path:
 
 
 def interrupted_after(run: Trainer, epoch: int) -> None:
-    """Trains until the checkpoint of `epoch` is written, then presses Ctrl-C."""
+    """Train until the checkpoint of `epoch` is written, then interrupt."""
     save = run._save
 
     def save_and_stop() -> None:
@@ -409,7 +409,7 @@ def test_resume_says_what_is_different(pairs, tmp_path: Path, one_epoch_averaged
 
 
 def test_the_weight_decay_of_a_resumed_run_is_the_one_it_is_given(pairs, tmp_path: Path, one_epoch: Trainer) -> None:
-    """An optimizer's state brings the old one along."""
+    """An optimizer's state contains the old one."""
     last = one_epoch.options.checkpoint_dir / "last.pth"
     run = trainer(pairs, options(tmp_path / "run", weight_decay=0.3, resume_from=last))
     assert [group["weight_decay"] for group in run.optimizer.adamw.param_groups] == [0.3, 0.0, 0.3, 0.0]
