@@ -14,7 +14,7 @@ from pathlib import Path
 TIMEOUT = 120.0  # seconds; a command that hangs fails its test
 
 _context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-_context.set_forkserver_preload(["pytest", "fastema.segmentation.train.run", "fastema.segmentation.torchvision_shim"])
+_context.set_forkserver_preload(["pytest", "fastema.segmentation.train.run", "torch.utils.tensorboard"])
 
 
 class Command:
