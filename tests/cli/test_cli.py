@@ -27,7 +27,17 @@ FLAGS = (
     "--warmup-epochs --accumulation-steps --num-workers --seed --val-fraction --use-ema --ema-decay "
     "--ema-decay-type --ema-start --resume-from --device --no-pretrained"
 )
-TINY = "--backbone mobilenetv3_small_050 --no-pretrained --num-experts 2 --img-size 64 --device cpu".split()
+TINY = [
+    "--backbone",
+    "mobilenetv3_small_050",
+    "--no-pretrained",
+    "--num-experts",
+    "2",
+    "--img-size",
+    "64",
+    "--device",
+    "cpu",
+]
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
