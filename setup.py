@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 CPP_FLAGS = [
@@ -173,4 +173,5 @@ def warn(message: str) -> None:
     print(f"fastema: {message}", file=sys.stderr)
 
 
-setup(**build_arguments())
+# fastema.triton_kernels lies outside fastema/ (package-dir in pyproject.toml), where find_packages does not look.
+setup(packages=[*find_packages(include=["fastema", "fastema.*"]), "fastema.triton_kernels"], **build_arguments())

@@ -33,7 +33,7 @@ device=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name().lower().
 arch=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability() if torch.cuda.is_available() else '9.0')")
 step build 240 env FASTEMA_CUDA=1 TORCH_CUDA_ARCH_LIST="$arch" \
     "$PYTHON" -m pip install -q --no-index --no-deps --no-build-isolation -e .
-step info 60 "$PYTHON" -m fastema.cli info
+step info 60 "$PYTHON" -m fastema info
 step tests 240 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py tests/test_offload_gpu.py tests/test_swa_utils_gpu.py
 if command -v compute-sanitizer >/dev/null; then
     step memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 9 \

@@ -81,7 +81,7 @@ def run_seed(seed: int, arguments: argparse.Namespace) -> SeedResult:
 
 def _fastema(*arguments: str) -> None:
     print("fastema", " ".join(arguments), flush=True)
-    if subprocess.run([sys.executable, "-m", "fastema.cli", *arguments]).returncode != 0:
+    if subprocess.run([sys.executable, "-m", "fastema", *arguments]).returncode != 0:
         raise RuntimeError(f"fastema {arguments[0]} failed")
 
 
@@ -92,7 +92,7 @@ def _test_ious(path: Path, names: list[str]) -> dict[str, float]:
 
 
 def summary(results: list[SeedResult]) -> list[dict[str, Any]]:
-    """A row for each kind of weights: mean and spread over the seeds, and the gain over the base, seed by seed."""
+    """A row for each kind of weights: mean and parallel over the seeds, and the gain over the base, seed by seed."""
     rows = []
     for weights in results[0].validation:
         last = [result.validation[weights][-1] for result in results]
@@ -163,9 +163,9 @@ def main() -> None:
     print(f"{'weights':<18} {'last IoU, mean':>14} {'sd':>7}  gain over the base, by seed   test IoU")
     for row in rows:
         gains = " ".join(f"{gain:+.4f}" for gain in row["gain_by_seed"])
-        spread = "" if row["last_sd"] is None else f"{row['last_sd']:.4f}"
+        parallel = "" if row["last_sd"] is None else f"{row['last_sd']:.4f}"
         test = "" if row["test_mean"] is None else f"{row['test_mean']:.4f}"
-        print(f"{row['weights']:<18} {row['last_mean']:>14.4f} {spread:>7}  {gains:<28} {test}")
+        print(f"{row['weights']:<18} {row['last_mean']:>14.4f} {parallel:>7}  {gains:<28} {test}")
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ def segmentation(backbone: str, experts: int, batch: int, pixels: int, device: t
         Unavailable: timm is missing.
     """
     import_timm()
-    from fastema.segmentation.losses import training_loss
-    from fastema.segmentation.model import Architecture, create_net
+    from fastema.segmentation.model.network import Architecture, create_net
+    from fastema.segmentation.train.losses import training_loss
 
     net, _ = create_net(Architecture(backbone=backbone, num_experts=experts), pretrained=False)
     model = net.to(device).train()

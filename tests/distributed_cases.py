@@ -62,7 +62,7 @@ def _run(module: str, world: int) -> list[dict[str, str]]:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # the host's own name may not resolve
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)]),  # pytest's too
     }
     with tempfile.TemporaryDirectory() as folder:
         processes = []
