@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastema.integrations.timm
-from bench.cases import Unavailable, import_timm
+from bench.harness.cases import Unavailable, import_timm
 from cases import bits, raw, small_model, tensors_of, train, values
 from fastema.integrations.timm import ModelEmaV3
 

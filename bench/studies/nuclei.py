@@ -21,7 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 
 #: What to call an average → its column in history.csv, by run.
 RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
@@ -150,7 +150,7 @@ def main() -> None:
     rows = summary(results)
     import torch
 
-    command = f"python -m bench.nuclei {' '.join(sys.argv[1:])}"
+    command = f"python -m bench.studies.nuclei {' '.join(sys.argv[1:])}"
     record = {
         "command": command,
         "train_flags": train_flags(arguments),

@@ -1,4 +1,4 @@
-"""Everybody on one case: checked, built, timed in turns, recorded and printed."""
+"""Measure one table: check and build every implementation, time them in turns, record and print."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bench import peers
-from bench.cases import Case, Unavailable, build_model
-from bench.machine import cache_bytes, free_bytes, tidy_up
-from bench.measure import Budget, take_turns
-from bench.peers import LIMIT, Contender, Peer
-from bench.records import Cache, Record, Timing
-from bench.session import Session
-from bench.table import print_records
+from bench.harness.cases import Case, Unavailable, build_model
+from bench.harness.console import print_records
+from bench.harness.contender import LIMIT, Contender, Peer, built, check_update, nudge
+from bench.harness.machine import cache_bytes, free_bytes, tidy_up
+from bench.harness.measure import Budget, take_turns
+from bench.harness.records import Cache, Record, Timing
+from bench.harness.session import Session
 
 CACHE_WORDS: dict[Cache, str] = {"warm": "warm: the same model again and again", "cold": "cold: weights from memory"}
-_SPARE_BYTES = 1 << 30  # for everything but weights
+_SPARE_BYTES = 1 << 30  # for all but weights
 
 
 @dataclass(frozen=True)
 class Group:
-    """One table.
+    """The definition of one table.
 
     Args:
-        bench: what the records are filed under.
+        bench: name of the benchmark in the records.
         make_case: builds the case; may raise `Unavailable`.
-        entrants: who.
-        cache: of large cases the two are the same; "cold" then.
+        entrants: the implementations.
+        cache: "cold" for large cases, where the two are the same.
         note: a line under the table.
     """
 
@@ -42,7 +41,7 @@ class Group:
 
 
 def race(session: Session, group: Group) -> list[Record]:
-    """Measures and prints one table; returns its records."""
+    """Measure and print one table; return its records."""
     missed_before = len(session.run.missing)
     try:
         case = group.make_case()
@@ -51,7 +50,7 @@ def race(session: Session, group: Group) -> list[Record]:
         session.miss(group.bench, name, "", error)
         print(f"{group.bench}: {name} is left out: {error}\n")
         return []
-    # Twice the cache: nobody finds in it what another left there, or what a sweep would have to take out.
+    # From twice the cache on, each call replaces the cache's contents, so no sweep is needed and all share one model.
     fits = case.live_bytes + case.shadow_bytes < 2 * cache_bytes(session.device)
     contenders = assemble(session, group.bench, case, group.entrants, alone=fits)
     calls = {peer.name: contender.run for peer, contender in contenders.items()}
@@ -66,7 +65,7 @@ def race(session: Session, group: Group) -> list[Record]:
 
 
 def assemble(session: Session, bench: str, case: Case, entrants: Sequence[Peer], alone: bool) -> dict[Peer, Contender]:
-    """Those who pass the check, each on a model of its own (`alone`), or all on one."""
+    """Build those who pass the check, each on a model of its own (`alone`) or all on one."""
     tidy_up()
     reserve = _SPARE_BYTES + (case.shadow_bytes if any(peer.copies > 1 for peer in entrants) else 0)
     models: list[nn.Module] = []
@@ -74,17 +73,17 @@ def assemble(session: Session, bench: str, case: Case, entrants: Sequence[Peer],
     for peer in entrants:
         try:
             if peer.averages:
-                peers.check_update(peer, case, session.device)
+                check_update(peer, case, session.device)
             new_model = 0 if peer is LIMIT or (models and not alone) else case.live_bytes
             own = peer.floor(case) if peer is LIMIT else peer.copies * case.shadow_bytes
             _ensure_room(new_model + own, reserve, session.device)
             if not models or (alone and peer is not LIMIT):
                 models.append(build_model(case, session.device))
-            contenders[peer] = peers.built(peer, models[-1], case)
+            contenders[peer] = built(peer, models[-1], case)
         except Unavailable as error:
             session.miss(bench, case.name, peer.name, error)
     for model in models:
-        peers.nudge(model)
+        nudge(model)
     return contenders
 
 
@@ -104,7 +103,7 @@ def record_updates(
     timings: Mapping[str, Timing],
     cache: Cache,
 ) -> list[Record]:
-    """Keeps the timings of updates, with what belongs to them."""
+    """Record the timings of updates."""
     copy_gbps = None
     if LIMIT in contenders:
         copy_gbps = LIMIT.floor(case) / timings[LIMIT.name].median_us / 1e3
@@ -126,6 +125,6 @@ def record_updates(
 
 
 def dtypes(case: Case) -> str:
-    """As in `float32 <- bfloat16`."""
+    """Return the dtypes as in `float32 <- bfloat16`."""
     names = [str(dtype).removeprefix("torch.") for dtype in (case.shadow_dtype, case.live_dtype)]
     return names[0] if names[0] == names[1] else " <- ".join(names)

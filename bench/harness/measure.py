@@ -1,11 +1,9 @@
-"""How it is measured.
+"""Time implementations in turns, one call each a round, in a new order every round.
 
-Medians with p10 and p90 of single calls. All implementations of a case take turns within one run, in a new order every
-round, so that whatever else the machine does hits all of them. Warm: each timed call follows a millisecond of untimed
-ones of the same implementation. Cold: each implementation has a model of its own, and before every round twice the
-last-level cache is swept through, so that model, average, their objects and the implementation's own code come from
-memory, as after a training step. Bandwidth is the floor of bytes over time; its share is of the bandwidth of a plain
-copy that took its turns in the same rounds.
+Taking turns spreads other load on the machine over all of them. Warm: each timed call follows a millisecond of untimed
+calls of the same implementation. Cold: each implementation has a model of its own, and a sweep through twice the
+last-level cache precedes every round, so that model, average, Python objects and code come from memory, as after a
+training step.
 """
 
 from __future__ import annotations
@@ -19,20 +17,20 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.clocks import Call, Clock
-from bench.machine import cache_bytes
-from bench.records import Cache, Timing
+from bench.harness.clocks import Call, Clock
+from bench.harness.machine import cache_bytes
+from bench.harness.records import Cache, Timing
 
 _WARM_UP_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one case may be measured.
+    """The time for one table.
 
     Args:
-        seconds: rounds go on until then.
-        least, most: rounds, whatever the time.
+        seconds: no new round begins after that.
+        least, most: number of rounds, whatever the time.
     """
 
     seconds: float
@@ -43,24 +41,24 @@ class Budget:
 def take_turns(
     calls: Mapping[str, Call], clock: Clock, cache: Cache, budget: Budget, sweep: Call | None = None
 ) -> dict[str, Timing]:
-    """Times all implementations of a case, one call each a round.
+    """Time all implementations of a case, one call each a round.
 
     Args:
         calls: by implementation.
         clock: of the device.
         cache: "warm" makes untimed calls of the same before each timed one.
         budget: how many rounds.
-        sweep: empties the caches before each round; None: the calls move so much that they do it for each other.
+        sweep: empties the caches before each round; None where the calls themselves move more than fits into them.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     host: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():  # what is built on first use (plans, caches, thread pools) is no update's cost
+    for name, call in calls.items():  # plans, caches and thread pools are built on first use
         call()
         host[name].append(clock.host_us(call))
     order = list(calls)
     shuffle = random.Random(0).shuffle
     gc.collect()
-    gc.disable()  # as timeit does: a collection would hit whoever is on at the time
+    gc.disable()  # as timeit does: a collection would count for one implementation only
     try:
         # On a GPU a round is either for the device's time or for the host's.
         rounds_a_sample = 2 if clock.has_host_part else 1
@@ -85,7 +83,7 @@ def take_turns(
 
 
 def _warm_up(call: Call) -> None:
-    """Once is not enough for a call of microseconds: the last one's data and branches are still everywhere."""
+    """Call for a millisecond: one call of microseconds leaves another implementation's data in the caches."""
     until = time.perf_counter() + _WARM_UP_SECONDS
     call()
     while time.perf_counter() < until:
@@ -93,7 +91,7 @@ def _warm_up(call: Call) -> None:
 
 
 def timing_of(samples: Sequence[float], host: Sequence[float] = ()) -> Timing:
-    """Of single measurements in microseconds; `host`: of the calls' return."""
+    """Summarise single measurements in microseconds; `host`: times until the calls returned."""
     ordered = sorted(samples)
     return Timing(
         median_us=percentile(ordered, 50),
@@ -106,7 +104,7 @@ def timing_of(samples: Sequence[float], host: Sequence[float] = ()) -> Timing:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Of an ascending list, with linear interpolation.
+    """Return a percentile of an ascending list, with linear interpolation.
 
     Example:
         >>> percentile([1.0, 2.0, 4.0], 50), percentile([1.0, 2.0, 4.0], 75)
@@ -119,6 +117,6 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 def sweeper(device: torch.device) -> Callable[[], object]:
-    """What reads and writes twice the last-level cache, on every core, so that all else is out of it."""
+    """Return a call that reads and writes twice the last-level cache, on every core."""
     swept = torch.zeros(cache_bytes(device) // 2, device=device)  # of 4 bytes
     return lambda: swept.add_(1)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import advisor
-from bench.advisor import SITUATIONS, run_decays, run_starts
-from bench.advisor_problems import FLOOR, SETS, Simulation, linear
+from bench.studies import advisor
+from bench.studies.advisor import SITUATIONS, run_decays, run_starts
+from bench.studies.advisor_problems import FLOOR, SETS, Simulation, linear
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The problems of bench.advisor: losses whose optimum and noise are known, and SGD on many of them side by side."""
+"""The problems of bench.studies.advisor: losses of known optimum and noise, and SGD on many of them side by side."""
 
 from __future__ import annotations
 

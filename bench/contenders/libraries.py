@@ -1,6 +1,6 @@
-"""Averages of other packages, called as their users or their trainers call them, and ours in the place of each.
+"""Averages of other packages, called as their users or trainers call them, and fastema's replacements of them.
 
-A package is imported when its peer is built, and one that is not installed is named in the tables.
+A package is imported when its peer is built; tables name the packages that are not installed.
 """
 
 from __future__ import annotations
@@ -15,18 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.cases import Case, Unavailable, import_timm, make_torchvision_work
-from bench.peers import (
-    AVG_FN,
-    MULTI_FN,
-    OURS_SWA_UTILS,
-    Build,
-    Contender,
-    Peer,
-    lives_of,
-)
+from bench.contenders.peers import AVG_FN, MULTI_FN, OURS_SWA_UTILS
+from bench.harness.cases import Case, Unavailable, import_timm, make_torchvision_work
+from bench.harness.contender import Build, Contender, Peer, lives_of
 
-_LONG_AGO = 10**9  # steps of a schedule that has reached its last decay
+_LONG_AGO = 10**9  # step at which every schedule has reached its last decay
 _ultralytics_settings: tempfile.TemporaryDirectory[str] | None = None
 
 
@@ -68,7 +61,7 @@ def _ema_pytorch(foreach: bool) -> Build:
     def build(model: nn.Module, case: Case) -> Contender:
         from ema_pytorch import EMA
 
-        # min_value: the decay from the first step on; update_every is 10 by default, here everybody updates each time.
+        # min_value: this decay from the first step on; update_every is 10 by default, here every call updates.
         more = {"update_after_step": 0, "update_every": 1, "min_value": case.decay, "include_online_model": False}
         ema = EMA(model, beta=case.decay, use_foreach=foreach, coerce_dtype=_mixes(case), **more)
         if _mixes(case):
@@ -138,7 +131,7 @@ def _lightning_module(model: nn.Module) -> Any:
 
 
 def _weight_averaging(model: nn.Module, case: Case) -> Contender:
-    """Lightning's own callback, through the hooks that its Trainer calls after each batch and around a validation."""
+    """Return Lightning's callback, called through the hooks of its Trainer."""
     module = _lightning_module(model)
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
@@ -160,7 +153,7 @@ def _weight_averaging(model: nn.Module, case: Case) -> Contender:
 
 
 def _fastema_callback(model: nn.Module, case: Case) -> Contender:
-    """Ours, through what it hung on the optimizer's step; the hooks that have nothing to do are called as well."""
+    """Return our callback, called through the hooks of the Trainer and of the optimizer."""
     module = _lightning_module(model)
     from fastema.integrations.lightning import FastEMACallback
 
@@ -195,7 +188,7 @@ def _ultralytics(model: nn.Module, case: Case) -> Contender:
 
 @contextmanager
 def _process_as_it_was() -> Iterator[None]:
-    """For an import that puts its own in the place of torch.save and of PIL's Image.open, and sets OMP_NUM_THREADS."""
+    """Undo what an import patches: torch.save, PIL's Image.open, the environment."""
     environment, save = dict(os.environ), torch.save
     try:
         from PIL import Image
@@ -214,7 +207,7 @@ def _process_as_it_was() -> Iterator[None]:
 
 
 def _keep_ultralytics_quiet() -> None:
-    """Its import asks the network whether it is there, and writes a file of settings into the user's home."""
+    """Keep its import from asking the network and from writing settings into the user's home."""
     global _ultralytics_settings
     if "YOLO_CONFIG_DIR" not in os.environ:
         _ultralytics_settings = tempfile.TemporaryDirectory()
@@ -223,7 +216,7 @@ def _keep_ultralytics_quiet() -> None:
         os.environ.setdefault(name, value)
 
 
-# ---- who is who ----
+# ---- the peers ----
 
 TIMM = Peer("timm ModelEmaV3", _if_installed(_timm(ours=False)))
 EMA_PYTORCH = Peer("ema-pytorch", _if_installed(_ema_pytorch(foreach=False)))
@@ -243,10 +236,10 @@ LIBRARIES = (
     *(MULTI_FN, AVG_FN, TIMM, ULTRALYTICS, EMA_PYTORCH, EMA_PYTORCH_FOREACH),
     *(TORCH_EMA, DIFFUSERS, DIFFUSERS_FOREACH, LIGHTNING),
 )
-#: For a quick run: those that import in a second or two.
+#: For a quick run: those that import within two seconds.
 QUICK_LIBRARIES = (MULTI_FN, AVG_FN, TIMM, TORCH_EMA)
 
-#: (original, what stands in its place after one changed import)
+#: (original, its replacement after one changed import)
 REPLACEMENTS: tuple[tuple[Peer, Peer], ...] = (
     (MULTI_FN, OURS_SWA_UTILS),
     (TIMM, OUR_TIMM),
@@ -255,3 +248,6 @@ REPLACEMENTS: tuple[tuple[Peer, Peer], ...] = (
     (LIGHTNING, OUR_LIGHTNING),
 )
 REPLACING = tuple(dict.fromkeys(ours for _, ours in REPLACEMENTS))
+
+#: Packages that put the averages into the model; all others validate a second module.
+SWAPPING = (TORCH_EMA, DIFFUSERS, DIFFUSERS_FOREACH, LIGHTNING)

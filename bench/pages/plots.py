@@ -1,4 +1,4 @@
-"""The plots of a run, as small SVG files that are the same for the same records."""
+"""The plots of a run, as SVG files that depend on the records only."""
 
 from __future__ import annotations
 
@@ -6,34 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import libraries, nets, peers
-from bench.cases import Unavailable
-from bench.peers import COPY, OURS
-from bench.records import Record, Run
-from bench.scale import growth
+from bench.contenders.libraries import LIBRARIES
+from bench.contenders.peers import FOREACH, OURS, STEP
+from bench.harness.cases import REAL_NETS, Unavailable
+from bench.harness.contender import COPY
+from bench.harness.growth import growth
+from bench.harness.records import Record, Run
 
+# fmt: off
 _COLOURS = (
-    "#c0392b",
-    "#7f8c8d",
-    "#2980b9",
-    "#8e44ad",
-    "#27ae60",
-    "#d68910",
-    "#16a085",
-    "#5d6d7e",
-    "#a04000",
-    "#117864",
-    "#e59aa2",
-    "#1b2631",
-    "#a9cce3",
-    "#c39bd3",
+    "#c0392b", "#7f8c8d", "#2980b9", "#8e44ad", "#27ae60", "#d68910", "#16a085",
+    "#5d6d7e", "#a04000", "#117864", "#e59aa2", "#1b2631", "#a9cce3", "#c39bd3",
 )
-#: Those with a bar for each net.
-_IN_BARS = (OURS, COPY, peers.FOREACH, *libraries.LIBRARIES)
+# fmt: on
+#: The implementations in the plots.
+_IN_BARS = (OURS, COPY, FOREACH, *LIBRARIES)
 
 
 def draw(run: Run, folder: Path) -> list[Path]:
-    """Writes every plot for which the run has records; returns the files.
+    """Write every plot for which the run has records; return the files.
 
     Raises:
         Unavailable: matplotlib is not installed.
@@ -67,8 +58,8 @@ def draw(run: Run, folder: Path) -> list[Path]:
 
 
 def _updates(pyplot: Any, run: Run) -> Any:
-    """An update as a multiple of copying the model, a group of bars a net."""
-    cases = [net for net in nets.REAL_NETS if run.median("update", net, COPY.name)]
+    """Plot an update as a multiple of copying the model, a group of bars per net."""
+    cases = [net for net in REAL_NETS if run.median("update", net, COPY.name)]
     if not cases:
         return None
     names = [peer.name for peer in _IN_BARS if any(run.median("update", net, peer.name) for net in cases)]
@@ -93,7 +84,7 @@ def _updates(pyplot: Any, run: Run) -> Any:
 
 
 def _growth(pyplot: Any, run: Run) -> Any:
-    """Three ladders: cost a tensor, cost a parameter, and the way through the bend."""
+    """Plot the three series of `bench.scale`."""
     lines = {one.impl: one for one in growth(run.records)}
     if not lines:
         return None
@@ -132,9 +123,7 @@ def _in_order(found: dict[str, Any]) -> list[str]:
 
 
 def _shares(pyplot: Any, run: Run) -> Any:
-    """The share of a training step, a group of bars a model."""
-    from bench.train_step import STEP
-
+    """Plot shares of a training step, a group of bars per model."""
     cases = list(dict.fromkeys(record.case for record in run.records if record.bench == "train_step"))
     if not cases:
         return None

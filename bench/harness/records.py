@@ -1,4 +1,4 @@
-"""What a run found, as data: one `Record` for every implementation on every case, and the file that holds them."""
+"""Records: one per implementation and case, and the JSON file that holds those of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Cache = Literal["warm", "cold"]
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call. `host_us`: until the call returned, where that is not the whole (a GPU works on)."""
+    """Microseconds per call. `host_us`: until the call returned, on a GPU, which works on after that."""
 
     median_us: float
     p10_us: float
@@ -25,17 +25,17 @@ class Timing:
 
 @dataclass(frozen=True)
 class Record:
-    """One implementation on one case. None: does not apply, or was not measured.
+    """One implementation on one case. None where a field does not apply or was not measured.
 
     Args:
-        bench: which table, e.g. "update", "swap", "memory: validation".
-        impl: the implementation, in the words of the table; `backend`: whose kernels it runs.
-        tensors, params: of the model; shadows: how many averages of it.
+        bench: the benchmark, e.g. "update", "swap", "memory: validation".
+        impl: name of the implementation, as in the table; `backend`: whose kernels it runs.
+        tensors, params: of the model; shadows: number of averages.
         median_us, p10_us, p90_us, min_us, host_us: see `Timing`.
-        bytes_floor: what must be read and written at least; gbps: that over the median, in 1e9 bytes a second.
-        copy_share: gbps as a share of a plain copy's in the same table, taken in turns with it.
+        bytes_floor: least bytes to read and write; gbps: that over the median, in 1e9 bytes a second.
+        copy_share: gbps over that of a plain copy timed in the same rounds.
         launches: kernels and copies on a GPU.
-        extra_bytes: beyond the model and its shadow: kept, and the peak within a call.
+        extra_bytes: peak of memory beyond the model and its shadow.
     """
 
     bench: str
@@ -68,13 +68,13 @@ class Record:
 
     @property
     def time(self) -> float:
-        """The median of a record that was timed."""
+        """Return the median of a record that was timed."""
         assert self.median_us is not None
         return self.median_us
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What two runs have in common where they measured the same."""
+        """Return what is equal in two runs where they measured the same."""
         return (
             *(self.bench, self.case, self.impl, self.backend, self.device),
             *(self.dtype_shadow, self.dtype_live, self.shadows, self.cache),
@@ -83,7 +83,7 @@ class Record:
 
 @dataclass(frozen=True)
 class InstructionCount:
-    """Instructions that one call executes on the host, counted by valgrind: a number that does not wobble."""
+    """Instructions that one call executes on the host, counted by valgrind."""
 
     case: str
     impl: str
@@ -94,7 +94,7 @@ class InstructionCount:
 
 @dataclass(frozen=True)
 class Missing:
-    """What could not be measured, and why."""
+    """A case or an implementation that could not be measured, and the reason."""
 
     bench: str
     case: str
@@ -104,11 +104,11 @@ class Missing:
 
 @dataclass
 class Run:
-    """Everything of one run, or of several on one machine.
+    """The records of one run, or of several on one machine.
 
     Args:
         environment: see `machine.environment`.
-        seconds: how long each benchmark took.
+        seconds: time of each benchmark.
     """
 
     environment: dict[str, Any]
@@ -118,7 +118,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def find(self, bench: str, case: str, impl: str, cache: Cache = "cold", shadows: int = 1) -> Record | None:
-        """The record of that place in the tables; None where there is none."""
+        """Return the record; None where there is none."""
         wanted = (bench, case, impl, cache, shadows)
         for record in self.records:
             if (record.bench, record.case, record.impl, record.cache, record.shadows) == wanted:
@@ -126,13 +126,13 @@ class Run:
         return None
 
     def median(self, bench: str, case: str, impl: str, cache: Cache = "cold", shadows: int = 1) -> float | None:
-        """Microseconds, of `find`."""
+        """Return the median in microseconds of the record that `find` returns."""
         record = self.find(bench, case, impl, cache, shadows)
         return None if record is None else record.median_us
 
 
 def save(run: Run, path: Path) -> None:
-    """Writes a JSON object, one record a line, so that a change of one figure is a change of one line."""
+    """Write a JSON object, one record a line, so that diffs show single figures."""
     parts = [f'"environment": {json.dumps(run.environment)}', f'"seconds": {json.dumps(run.seconds)}']
     lists: dict[str, Sequence[Any]] = {
         "records": run.records,
@@ -150,10 +150,10 @@ def _rounded(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(paths: Iterable[Path]) -> Run:
-    """Reads one run, or joins several of one machine; where two measured the same, the later file counts.
+    """Read one run, or join several of one machine; where two measured the same, the later file counts.
 
     Raises:
-        ValueError: a file that is no such file, or of another machine than the first.
+        ValueError: a file was not written by a benchmark, or is of another machine than the first.
     """
     joined: Run | None = None
     for path in paths:

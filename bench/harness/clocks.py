@@ -1,4 +1,4 @@
-"""What measures a call: its time, its launches, its memory. One clock a kind of device."""
+"""Clocks: the time, the launches and the memory of one call. One class per kind of device."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ Call = Callable[[], object]
 
 
 class Allocated(NamedTuple):
-    """Bytes beyond what was held before: still held after a call, and at most within it."""
+    """Bytes beyond those allocated before a call: after it, and at its peak."""
 
     kept: int
     peak: int
 
 
 class Clock(Protocol):
-    """Times in microseconds, memory in bytes."""
+    """The measurements of a call: times in microseconds, memory in bytes."""
 
     has_host_part: bool
 
     def device_us(self, call: Call, expected_host_us: float) -> float:
-        """The device's work alone."""
+        """Return the time of the device's work alone."""
 
     def host_us(self, call: Call) -> float:
-        """Until the call returns."""
+        """Return the time until the call returns."""
 
     def wall_us(self, call: Call) -> float:
-        """From an idle device until it is idle again."""
+        """Return the time from an idle device until it is idle again."""
 
     def launches(self, call: Call) -> int | None:
-        """Kernels and copies; None where there are none."""
+        """Return the number of kernels and copies; None on a CPU."""
 
     def allocated(self, call: Call) -> Allocated:
-        """What torch's allocator did meanwhile."""
+        """Return what torch's allocator allocated for the call."""
 
     def synchronize(self) -> None:
-        """Waits until the device is idle."""
+        """Wait until the device is idle."""
 
 
 class CpuClock:
-    """The wall clock; on a CPU a call has done its work when it returns."""
+    """The wall clock: on a CPU a call has done its work when it returns."""
 
     has_host_part = False
 
@@ -84,7 +84,7 @@ class CpuClock:
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """Garbage of before is freed before, not within."""
+    """Collect garbage before the block and not within it."""
     gc.collect()
     gc.disable()
     try:
@@ -95,7 +95,7 @@ def _without_collections() -> Iterator[None]:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Kineto, torch's profiler, announces every start and stop on the file descriptor itself."""
+    """Silence the file descriptor: torch's profiler (Kineto) writes to it at every start and stop."""
     sys.stderr.flush()
     kept = os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)
@@ -109,16 +109,16 @@ def _silent_stderr() -> Iterator[None]:
 
 
 class CudaClock:
-    """CUDA events. Written for the machine that has a GPU; it has not been run on one.
+    """CUDA events.
 
-    Device time and host time come from different rounds. For the device's, the stream first gets a sleep longer than
-    the host needs to enqueue the call, so that the two events enclose the device's work without gaps where it waits for
-    the host (an implementation that synchronises within its call waits the sleep out and shows its gaps, as it should).
-    For the host's, the queue is empty and the clock stops when the call returns.
+    Device time and host time come from different rounds. For device time, the stream first sleeps for longer than the
+    host needs to enqueue the call, so that the device never waits for the host between the two events (an
+    implementation that synchronises within its call does wait, and its time includes that). For host time, the queue is
+    empty and the clock stops when the call returns.
     """
 
     has_host_part = True
-    _CYCLES_PER_US = 2000  # of the fastest chips; a sleep that is too long costs only patience
+    _CYCLES_PER_US = 2000  # of the fastest chips; a sleep that is too long only makes the benchmark slower
     _LONGEST_SLEEP_US = 20_000.0
 
     def __init__(self, device: torch.device) -> None:
@@ -177,10 +177,10 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def captured(call: Call) -> Call:
-    """The same work as the replay of a CUDA graph.
+    """Capture the call in a CUDA graph and return its replay.
 
     Raises:
-        RuntimeError: it cannot be captured (it synchronises, or allocates on the host's word).
+        RuntimeError: the call cannot be captured, for example because it synchronises.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

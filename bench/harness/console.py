@@ -1,53 +1,28 @@
-"""Tables a person can read: with rich where it is installed, else plain text."""
+"""Tables and numbers as plain text."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any
 
-from bench.records import Record
+from bench.harness.records import Record
 
 
-def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], file: TextIO | None = None, left: int = 1
-) -> None:
-    """Prints a table under its title.
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print a table under its title.
 
     Args:
         title: one line.
         columns: their headings.
         rows: of as many cells.
-        file: where to; None: stdout.
-        left: how many columns, from the first, are text; numbers are set flush right.
+        left: how many columns, from the first, are text; numbers are aligned right.
     """
-    out = sys.stdout if file is None else file
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        print(plain_table(title, columns, rows, left), file=out)
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    prose = left == len(columns)  # then the last columns are sentences, which may take several lines
-    for index, column in enumerate(columns):
-        wraps = prose and index >= 2
-        table.add_column(column, justify="left" if index < left else "right", no_wrap=not wraps)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: no cell is markup
-    # Into a file a table is as wide as it is; only a terminal has an edge.
-    console = Console(file=out, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=out, highlight=False, width=200)
-    console.print(Text(title, style="bold"))  # not the table's own title, which would wrap to the table's width
-    console.print(table)
+    print(plain_table(title, columns, rows, left), flush=True)
 
 
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """The same without rich.
+    """Return a table as text.
 
     Example:
         >>> print(plain_table("Times", ["who", "us"], [["we", "9"], ["they", "1,000"]]))
@@ -72,7 +47,7 @@ def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def duration(microseconds: float) -> str:
-    """With three digits that count.
+    """Return a time with three significant digits.
 
     Example:
         >>> duration(9.25), duration(1634.4), duration(148_000)
@@ -83,7 +58,7 @@ def duration(microseconds: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that count.
+    """Return a number with three significant digits.
 
     Example:
         >>> number(0.0712), number(1.5), number(46.04), number(12345)
@@ -96,7 +71,7 @@ def number(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """Of memory.
+    """Return an amount of memory with its unit.
 
     Example:
         >>> size(0), size(7200), size(100_000_000)
@@ -114,7 +89,7 @@ def size(count: float) -> str:
 def print_records(
     title: str, records: Sequence[Record], missed: Sequence[tuple[str, str]] = (), note: str = ""
 ) -> None:
-    """One table of timings; the fastest median first, the first of ours as the measure of the others."""
+    """Print a table of timings, the fastest median first; the last column is relative to the first of ours."""
     timed = [record for record in records if record.median_us is not None]
     ours = next((record.median_us for record in timed if record.is_ours), None)
     rows = []
@@ -144,16 +119,15 @@ def print_records(
     for name, reason in missed:
         print(f"  not measured: {name}: {reason}")
     if note or missed:
-        print()
-    sys.stdout.flush()
+        print(flush=True)
 
 
 def print_environment(found: dict[str, Any]) -> None:
-    """What a reader must know first."""
+    """Print the machine and the versions."""
     packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     cores = ", ".join(map(str, found["cores"])) or "not pinned"
     print(f"{found['device']}, {found['threads']} threads on cores {cores}, {size(found['cache_bytes'])} cache")
     print(f"{packages}; {found['date']}")
     if found["load"] is not None and found["load"] > 0.3:
-        print(f"load {found['load']}: other work is running; use these timings for nothing but debugging")
+        print(f"load {found['load']}: other work is running; do not trust these timings")
     print(flush=True)

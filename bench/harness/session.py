@@ -1,4 +1,4 @@
-"""One run of the benchmarks: the machine, what was found so far, and the command line that every benchmark has."""
+"""One run of the benchmarks, and the command line that every benchmark has."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 
-from bench.cases import Case
-from bench.clocks import Call, Clock, clock_for
-from bench.machine import device_name, environment, pin, settle_allocator, versions
-from bench.measure import Budget, sweeper
-from bench.records import Cache, InstructionCount, Missing, Record, Run, Timing, save
-from bench.table import print_environment
+from bench.harness.cases import Case
+from bench.harness.clocks import Call, Clock, clock_for
+from bench.harness.console import print_environment
+from bench.harness.machine import device_name, environment, pin, settle_allocator, versions
+from bench.harness.measure import Budget, sweeper
+from bench.harness.records import Cache, InstructionCount, Missing, Record, Run, Timing, save
 
 
 @dataclass
 class Session:
-    """One run.
+    """The device, the clock and the records of one run.
 
     Args:
-        quick: fewer cases, and only peers whose import takes no time.
-        stretch: of the time that every table gets.
+        quick: fewer cases, and only peers that import fast.
+        stretch: factor of the time that every table gets.
     """
 
     device: torch.device
@@ -37,11 +37,11 @@ class Session:
 
     @cached_property
     def sweep(self) -> Call:
-        """Empties the caches."""
+        """Return a call that empties the caches."""
         return sweeper(self.device)
 
     def budget(self, seconds: float, least: int = 5) -> Budget:
-        """For one table of a full run; a quick one gets a quarter of it."""
+        """Return the time for one table; a quick run takes a quarter of it."""
         return Budget(seconds * self.stretch * (0.25 if self.quick else 1.0), least=3 if self.quick else least)
 
     def miss(self, bench: str, case: str, impl: str, reason: object) -> None:
@@ -61,7 +61,7 @@ class Session:
         launches: int | None = None,
         extra_bytes: int | None = None,
     ) -> Record:
-        """Keeps what was found; `copy_gbps`: of the copy that took turns with it."""
+        """Add a record; `copy_gbps`: bandwidth of the copy that took turns with it."""
         gbps = bytes_floor / timing.median_us / 1e3 if bytes_floor and timing is not None else None
         record = Record(
             bench=bench,
@@ -80,7 +80,7 @@ class Session:
             host_us=timing.host_us if timing else None,
             bytes_floor=bytes_floor,
             gbps=gbps,
-            # What lies in a cache has no share of the memory's bandwidth.
+            # From a cache, a share of the memory's bandwidth means nothing.
             copy_share=gbps / copy_gbps if gbps and copy_gbps and cache == "cold" else None,
             launches=launches,
             extra_bytes=extra_bytes,
@@ -106,14 +106,14 @@ def run_benchmarks(
     arguments: Sequence[str] | None = None,
     prepare: Benchmark | None = None,
 ) -> int:
-    """The command line of one benchmark or of all; returns the exit status.
+    """Run the command line of one benchmark or of all; return the exit status.
 
     Args:
-        program: as it is called.
-        description: its first line of help.
+        program: its name, as in `bench.update`.
+        description: first line of its help.
         benchmarks: by name, in their order.
-        arguments: None: those of the process.
-        prepare: measured before all of them.
+        arguments: of the command line; None for the process's own.
+        prepare: runs first, as "copy".
     """
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     parser.add_argument("--quick", action="store_true", help="fewer cases, fewer peers, less time")
@@ -132,7 +132,7 @@ def run_benchmarks(
         begin = time.perf_counter()
         benchmark(session)
         session.run.seconds[name] = round(time.perf_counter() - begin, 1)
-        if parsed.json is not None:  # each time: a run that is cut short has measured something all the same
+        if parsed.json is not None:  # each time, so that an interrupted run leaves what it measured
             save(session.run, parsed.json)
     print("seconds:", ", ".join(f"{name} {seconds:.0f}" for name, seconds in session.run.seconds.items()))
     if parsed.json is not None:

@@ -17,29 +17,16 @@ import torch
 from torch import nn
 
 import bench
-from bench import (
-    cases,
-    fit,
-    instructions,
-    libraries,
-    measure,
-    memory,
-    nets,
-    peers,
-    records,
-    scale,
-    session,
-    swap,
-    table,
-    train_step,
-    update,
-)
-from bench.cases import Case, Unavailable, build_model
-from bench.clocks import CpuClock
-from bench.measure import Budget
-from bench.race import Group, race
-from bench.records import Run
-from bench.session import Session
+from bench import instructions, memory, scale, swap, train_step, update
+from bench.contenders import libraries, peers
+from bench.harness import cases, console, contender, growth, measure, records, session
+from bench.harness.cases import Case, Unavailable, build_model
+from bench.harness.clocks import CpuClock
+from bench.harness.contender import COPY, LIMIT, Contender, Peer, check_swap, check_update
+from bench.harness.measure import Budget
+from bench.harness.race import Group, race
+from bench.harness.records import Run
+from bench.harness.session import Session
 
 CPU = torch.device("cpu")
 TINY = Budget(0.0, least=2, most=2)
@@ -99,10 +86,10 @@ def test_floors_of_an_update() -> None:
 @pytest.mark.parametrize(
     ("make", "tensors", "params"),
     [
-        (nets.resnet50, 161, 25_557_032),
-        (nets.vit_b, 152, 86_567_656),
-        (nets.vit_h, 392, 632_045_800),
-        (nets.segmentation_list, 746, 30_999_888),
+        (cases.resnet50, 161, 25_557_032),
+        (cases.vit_b, 152, 86_567_656),
+        (cases.vit_h, 392, 632_045_800),
+        (cases.segmentation_list, 746, 30_999_888),
     ],
 )
 def test_nets_written_down_have_the_parameters_of_the_net(make: Callable[[], Case], tensors: int, params: int) -> None:
@@ -116,22 +103,22 @@ def test_the_vit_is_timms() -> None:
         pytest.skip(f"timm: {error}")
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224")
-    assert tuple(tuple(parameter.shape) for parameter in model.parameters()) == nets.vit_b().shapes
+    assert tuple(tuple(parameter.shape) for parameter in model.parameters()) == cases.vit_b().shapes
 
 
 def test_the_segmentation_list_is_as_described() -> None:
-    sizes = [math.prod(shape) for shape in nets.segmentation_list().shapes]
+    sizes = [math.prod(shape) for shape in cases.segmentation_list().shapes]
     assert sum(size <= 1024 for size in sizes) == 514
     assert sum(size >= 1_000_000 for size in sizes) == 9
 
 
 def test_llama_is_cut_to_what_fits() -> None:
-    large, small = nets.llama_7b(10**12), nets.llama_7b(16 * 10**9)
+    large, small = cases.llama_7b(10**12), cases.llama_7b(16 * 10**9)
     assert large.params == pytest.approx(6.74e9, rel=0.001)
     assert (small.tensors - 3) % 9 == 0
     assert 22 * small.params <= 0.75 * 16e9
     with pytest.raises(Unavailable, match="one layer needs"):
-        nets.llama_7b(10**9)
+        cases.llama_7b(10**9)
 
 
 def test_a_model_has_the_parameters_of_its_case() -> None:
@@ -151,7 +138,7 @@ EVERYBODY = (
 )
 
 
-def check(check_it: Callable[..., None], peer: peers.Peer, case: Case) -> None:
+def check(check_it: Callable[..., None], peer: Peer, case: Case) -> None:
     try:
         check_it(peer, case, CPU)
     except Unavailable as error:
@@ -161,61 +148,61 @@ def check(check_it: Callable[..., None], peer: peers.Peer, case: Case) -> None:
 
 
 @pytest.mark.parametrize("peer", EVERYBODY, ids=lambda peer: peer.name)
-def test_peers_compute_the_same_average(peer: peers.Peer) -> None:
-    check(peers.check_update, peer, tiny())
+def test_peers_compute_the_same_average(peer: Peer) -> None:
+    check(check_update, peer, tiny())
 
 
 @pytest.mark.parametrize("peer", [peers.OURS, *peers.CASTS, libraries.TIMM], ids=lambda peer: peer.name)
-def test_peers_average_bfloat16_in_float32(peer: peers.Peer) -> None:
-    check(peers.check_update, peer, tiny_mixed())
+def test_peers_average_bfloat16_in_float32(peer: Peer) -> None:
+    check(check_update, peer, tiny_mixed())
 
 
 @pytest.mark.parametrize("peer", [peers.OURS, peers.FOREACH], ids=lambda peer: peer.name)
-def test_peers_average_bfloat16_in_bfloat16(peer: peers.Peer) -> None:
-    check(peers.check_update, peer, tiny_half())
+def test_peers_average_bfloat16_in_bfloat16(peer: Peer) -> None:
+    check(check_update, peer, tiny_half())
 
 
 def test_importing_a_peer_leaves_the_process_as_it_was() -> None:
     image = pytest.importorskip("PIL.Image")
     before = (torch.save, image.open, os.environ.get("OMP_NUM_THREADS"))
-    check(peers.check_update, libraries.ULTRALYTICS, tiny())
+    check(check_update, libraries.ULTRALYTICS, tiny())
     assert (torch.save, image.open, os.environ.get("OMP_NUM_THREADS")) == before
 
 
 def test_a_missing_package_is_named() -> None:
-    def missing(model: nn.Module, case: Case) -> peers.Contender:
+    def missing(model: nn.Module, case: Case) -> Contender:
         raise ModuleNotFoundError("no module named nobody")
 
     with pytest.raises(Unavailable, match=r"not installed \(no module named nobody\)"):
-        peers.check_update(peers.Peer("nobody", libraries._if_installed(missing)), tiny(), CPU)
+        check_update(Peer("nobody", libraries._if_installed(missing)), tiny(), CPU)
 
 
 def test_a_peer_that_computes_something_else_is_refused() -> None:
     for case in (tiny(), tiny_half()):
         with pytest.raises(Unavailable, match="another average"):
-            peers.check_update(dataclasses.replace(peers.COPY, averages=True), case, CPU)
+            check_update(dataclasses.replace(COPY, averages=True), case, CPU)
 
 
 def test_a_peer_that_refuses_the_dtypes_is_named_with_its_own_words() -> None:
     with pytest.raises(Unavailable, match="RuntimeError"):
-        peers.check_update(peers.MULTI_FN, tiny_mixed(), CPU)
+        check_update(peers.MULTI_FN, tiny_mixed(), CPU)
 
 
 @pytest.mark.parametrize(
-    "peer", [peers.OURS, peers.OURS_IN_PLACE, *swap.PACKAGES, *swap.BY_HAND], ids=lambda peer: peer.name
+    "peer", [peers.OURS, peers.OURS_IN_PLACE, *libraries.SWAPPING, *peers.SWAPS_BY_HAND], ids=lambda peer: peer.name
 )
-def test_swaps_exchange_and_put_back(peer: peers.Peer) -> None:
-    check(peers.check_swap, peer, tiny())
+def test_swaps_exchange_and_put_back(peer: Peer) -> None:
+    check(check_swap, peer, tiny())
 
 
 def test_a_swap_that_does_not_put_back_is_refused() -> None:
-    def build(model: nn.Module, case: Case) -> peers.Contender:
+    def build(model: nn.Module, case: Case) -> Contender:
         contender = peers.OURS.build(model, case)
         contender.leave = contender.enter = lambda: None
         return contender
 
     with pytest.raises(Unavailable, match="does not exchange"):
-        peers.check_swap(peers.Peer("idle", build), tiny(), CPU)
+        check_swap(Peer("idle", build), tiny(), CPU)
 
 
 # ---- measuring ----
@@ -250,12 +237,12 @@ def test_small_cases_are_swept_and_have_models_of_their_own(monkeypatch: pytest.
     one.sweep = lambda: swept.append(1)  # type: ignore[misc]
     built: list[nn.Module] = []
     monkeypatch.setattr(
-        "bench.race.build_model", lambda case, device: built.append(build_model(case, device)) or built[-1]
+        "bench.harness.race.build_model", lambda case, device: built.append(build_model(case, device)) or built[-1]
     )
-    race(one, Group("update", tiny, (peers.LIMIT, peers.OURS, peers.FOREACH), "cold", TINY))
+    race(one, Group("update", tiny, (LIMIT, peers.OURS, peers.FOREACH), "cold", TINY))
     assert (len(swept), len(built)) == (2, 3)
-    monkeypatch.setattr("bench.race.cache_bytes", lambda device: 8)
-    race(one, Group("update", tiny, (peers.LIMIT, peers.OURS, peers.FOREACH), "cold", TINY))
+    monkeypatch.setattr("bench.harness.race.cache_bytes", lambda device: 8)
+    race(one, Group("update", tiny, (LIMIT, peers.OURS, peers.FOREACH), "cold", TINY))
     assert (len(swept), len(built)) == (2, 4)
 
 
@@ -278,21 +265,21 @@ def test_memory_of_a_call_is_seen() -> None:
         (peers.OURS, 0, 0),
         (peers.MULTI_FN, 0, 0),
         (peers.CASTS[0], 2, None),  # the weights cast are as large as the average, and the test's are twice theirs
-        (swap.BY_HAND[0], 0, 1),
-        (swap.BY_HAND[1], 1, 1),
+        (peers.SWAPS_BY_HAND[0], 0, 1),
+        (peers.SWAPS_BY_HAND[1], 1, 1),
     ],
-    ids=lambda value: value.name if isinstance(value, peers.Peer) else None,
+    ids=lambda value: value.name if isinstance(value, Peer) else None,
 )
-def test_footprints(peer: peers.Peer, update_copies: int, validation_copies: int | None) -> None:
+def test_footprints(peer: Peer, update_copies: int, validation_copies: int | None) -> None:
     case = Case("4 x 250,000", ((250_000,),) * 4)
     if peer is peers.CASTS[0]:
         case = dataclasses.replace(case, live_dtype=torch.bfloat16)
-    found, _ = memory.footprint(CpuClock(), peer, build_model(case, CPU), case)
+    found, _ = contender.footprint(CpuClock(), peer, build_model(case, CPU), case)
     assert found.update == pytest.approx(update_copies * case.live_bytes, abs=100)
     if validation_copies is None:
         assert found.validation is None
     else:
-        kept = case.live_bytes if peer is swap.BY_HAND[1] else 0
+        kept = case.live_bytes if peer is peers.SWAPS_BY_HAND[1] else 0
         assert found.validation == pytest.approx(validation_copies * case.live_bytes, abs=100)
         assert found.kept == pytest.approx(kept, abs=100)
 
@@ -302,7 +289,7 @@ def test_footprints(peer: peers.Peer, update_copies: int, validation_copies: int
 
 def test_a_race_records_everybody_and_names_who_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     one = tiny_session()
-    race(one, Group("update", tiny, (peers.LIMIT, peers.COPY, peers.OURS, peers.FOREACH), "cold", TINY))
+    race(one, Group("update", tiny, (LIMIT, COPY, peers.OURS, peers.FOREACH), "cold", TINY))
     race(one, Group("update", tiny_mixed, (peers.OURS, peers.MULTI_FN), "warm", TINY))
     assert [record.impl for record in one.run.records if record.case == "tiny"] == [
         *("torch copy_, one tensor", "torch._foreach_copy_", "fastema", "torch._foreach_lerp_")
@@ -312,20 +299,20 @@ def test_a_race_records_everybody_and_names_who_is_missing(capsys: pytest.Captur
         assert fields == ISSUE_FIELDS | MORE_FIELDS
         assert (record.launches, record.versions["torch"]) == (None, torch.__version__)
         assert (record.copy_share is None) == (record.cache == "warm")
-    limit = one.run.find("update", "tiny", peers.LIMIT.name)
+    limit = one.run.find("update", "tiny", LIMIT.name)
     assert limit is not None and limit.copy_share == pytest.approx(1.0)
     assert [(missing.impl, missing.case) for missing in one.run.missing] == [(peers.MULTI_FN.name, "tiny mixed")]
     assert "not measured: AveragedModel, ema multi fn: RuntimeError" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_into_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.race.free_bytes", lambda device: 10**9)
-    monkeypatch.setattr("bench.race._SPARE_BYTES", 0)
+    monkeypatch.setattr("bench.harness.race.free_bytes", lambda device: 10**9)
+    monkeypatch.setattr("bench.harness.race._SPARE_BYTES", 0)
     huge = Case("huge", ((10**9,),))
     one = tiny_session()
     race(one, Group("update", lambda: huge, (), "cold", TINY))
     with pytest.raises(Unavailable, match=r"needs 8.0 GB, 1.0 GB are free"):
-        from bench.race import _ensure_room
+        from bench.harness.race import _ensure_room
 
         _ensure_room(8 * 10**9, 0, CPU)
 
@@ -342,13 +329,13 @@ def test_several_averages_are_measured_together_and_apart() -> None:
     update.measure_several(one, tiny())
     assert sorted({record.shadows for record in one.run.records}) == [1, 2, 3, 4]
     four = {record.impl: record.bytes_floor for record in one.run.records if record.shadows == 4}
-    assert four == {update.TOGETHER: 36 * 80, update.APART: 48 * 80}
+    assert four == {peers.TOGETHER: 36 * 80, peers.APART: 48 * 80}
 
 
 def test_swaps_are_recorded_with_what_they_take() -> None:
     one = tiny_session()
-    swap.measure_swap(one, Case("4 x 250,000", ((250_000,),) * 4), (peers.OURS, swap.BY_HAND[0]))
-    ours, by_hand = (one.run.find("swap", "4 x 250,000", peer.name) for peer in (peers.OURS, swap.BY_HAND[0]))
+    swap.measure_swap(one, Case("4 x 250,000", ((250_000,),) * 4), (peers.OURS, peers.SWAPS_BY_HAND[0]))
+    ours, by_hand = (one.run.find("swap", "4 x 250,000", peer.name) for peer in (peers.OURS, peers.SWAPS_BY_HAND[0]))
     assert ours is not None and by_hand is not None
     assert (ours.bytes_floor, ours.extra_bytes, ours.gbps) == (0, 0, None)
     assert (by_hand.bytes_floor, by_hand.extra_bytes) == (24 * 10**6, 4 * 10**6)
@@ -359,7 +346,7 @@ def test_a_validation_of_base_and_average() -> None:
     swap.measure_validation(one, (peers.OURS, peers.MULTI_FN))
     if one.run.missing:
         pytest.skip(one.run.missing[0].reason)
-    assert {record.impl for record in one.run.records} == {swap.BASE_TWICE, peers.OURS.name, peers.MULTI_FN.name}
+    assert {record.impl for record in one.run.records} == {peers.BASE_TWICE, peers.OURS.name, peers.MULTI_FN.name}
 
 
 def test_a_training_step_and_its_average(capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,7 +357,7 @@ def test_a_training_step_and_its_average(capsys: pytest.CaptureFixture[str]) -> 
     found = train_step.measure(one, workload, (peers.OURS, peers.FOREACH), TINY)
     train_step.print_shares(found)
     assert [(record.bench, record.impl) for record in found] == [
-        ("train_step", train_step.STEP),
+        ("train_step", peers.STEP),
         ("train_step", peers.OURS.name),
         ("train_step", peers.FOREACH.name),
         ("train_step: swap", peers.OURS.name),
@@ -394,7 +381,7 @@ def test_every_benchmark_has_the_same_command_line(
     assert name in run.seconds
 
 
-def test_all_of_them_go_into_one_file_and_the_verdict_follows(
+def test_all_of_them_go_into_one_file_and_the_losses_follow(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for module in (update, swap, scale, memory, train_step, instructions):
@@ -405,9 +392,9 @@ def test_all_of_them_go_into_one_file_and_the_verdict_follows(
     run = records.load([tmp_path / "it.json"])
     names = ["copy", "update", "swap", "scale", "memory", "train_step", "instructions"]
     assert [missing.bench.removeprefix("bench.") for missing in run.missing] == names
-    assert list(run.seconds) == [*names, "verdict"]
+    assert list(run.seconds) == [*names, "losses"]
     printed = capsys.readouterr().out
-    assert "targets, from the medians above" in printed and "where ours is not ahead" in printed
+    assert "where ours is not ahead" in printed
 
 
 @pytest.mark.parametrize(
@@ -452,11 +439,11 @@ def test_importing_the_benchmarks_starts_no_gpu() -> None:
     assert not torch.cuda.is_initialized()
 
 
-@pytest.mark.parametrize("module", [measure, table, fit, instructions])
+@pytest.mark.parametrize("module", [measure, console, growth, instructions])
 def test_examples_in_the_docstrings(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0
 
 
-def test_a_table_without_rich() -> None:
-    lines = table.plain_table("Title", ["who", "us"], [["we", "9"], ["they", "1,000"]]).splitlines()
+def test_a_table_is_aligned() -> None:
+    lines = console.plain_table("Title", ["who", "us"], [["we", "9"], ["they", "1,000"]]).splitlines()
     assert lines == ["Title", "who      us", "-----------", "we        9", "they  1,000"]

@@ -1,4 +1,4 @@
-"""What is made of the records: files, lines, comparisons, targets, tables, plots. On made-up records, no timing."""
+"""Files of records, fitted lines, comparisons, tables and plots, on made-up records."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, compare, fit, libraries, losses, nets, peers, records, report, scale, swap, update
-from bench.cases import Case
-from bench.clocks import CpuClock
-from bench.peers import COPY, FOREACH, OURS
-from bench.records import Cache, InstructionCount, Run, Timing
-from bench.session import Session
-from bench.targets import targets
+from bench import compare, report, scale
+from bench.contenders import libraries, peers
+from bench.contenders.peers import FOREACH, OURS
+from bench.harness import cases, growth, records
+from bench.harness.cases import Case
+from bench.harness.clocks import CpuClock
+from bench.harness.contender import COPY, LIMIT
+from bench.harness.records import Cache, InstructionCount, Run, Timing
+from bench.harness.session import Session
+from bench.pages import losses, tables
 
-RESNET = nets.resnet50()
-ROOT = Path(__file__).parent.parent
+RESNET = cases.resnet50()
+ROOT = Path(__file__).parent.parent.parent
 
 
 def new_run(device: str = "a processor") -> Session:
@@ -82,23 +85,23 @@ def test_what_is_no_file_of_records_is_named(tmp_path: Path) -> None:
 
 def test_a_line_is_found_under_relative_noise() -> None:
     points = [(x, (5.0 + 0.25 * x) * (1.01 if index % 2 else 0.99)) for index, x in enumerate([1, 10, 100, 1000, 1e4])]
-    found = fit.line(points)
+    found = growth.line(points)
     assert found.fixed == pytest.approx(5.0, rel=0.05)
     assert found.slope == pytest.approx(0.25, rel=0.03)
     assert 0 < found.worst < 0.03
 
 
 def test_no_part_of_a_line_is_negative() -> None:
-    falling = fit.line([(1, 10.0), (2, 5.0), (3, 4.0)])
+    falling = growth.line([(1, 10.0), (2, 5.0), (3, 4.0)])
     assert falling.slope == 0 and 4 < falling.fixed < 6
-    steep = fit.line([(1, 1.0), (2, 4.0), (3, 7.0)])
+    steep = growth.line([(1, 1.0), (2, 4.0), (3, 7.0)])
     assert steep.fixed == 0 and steep.slope > 1
 
 
 @pytest.mark.parametrize("points", [[(1, 2.0)], [(1, 2.0), (1, 3.0)], [(1, 0.0), (2, 1.0)]])
 def test_what_makes_no_line_is_refused(points: list[tuple[float, float]]) -> None:
     with pytest.raises(ValueError, match="a line needs"):
-        fit.line(points)
+        growth.line(points)
 
 
 def test_where_an_implementation_bends() -> None:
@@ -107,7 +110,7 @@ def test_where_an_implementation_bends() -> None:
         for tensors, elements in rungs:
             case = cases.ladder(tensors, elements)
             add(session, 3.0 + 0.5 * tensors + 0.0002 * case.params, FOREACH.name, case, bench)
-    (found,) = scale.growth(session.run.records)
+    (found,) = growth.growth(session.run.records)
     assert found.us_per_tensor == pytest.approx(0.5 + 16 * 0.0002, rel=1e-3)
     assert found.ns_per_parameter == pytest.approx(0.2, rel=1e-3)
     assert found.bend == pytest.approx(2516, rel=1e-3)
@@ -181,21 +184,21 @@ def test_the_exit_status_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureF
     assert "times cannot be compared" in capsys.readouterr().err
 
 
-# ---- targets ----
+# ---- where ours is not ahead ----
 
 
 def full_run() -> Session:
     """Made-up figures of everything that tables and plots show."""
     session = new_run()
-    everybody = (OURS, peers.LIMIT, COPY, FOREACH, *libraries.LIBRARIES, *libraries.REPLACING)
-    for case in (cases.small_tensors(), RESNET, nets.vit_b(), cases.mixed_list(), nets.vit_h()):
+    everybody = (OURS, LIMIT, COPY, FOREACH, *libraries.LIBRARIES, *libraries.REPLACING)
+    for case in (cases.small_tensors(), RESNET, cases.vit_b(), cases.mixed_list(), cases.vit_h()):
         for index, peer in enumerate(everybody):
             for cache in ("warm", "cold"):
                 add(session, 100.0 + 10 * index, peer.name, case, cache=cache)
     for count in (1, 4):
-        add(session, 100.0 * count, update.TOGETHER, bench="several", shadows=count)
-        add(session, 150.0 * count, update.APART, bench="several", shadows=count)
-    for index, peer in enumerate((OURS, peers.OURS_IN_PLACE, *swap.PACKAGES, *swap.BY_HAND)):
+        add(session, 100.0 * count, peers.TOGETHER, bench="several", shadows=count)
+        add(session, 150.0 * count, peers.APART, bench="several", shadows=count)
+    for index, peer in enumerate((OURS, peers.OURS_IN_PLACE, *libraries.SWAPPING, *peers.SWAPS_BY_HAND)):
         for cache in ("warm", "cold"):
             add(session, 10.0 ** (1 + 2 * min(index, 2)), peer.name, bench="swap", cache=cache, extra_bytes=index)
         session.record("memory: update", RESNET, peer.name, "torch", extra_bytes=index)
@@ -214,30 +217,6 @@ def full_run() -> Session:
     return session
 
 
-def test_targets_say_what_was_reached_and_what_was_not() -> None:
-    found = {target.figure: target for target in targets(full_run().run)}
-    foreach = found[f"update {RESNET.name} vs torch._foreach_lerp_"]
-    assert (foreach.goal, foreach.measured, foreach.reached) == (">= 1.05 x", "1.30 x", True)
-    assert found[f"update {RESNET.name} vs diffusers EMAModel"].reached is False
-    copy = found[f"update {RESNET.name} vs torch._foreach_copy_ over the same lists"]
-    assert (copy.measured, copy.reached) == ("0.83 x", True)
-    assert found["update EdgeNeXt-base vs torch-ema"].measured == "not measured"
-    assert found["update EdgeNeXt-base vs torch-ema"].reached is None
-    several = found["four averages in one update vs four updates"]
-    assert (several.measured, several.reached) == ("0.67 x", True)
-    mixed = found["update f32 <- bf16, 64 x 1 M vs the best torch way"]
-    assert mixed.reached is False and "cache" in mixed.reason
-    swapped = found[f"swap {RESNET.name}, warm, vs the fastest package's store, copy, restore"]
-    assert (swapped.measured, swapped.reached) == ("10,000 x (Lightning EMAWeightAveraging)", True)
-    by_hand = found[f"swap {RESNET.name}, warm, vs the fastest store, copy, restore by hand"]
-    assert (by_hand.measured, by_hand.reached) == ("10,000 x (3 foreach copy_ through kept memory)", None)
-    assert found["extra memory in a validation, fastema"].reached is True
-    assert found["extra memory in a validation, fastema, in place"].reached is False
-
-
-# ---- where ours is not ahead ----
-
-
 def test_who_is_ahead_or_level_is_found_and_who_is_not_is_not() -> None:
     session = new_run()
     for median, impl in ((100.0, OURS.name), (95.0, FOREACH.name), (102.0, libraries.TIMM.name), (110.0, "slower")):
@@ -246,32 +225,8 @@ def test_who_is_ahead_or_level_is_found_and_who_is_not_is_not() -> None:
     found = {loss.theirs.impl: loss for loss in losses.losses(session.run)}
     assert list(found) == [FOREACH.name, libraries.TIMM.name]
     assert not found[FOREACH.name].level and found[libraries.TIMM.name].level
-    assert {loss.reason for loss in found.values()} == {losses.MEMORY}
-
-
-def test_the_speed_of_memory_explains_no_large_difference() -> None:
-    session = new_run()
-    add(session, 100.0, bytes_floor=RESNET.update_bytes)
-    add(session, 50.0, FOREACH.name)
-    (loss,) = losses.losses(session.run)
-    assert loss.reason == ""
-    assert losses.loss_rows([loss])[0][-1] == "not explained"
-
-
-def test_a_difference_inside_the_spread_is_called_noise_unless_it_is_systematic() -> None:
-    for spread, reason in ((0.6, losses.NOISE), (0.02, "")):
-        session = new_run()
-        add(session, 100.0, bytes_floor=RESNET.update_bytes, spread=spread)
-        add(session, 70.0, FOREACH.name, spread=spread)
-        assert [loss.reason for loss in losses.losses(session.run)] == [reason]
-
-
-def test_few_small_tensors_do_not_pay_for_the_fixed_part() -> None:
-    session = new_run()
-    case = cases.ladder(1, 16)
-    add(session, 9.0, case=case, bench="scale: tensors", bytes_floor=case.update_bytes)
-    add(session, 3.0, FOREACH.name, case=case, bench="scale: tensors")
-    assert [loss.reason for loss in losses.losses(session.run)] == [losses.FIXED_PART]
+    (row,) = losses.loss_rows(list(found.values()))
+    assert row[1:] == ["100 us", "torch._foreach_lerp_ 95.0 us, timm ModelEmaV3 102 us"]
 
 
 def test_what_takes_the_place_of_a_package_is_compared_with_it() -> None:
@@ -283,32 +238,25 @@ def test_what_takes_the_place_of_a_package_is_compared_with_it() -> None:
     assert (loss.ours.impl, loss.theirs.impl) == (libraries.OUR_TIMM.name, libraries.TIMM.name)
 
 
-def test_every_place_where_the_committed_run_is_not_ahead_has_its_reason() -> None:
-    for path in committed():
-        run = records.load([path])
-        assert [loss.where for loss in losses.losses(run) if not loss.reason] == []
-        assert [target.figure for target in targets(run) if target.reached is False and not target.reason] == []
-
-
 # ---- the page ----
 
 PAGE = "before\n<!-- bench:begin update -->\nold\n<!-- bench:end -->\nafter\n"
 
 
 def test_marked_tables_are_renewed_and_nothing_else() -> None:
-    page = report.filled(PAGE, full_run().run)
+    page = tables.filled(PAGE, full_run().run)
     assert page.startswith(
         "before\n<!-- bench:begin update -->\n| update, median | 1,000 x 256 | ResNet-50 | ViT-B/16 |\n"
     )
     assert "| fastema | **100 us** | **100 us** | **100 us** |" in page
     assert page.endswith("\n<!-- bench:end -->\nafter\n")
     assert "old" not in page
-    assert report.filled(page, full_run().run) == page
+    assert tables.filled(page, full_run().run) == page
 
 
-@pytest.mark.parametrize("name", report.TABLES)
+@pytest.mark.parametrize("name", tables.TABLES)
 def test_every_table_can_be_made(name: str) -> None:
-    made = report.TABLES[name](full_run().run)
+    made = tables.TABLES[name](full_run().run)
     assert made
     if made.startswith("|"):
         widths = {line.count("|") for line in made.splitlines()}
@@ -316,15 +264,15 @@ def test_every_table_can_be_made(name: str) -> None:
 
 
 def test_tables_of_an_empty_run_are_no_error() -> None:
-    for make in report.TABLES.values():
+    for make in tables.TABLES.values():
         make(new_run().run)
 
 
 def test_a_page_with_odd_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="there is no such table"):
-        report.filled(PAGE.replace("update", "nothing"), full_run().run)
+        tables.filled(PAGE.replace("update", "nothing"), full_run().run)
     with pytest.raises(ValueError, match="without its"):
-        report.filled("<!-- bench:begin update -->\n", full_run().run)
+        tables.filled("<!-- bench:begin update -->\n", full_run().run)
 
 
 def test_a_page_is_checked_and_renewed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -337,7 +285,7 @@ def test_a_page_is_checked_and_renewed(tmp_path: Path, capsys: pytest.CaptureFix
     assert report.main([str(file), "--readme", str(page), "--check"]) == 0
     assert report.main([str(tmp_path / "none.json")]) == 2
     assert report.main([str(file)]) == 0
-    assert "### targets" in capsys.readouterr().out
+    assert "### losses" in capsys.readouterr().out
 
 
 def test_every_page_says_what_the_committed_records_say() -> None:
@@ -345,13 +293,13 @@ def test_every_page_says_what_the_committed_records_say() -> None:
     for name in ("README.md", "bench/results/README.md"):
         page = (ROOT / name).read_text()
         shown.update(re.findall("<!-- bench:begin (.*) -->", page))
-        assert report.filled(page, records.load(committed())) == page
-    assert shown == set(report.TABLES), "a table that no page shows"
+        assert tables.filled(page, records.load(committed())) == page
+    assert shown == set(tables.TABLES), "a table that no page shows"
 
 
 def test_plots_are_small_and_the_same_for_the_same_records(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from bench.plots import draw
+    from bench.pages.plots import draw
 
     written = draw(full_run().run, tmp_path)
     assert [path.name for path in written] == ["update.svg", "scale.svg", "train_step.svg"]

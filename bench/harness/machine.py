@@ -1,4 +1,4 @@
-"""The machine that is measured: what a reader must know about it, and what a benchmark must know to fit into it."""
+"""The machine: its name, caches, memory, cores and package versions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DEFAULT_CACHE_BYTES = 32 << 20  # where the system does not tell
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last-level cache."""
+    """Return the size of the last-level cache."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = []
@@ -32,7 +32,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had without driving anybody out; None: the system does not tell."""
+    """Return the memory available without swapping; None where the system does not tell."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -44,7 +44,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def tidy_up() -> None:
-    """Frees what only cycles hold, and gives freed memory back to the system, so that `free_bytes` knows of it."""
+    """Collect garbage and return freed memory to the system, so that `free_bytes` counts it."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
@@ -52,17 +52,17 @@ def tidy_up() -> None:
 
 
 def settle_allocator() -> None:
-    """Brings glibc's allocator into the state in which a training step leaves it: temporaries come from kept memory.
+    """Bring glibc's allocator into the state in which a training step leaves it, where temporaries reuse freed memory.
 
-    Once a block of almost 32 MB was freed, it no longer asks the system for each block below that. Without this, peers
-    that make temporaries were up to three times as slow, from page faults alone.
+    After a block of almost 32 MB was freed, glibc no longer asks the system for each smaller block. Without this, peers
+    that make temporaries took up to three times as long, from page faults alone.
     """
     torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
 
 
 @cache
 def device_name(device: torch.device) -> str:
-    """As in the name of the file of results: the model of the processor."""
+    """Return the model of the processor or of the GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -76,12 +76,12 @@ def device_name(device: torch.device) -> str:
 
 
 def cores() -> list[int]:
-    """That this process may use; empty where the system does not tell."""
+    """Return the cores that this process may use; none where the system does not tell."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def pin(threads: int | None) -> None:
-    """As many threads as wanted (default: as torch has), on as many cores, which they do not leave."""
+    """Set the number of threads (None: leave torch's) and bind the process to as many cores."""
     if threads is not None:
         torch.set_num_threads(threads)
     usable = cores()
@@ -91,7 +91,7 @@ def pin(threads: int | None) -> None:
 
 @cache
 def versions() -> dict[str, str]:
-    """Of what takes part, as far as it is installed."""
+    """Return the versions of the packages that are measured, as far as they are installed."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "fastema": fastema.__version__}
     for package in _PEERS_WITH_VERSIONS:
         try:
@@ -102,7 +102,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a reader must know about the machine. `load`: other work at the start; above about 0.3, mistrust the run."""
+    """Return what a reader must know about the machine. `load`: above about 0.3, do not trust the timings."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),

@@ -1,8 +1,8 @@
 """Is the advice right? Noisy SGD on losses of known optimum and known noise, run with many decays at once.
 
-    python -m bench.advisor                # the problems that nothing was tuned on: the figures to quote
-    python -m bench.advisor --set tune     # those that the advisor's few constants were chosen on
-    python -m bench.advisor --json advisor.json
+    python -m bench.studies.advisor                # the problems that nothing was tuned on: the figures to quote
+    python -m bench.studies.advisor --set tune     # those that the advisor's few constants were chosen on
+    python -m bench.studies.advisor --json advisor.json
 
 A loss is `floor + excess`: the floor is the noise of the labels, which no weights can beat, the excess is 0 at the
 optimum. The best decay in hindsight is the best of a grid of decays and two schedules, or no average at all, by the
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.advisor_problems import FLOOR, SETS, Family, Simulation, rates_at
-from bench.table import print_table
+from bench.harness.console import print_table
+from bench.studies.advisor_problems import FLOOR, SETS, Family, Simulation, rates_at
 from fastema.advisor import recommend_decay, should_start
 from fastema.schedules import EMA_DECAY_FUNCTIONS
 
@@ -327,7 +327,7 @@ def print_figures(found: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.advisor", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.studies.advisor", description=__doc__.splitlines()[0])
     parser.add_argument("--set", choices=sorted(SETS), default="report", help="which problems (default: report)")
     parser.add_argument("--problems", type=int, default=24, metavar="N", help="problems a family (default: 24)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
