@@ -1,15 +1,17 @@
 """Tests that run on several processes: `@on_ranks(2)` above a test, and its body runs once in each of them.
 
-Importing torch takes seconds, so the processes are started once for all such tests of a file, and run them one after
-the other in the file's order. The body gets what a rank needs; the test passes where it passed on every rank.
+Importing torch takes seconds, so one process imports the file and forks the ranks, and they run all its tests one after
+the other, in the file's order. The body gets a `Rank`; a test passes if it passed on every rank.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,7 +40,7 @@ _bodies: dict[tuple[str, int], dict[str, Body]] = {}  # (module, world) -> test 
 
 
 def on_ranks(world: int) -> Callable[[Body], Callable[[], None]]:
-    """Makes a test of a function that runs on `world` processes."""
+    """Make a test of a function that runs on `world` processes."""
 
     def decorate(body: Body) -> Callable[[], None]:
         module, name = body.__module__.rpartition(".")[2], body.__name__
@@ -57,7 +59,7 @@ def on_ranks(world: int) -> Callable[[Body], Callable[[], None]]:
 
 @functools.cache
 def _run(module: str, world: int) -> list[dict[str, str]]:
-    """Runs all tests of `module` on `world` ranks; their outcomes by name, rank by rank."""
+    """Run all tests of `module` on `world` ranks; return their outcomes by name, rank by rank."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -65,40 +67,60 @@ def _run(module: str, world: int) -> list[dict[str, str]]:
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
     }
     with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        for rank in range(world):
-            command = [sys.executable, __file__, module, str(rank), str(world), folder]
-            log = open(Path(folder, f"{rank}.log"), "wb")  # noqa: SIM115 - the process has it
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-            log.close()
-        try:
-            end = time.monotonic() + TIMEOUT
-            for process in processes:
-                process.wait(max(end - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        return [_outcomes(Path(folder), rank, process.returncode) for rank, process in enumerate(processes)]
+        command = [sys.executable, __file__, module, str(world), folder]
+        with open(Path(folder, "log"), "wb") as log:
+            parent = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                parent.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(parent.pid, signal.SIGKILL)  # the ranks too
+                parent.wait()
+        return [_outcomes(Path(folder), rank, parent.returncode) for rank in range(world)]
 
 
 def _outcomes(folder: Path, rank: int, returncode: int) -> dict[str, str]:
     lines = folder / f"{rank}.json"
     outcomes = dict(json.loads(line) for line in lines.read_text().splitlines()) if lines.exists() else {}
     if returncode:
-        tail = (folder / f"{rank}.log").read_text(errors="replace")[-3000:]
-        outcomes["process"] = f"its process ended with {returncode} (-9: after {TIMEOUT:.0f} s)\n{tail}"
+        tail = (folder / "log").read_text(errors="replace")[-3000:]
+        outcomes["process"] = f"a rank ended with {returncode} (-9: after {TIMEOUT:.0f} s)\n{tail}"
     return outcomes
+
+
+def _fork_ranks(module: str, world: int, folder: Path) -> int:
+    """Import the module once and fork the ranks; return the first exit status that is not 0."""
+    import torch
+
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    importlib.import_module(module)  # fills _bodies
+    pids = []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                _be_a_rank(module, rank, world, folder)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        pids.append(pid)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return next((abs(status) for status in statuses if status), 0)
 
 
 def _be_a_rank(module: str, rank: int, world: int, folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    importlib.import_module(module)  # fills _bodies
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT)
     dist.init_process_group("gloo", f"file://{folder}/store", timeout, world_size=world, rank=rank)
     failed = dist.FileStore(f"{folder}/failed", world)
@@ -122,4 +144,4 @@ def _be_a_rank(module: str, rank: int, world: int, folder: Path) -> None:
 if __name__ == "__main__":
     # As a script this module would be there twice, with two tables.
     itself = importlib.import_module("distributed_cases")
-    itself._be_a_rank(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    sys.exit(itself._fork_ranks(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])))

@@ -187,7 +187,9 @@ def test_tensors_that_cannot_be_managed(tensor: Callable[[], Tensor], reason: st
 
 
 @pytest.mark.parametrize(
-    "move", [lambda model: model.to("meta"), lambda model: model.weight.untyped_storage().resize_(0)], ids=str
+    "move",
+    [lambda model: model.to("meta"), lambda model: model.weight.untyped_storage().resize_(0)],
+    ids=["meta", "resized"],
 )
 def test_weights_without_memory(move: Callable[[nn.Module], object]) -> None:
     model = nn.Linear(3, 2)

@@ -60,7 +60,7 @@ def interpreted() -> dict[str, tuple[int, str]]:
 @pytest.mark.parametrize(
     ("group", "cases"),
     [
-        ("small_updates", 64),
+        ("small_updates", 32),
         ("large_updates", 10),
         ("copies", 23),
         ("every_half", 2),

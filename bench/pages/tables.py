@@ -69,7 +69,7 @@ def _updates(run: Run) -> str:
 
 
 def _mixed(run: Run) -> str:
-    """The same for float32 averages of bfloat16 weights, and of large cases."""
+    """Return the same for float32 averages of bfloat16 weights."""
     entrants = (OURS, LIMIT, COPY, *_HAND_WRITTEN, *libraries.LIBRARIES)
     bases = (cases.mixed_one_tensor().name, cases.mixed_list().name, cases.vit_b_bf16().name)
     large = [

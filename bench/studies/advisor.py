@@ -1,12 +1,13 @@
-"""Is the advice right? Noisy SGD on losses of known optimum and known noise, run with many decays at once.
+"""Measure how often the advice is right, with noisy SGD on losses of known optimum and known noise.
 
-    python -m bench.studies.advisor                # the problems that nothing was tuned on: the figures to quote
-    python -m bench.studies.advisor --set tune     # those that the advisor's few constants were chosen on
+    python -m bench.studies.advisor                # problems that nothing was tuned on: the figures to quote
+    python -m bench.studies.advisor --set tune     # problems that the advisor's constants were chosen on
     python -m bench.studies.advisor --json advisor.json
 
 A loss is `floor + excess`: the floor is the noise of the labels, which no weights can beat, the excess is 0 at the
-optimum. The best decay in hindsight is the best of a grid of decays and two schedules, or no average at all, by the
-loss at the end of the run, a mean over replicas. Tune and report share no family, no seed and no run length.
+optimum. All decays of a grid run at once. The best decay in hindsight is the one of the grid, with one of two schedules,
+or no average, that has the least loss at the end of the run, a mean over replicas. The two sets share no family, no seed
+and no run length.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class DecayResult:
 def run_decays(
     family: Family, length: int, rates: Sequence[str], seed: int, problems: int, extra: Sequence[tuple[float, str]] = ()
 ) -> DecayResult:
-    """Simulates one family at one length with every decay at once."""
+    """Simulate one family at one length with every decay at once."""
     generator = torch.Generator().manual_seed(seed)
     simulation = Simulation(family, generator, problems, replicas=4)
     kinds = [rates[i % len(rates)] for i in range(problems)]
@@ -79,7 +80,7 @@ def run_decays(
 
 
 def decay_figures(results: Sequence[DecayResult]) -> list[dict[str, Any]]:
-    """How often each policy is within 2 % of the best in hindsight, over all problems; the advisor first."""
+    """Compute how often each policy is within 2 % of the best in hindsight; the advisor first."""
 
     def advised(result: DecayResult) -> tuple[float, str]:
         advice = recommend_decay(max(1, result.length // UPDATES_PER_EPOCH), UPDATES_PER_EPOCH)
@@ -95,7 +96,7 @@ def decay_figures(results: Sequence[DecayResult]) -> list[dict[str, Any]]:
         best = torch.cat([result.losses.min(0).values for result in results])
         got = torch.cat([result.of(*choose(result)) for result in results])
         base = torch.cat([result.of(0.0, "constant") for result in results])
-        # Elsewhere no average gains 2 %: hardly a decay can be wrong, and there is no gain to share in.
+        # Elsewhere no average gains 2 %, so no decay can be wrong.
         gaining = base > NEAR * best
         share = ((base - got) / (base - best))[gaining]
         near = got <= NEAR * best
@@ -124,7 +125,7 @@ EPOCHS_AFTER = 20
 
 @dataclass(frozen=True)
 class Situation:
-    """What a run is like when the advisor is asked: ranges for the simulation, and updates before the first epoch."""
+    """A state of training when the advisor is asked: ranges of the simulation, updates before the first epoch."""
 
     name: str
     rate: tuple[float, float]
@@ -144,7 +145,7 @@ SITUATIONS = (
 
 @dataclass(frozen=True)
 class Asked:
-    """One answer of should_start, and what a start at that moment brought."""
+    """One answer of should_start, and the effect of a start at that moment."""
 
     action: str
     pattern: str
@@ -166,11 +167,10 @@ class StartResult:
 
 
 def run_starts(family: Family, situation: Situation, seed: int, problems: int) -> StartResult:
-    """Asks the advisor after some epochs, starts the average anyway, and sees what came of it.
+    """Ask the advisor after some epochs, start the average in any case, and compare.
 
     A start paid if at the end the average is at least 2 % better than the model beside it, and better than the model
-    was when the average was started: an average of a training that falls apart may beat its model and is no use. It
-    hurt if the average is at least 2 % worse than the model beside it.
+    was when the average was started: an average of a diverging training may beat its model and is of no use. It hurt if the average is at least 2 % worse than the model beside it.
     """
     generator = torch.Generator().manual_seed(seed)
     simulation = Simulation(family, generator, problems, 1, situation.rate, situation.batch)
@@ -180,7 +180,7 @@ def run_starts(family: Family, situation: Situation, seed: int, problems: int) -
         simulation.step(full)
     history = []
     for epoch in range(EPOCHS_SEEN):
-        # It falls apart in the third epoch before the question: the learning rate goes up until least squares diverge.
+        # From the third epoch before the question on, the learning rate is so high that least squares diverge.
         apart = situation.name == "falls apart" and epoch >= EPOCHS_SEEN - 3
         for _ in range(UPDATES_PER_EPOCH):
             simulation.step(_breaking(simulation) if apart else full)
@@ -194,7 +194,7 @@ def run_starts(family: Family, situation: Situation, seed: int, problems: int) -
     for step in range(1, EPOCHS_AFTER * UPDATES_PER_EPOCH + 1):
         simulation.step(_breaking(simulation) if situation.name == "falls apart" else full)
         average.lerp_(simulation.weights, 1 - schedule(advised.decay, step, None))
-        # The model's loss jumps from step to step: its end is the mean of the last epoch.
+        # The model's loss is noisy from step to step, so its end is the mean of the last epoch.
         if step > (EPOCHS_AFTER - 1) * UPDATES_PER_EPOCH:
             ends.append(torch.stack([_bounded(simulation.loss()[:, 0]), _bounded(simulation.loss(average)[:, 0])]))
     model, averaged = torch.stack(ends).mean(0)
@@ -209,12 +209,12 @@ def run_starts(family: Family, situation: Situation, seed: int, problems: int) -
 
 
 def _breaking(simulation: Simulation) -> Tensor:
-    """The share of the learning rate that makes it 2.02: just beyond what least squares stand."""
+    """Return the factor that makes the learning rate 2.02, at which least squares diverge."""
     return 2.02 / simulation.rate
 
 
 def _bounded(loss: Tensor) -> Tensor:
-    """Losses stay finite: a diverged one is 1e6."""
+    """Return the loss, at most 1e6 and finite."""
     return loss.nan_to_num(1e6, 1e6).clamp(max=1e6)
 
 
@@ -222,7 +222,7 @@ def _bounded(loss: Tensor) -> Tensor:
 
 
 def run(name: str, problems: int = 24, lengths: Sequence[int] | None = None) -> dict[str, Any]:
-    """Simulates a whole set; returns plain values."""
+    """Simulate a whole set; return plain values."""
     chosen = SETS[name]
     decays = [
         run_decays(family, length, chosen.rates, 1000 * chosen.seed + 10 * i + j, problems)
@@ -253,7 +253,7 @@ def run(name: str, problems: int = 24, lengths: Sequence[int] | None = None) -> 
 
 
 def start_figures(asked: Sequence[Asked]) -> dict[str, Any]:
-    """How often the advice was right, and what following it would have cost."""
+    """Compute how often the advice was right, and the cost of following it."""
     started = [each for each in asked if each.action == "start"]
     patterns = sorted({each.pattern for each in asked})
     return {
@@ -267,7 +267,7 @@ def start_figures(asked: Sequence[Asked]) -> dict[str, Any]:
 
 
 def print_figures(found: dict[str, Any]) -> None:
-    """The tables."""
+    """Print the tables."""
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.0f} %"

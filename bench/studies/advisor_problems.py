@@ -18,10 +18,10 @@ class Family:
     """A kind of loss; every tensor is [..., factors, DIMENSIONS] for weights, [..., DIMENSIONS] for curvature.
 
     Attributes:
-        name: what it is.
-        factors: how many weights make a coordinate.
-        residual: how far a coordinate of the model is from its optimum.
-        pull: its derivative by each weight.
+        name: in tables.
+        factors: number of weights per coordinate.
+        residual: distance of a coordinate from its optimum.
+        pull: derivative of the residual by each weight.
         start: the first weights, from standard normal numbers.
         condition: the range of the ratio of largest to smallest curvature.
         heavy_tails: gradient noise of Student's t with 3 degrees of freedom instead of a normal one.
@@ -40,23 +40,23 @@ class Family:
 
 
 def _others(weights: Tensor) -> Tensor:
-    """Of each factor, the product of the others."""
+    """Return, for each factor, the product of the others."""
     count = weights.shape[-2]
     return torch.stack([weights[..., [j for j in range(count) if j != i], :].prod(-2) for i in range(count)], -2)
 
 
 def linear(name: str, condition: tuple[float, float], heavy_tails: bool = False) -> Family:
-    """Least squares in the eigenbasis: the curvature is the variance of the inputs."""
+    """Return least squares in the eigenbasis: the curvature is the variance of the inputs."""
     return Family(name, 1, lambda w: w[..., 0, :], torch.ones_like, lambda z: 2 * z, condition, heavy_tails)
 
 
 def _product(name: str, factors: int) -> Family:
-    """A diagonal linear network: a coordinate is a product of weights, and should be 1. Non-convex: saddle at 0."""
+    """Return a diagonal linear network: a product of weights should be 1. Non-convex, with a saddle at 0."""
     return Family(name, factors, lambda w: w.prod(-2) - 1, _others, lambda z: 0.6 + 0.1 * z, (10, 100))
 
 
 def _double_well() -> Family:
-    """(x² - 1)² / 4: two optima, a barrier between them; curvature 1 at either."""
+    """Return (x² - 1)² / 4: two optima with a barrier between them; curvature 1 at either."""
     return Family(
         "double well, non-convex",
         1,
@@ -69,7 +69,7 @@ def _double_well() -> Family:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """What is simulated: families, run lengths in updates, learning-rate schedules."""
+    """The simulated families, run lengths in updates and learning-rate schedules."""
 
     seed: int
     families: tuple[Family, ...]
@@ -98,7 +98,7 @@ SETS = {
 
 
 def rates_at(kind: Sequence[str], done: float) -> list[float]:
-    """Shares of the highest learning rate when a share `done` of the run is over."""
+    """Return factors of the highest learning rate when a share `done` of the run is over."""
     values = {
         "constant": 1.0,
         "cosine": 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2,
@@ -112,8 +112,8 @@ class Simulation:
 
     Args:
         family: the loss.
-        generator: where all chance comes from.
-        problems, replicas: how many of each; the replicas of a problem differ by start and noise.
+        generator: of all random numbers.
+        problems, replicas: number of each; the replicas of a problem differ by start and noise.
         rate: the range of the highest learning rate, times the largest curvature (1): 2 diverges in least squares.
         batch: the range of the batch size, which divides the variance of the gradient noise.
     """
@@ -138,7 +138,7 @@ class Simulation:
         self.weights = family.start(torch.randn(shape, generator=generator))
 
     def step(self, share_of_rate: Tensor) -> None:
-        """One step of SGD; `share_of_rate` is [problems]."""
+        """Take one step of SGD; `share_of_rate` is [problems]."""
         weights, family = self.weights, self.family
         noise = torch.randn(weights[..., 0, :].shape, generator=self._generator)
         if family.heavy_tails:
@@ -150,11 +150,11 @@ class Simulation:
         self.weights = weights - rate * slope[..., None, :] * family.pull(weights)
 
     def loss(self, weights: Tensor | None = None) -> Tensor:
-        """[..., problems, replicas]; of the weights now, or of others."""
+        """Return the loss of the current weights, or of others: [..., problems, replicas]."""
         weights = self.weights if weights is None else weights
         return FLOOR + self.family.excess(weights, self.curvature)
 
     def _between(self, low: float, high: float, *shape: int) -> Tensor:
-        """Log-uniform."""
+        """Draw log-uniform numbers."""
         dice = torch.rand(shape, generator=self._generator)
         return low * (high / low) ** dice

@@ -1,7 +1,7 @@
-"""What an average brings on real images: `fastema train` on cell nuclei, base and averages side by side, several seeds.
+"""Measure the gain of an average on real images: `fastema train` on cell nuclei, base and averages, several seeds.
 
-Every seed is trained twice, by the command line itself: once with two constant decays in one read, once with the
-threshold schedule. An average does not touch the training, so both must give the same base, bit for bit: checked.
+Every seed is trained twice, through the command line: once with two constant decays in one read, once with the
+threshold schedule. An average does not change the training, so both must give the same base, bit for bit; this is checked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 RESULTS = Path(__file__).parent.parent / "results"
 
-#: What to call an average → its column in history.csv, by run.
+#: Name of an average → its column in history.csv, by run.
 RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "constant": (
         ["--ema-decays", "0.99,0.999", "--ema-decay-type", "constant"],
@@ -46,7 +46,7 @@ class SeedResult:
 
 
 def train_flags(arguments: argparse.Namespace) -> list[str]:
-    """The flags that all runs share."""
+    """Return the flags that all runs share."""
     return [
         *("--backbone", arguments.backbone, "--num-experts", str(arguments.num_experts)),
         *("--img-size", str(arguments.img_size), "--batch-size", str(arguments.batch_size)),
@@ -55,7 +55,7 @@ def train_flags(arguments: argparse.Namespace) -> list[str]:
 
 
 def run_seed(seed: int, arguments: argparse.Namespace) -> SeedResult:
-    """Trains a seed both ways and evaluates the ends on the test images.
+    """Train a seed both ways and evaluate the last weights on the test images.
 
     Raises:
         RuntimeError: a command failed, or the two bases are not the same.
@@ -86,13 +86,13 @@ def _fastema(*arguments: str) -> None:
 
 
 def _test_ious(path: Path, names: list[str]) -> dict[str, float]:
-    """Base and main average; further averages of one run are validated only."""
+    """Return the IoU of the base and of the main average; further averages are only validated."""
     ious = {entry["name"]: entry["means"]["iou"] for entry in json.loads(path.read_text())["weights"]}
     return {names[0]: ious["net"], names[1]: ious["ema_net"]}
 
 
 def summary(results: list[SeedResult]) -> list[dict[str, Any]]:
-    """A row for each kind of weights: mean and spread over the seeds, and the gain over the base, seed by seed."""
+    """Return a row per kind of weights: mean and deviation over the seeds, and the gain over the base by seed."""
     rows = []
     for weights in results[0].validation:
         last = [result.validation[weights][-1] for result in results]
@@ -114,7 +114,7 @@ def summary(results: list[SeedResult]) -> list[dict[str, Any]]:
 
 
 def draw(path: Path, results: list[SeedResult]) -> None:
-    """IoU by epoch: a line for the mean over the seeds, a band from the lowest seed to the highest."""
+    """Plot IoU by epoch: a line for the mean over the seeds, a band from the lowest to the highest."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     canvas = FigureCanvasSVG(figure)
     axis = figure.subplots()
