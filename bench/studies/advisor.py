@@ -5,9 +5,9 @@
     python -m bench.studies.advisor --json advisor.json
 
 A loss is `floor + excess`: the floor is the noise of the labels, which no weights can beat, the excess is 0 at the
-optimum. All decays of a grid run at once. The best decay in hindsight is the one of the grid, with one of two schedules,
-or no average, that has the least loss at the end of the run, a mean over replicas. The two sets share no family, no seed
-and no run length.
+optimum. All decays of a grid run at once. The best decay in hindsight is the one of the grid, with one of two
+schedules, or no average, that has the least loss at the end of the run, a mean over replicas. The two sets share no
+family, no seed and no run length.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ def run_starts(family: Family, situation: Situation, seed: int, problems: int) -
     """Ask the advisor after some epochs, start the average in any case, and compare.
 
     A start paid if at the end the average is at least 2 % better than the model beside it, and better than the model
-    was when the average was started: an average of a diverging training may beat its model and is of no use. It hurt if the average is at least 2 % worse than the model beside it.
+    was when the average was started: an average of a diverging training may beat its model and is of no use. It hurt if
+    the average is at least 2 % worse than the model beside it.
     """
     generator = torch.Generator().manual_seed(seed)
     simulation = Simulation(family, generator, problems, 1, situation.rate, situation.batch)

@@ -1,7 +1,7 @@
 """Measure the gain of an average on real images: `fastema train` on cell nuclei, base and averages, several seeds.
 
 Every seed is trained twice, through the command line: once with two constant decays in one read, once with the
-threshold schedule. An average does not change the training, so both must give the same base, bit for bit; this is checked.
+threshold schedule. An average does not change the training, so both must give the same base, bit for bit (checked).
 """
 
 from __future__ import annotations
