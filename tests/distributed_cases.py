@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
+
 TIMEOUT = 240.0  # seconds, for all tests of a file on one number of ranks
 COLLECTIVE_TIMEOUT = 60.0  # seconds; a rank that waits for one that failed gives up then
 
@@ -52,7 +54,7 @@ def on_ranks(world: int) -> Callable[[Body], Callable[[], None]]:
                 assert outcome == "passed", f"on rank {rank} of {world}: {outcome}"
 
         test.__name__, test.__doc__ = name, body.__doc__
-        return test
+        return pytest.mark.slow(test)
 
     return decorate
 

@@ -148,6 +148,7 @@ def test_a_torch_that_cannot_swap_storages_exchanges_contents(monkeypatch: pytes
         assert bits(model) == live
 
 
+@pytest.mark.slow
 @needs_native
 def test_the_instruction_set_can_be_lowered_by_the_environment() -> None:
     code = "import torch, fastema._C as c; print(c.cpu_isa())"

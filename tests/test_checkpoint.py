@@ -242,6 +242,7 @@ print("killed in a save:", killed_in_a_save)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_killed_at_any_moment_the_file_always_loads(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(

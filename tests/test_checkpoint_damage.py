@@ -59,6 +59,7 @@ def flips(content: bytes) -> Iterator[tuple[int, int]]:
         yield byte, 4  # some attributes are one bit
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: pathlib.Path, saved: tuple[bytes, dict[str, Any]]) -> None:
     content, expected = saved
     path, refused = tmp_path / "a.pth", 0

@@ -56,6 +56,7 @@ def test_update_in_a_compiled_step(backend: str, compiler: str, capturable: bool
     assert same(ema, twin)
 
 
+@pytest.mark.slow
 def test_update_in_a_step_that_inductor_compiles() -> None:
     model = nn.Linear(3, 5)
     ema = FastEMA(model, decay=[0.9, 0.5])
@@ -185,6 +186,7 @@ def test_a_swap_under_a_compiled_model(kind: Kind, contents: bool, backend: str)
     assert not torch.allclose(swapped, restored)
 
 
+@pytest.mark.slow
 def test_a_swap_under_a_model_that_inductor_compiles() -> None:
     """Both exchanges, and stand-ins (a float64 shadow)."""
     model, features = Net().eval(), torch.randn(5, 6)
@@ -239,6 +241,7 @@ def test_a_swap_between_steps_of_a_compiled_training() -> None:
 # ---- frozen weights ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [as_wrapper, inside_a_function, inside_a_parent])
 def test_frozen_weights_are_refused(kind: Kind) -> None:
     model, features = Net().eval(), torch.randn(5, 6)

@@ -27,6 +27,7 @@ def is_gcc() -> bool:
     return "Free Software Foundation" in version and platform.machine() == "x86_64"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_gcc(), reason="needs gcc for x86-64, whose report this reads")
 def test_every_dtype_pair_is_vectorised_with_and_without_the_guard(tmp_path: Path) -> None:
     source = ROOT / "csrc/cpu_kernels.cpp"

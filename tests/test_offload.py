@@ -462,6 +462,7 @@ def run_script(script: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_interpreter_ends_while_something_is_averaged() -> None:
     script = "ema.attach(torch.optim.SGD(model.parameters(), lr=1.0))\nema.update()\nprint('end')"
     assert run_script(script) == "end\n"
@@ -513,6 +514,7 @@ print("end")
 """
 
 
+@pytest.mark.slow
 def test_a_forked_process_reads_what_is_done_and_refuses_what_is_half_done() -> None:
     assert run_script(FORK) == "end\n"
 

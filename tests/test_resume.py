@@ -115,6 +115,7 @@ def resumed(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return torch.load(folder / "out.pt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_resuming_in_a_new_process_is_exact(
     backend: str, name: str, resumed: dict[tuple[str, str], dict[str, Any]]

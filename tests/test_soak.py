@@ -8,6 +8,7 @@ from fastema import backends
 from soak import soak
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(backends.native.why_unusable("cpu") is not None, reason="compares with fastema._C")
 @pytest.mark.usefixtures("one_thread")
 def test_a_thousand_updates_with_everything_in_between() -> None:

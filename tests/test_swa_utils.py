@@ -81,6 +81,7 @@ def fast(averaged: ours.AveragedModel) -> bool:
 # ---- values ----
 
 
+@pytest.mark.slow
 @needs_fma
 @pytest.mark.parametrize("net", [conv_bn, conv_bn_without_counter, lstm, transformer])
 def test_a_thousand_updates_have_torchs_bits(net: Callable[[], nn.Module]) -> None:
@@ -863,6 +864,7 @@ def test_the_average_may_be_built_under_inference_mode() -> None:
     assert fast(averaged)
 
 
+@pytest.mark.slow
 def test_the_interpreter_ends_quietly() -> None:
     code = (
         "import torch, fastema.swa_utils as s; m = torch.nn.Linear(2, 2); a = s.AveragedModel(m)\n"
@@ -873,6 +875,7 @@ def test_the_interpreter_ends_quietly() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_in_torch() -> None:
     code = (
         "import torch.optim.swa_utils as t; before = dict(vars(t)); import fastema.swa_utils\n"

@@ -334,6 +334,7 @@ def test_a_trainer_that_imports_after_the_patch(names: dict[str, Any]) -> None:
     assert not patched()
 
 
+@pytest.mark.slow
 def test_torchs_own_tests_names_are_all_there() -> None:
     code = "from fastema.swa_utils import *; AveragedModel, update_bn, SWALR, get_swa_multi_avg_fn, patch, unpatch"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

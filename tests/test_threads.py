@@ -65,6 +65,7 @@ def values_of(tensors: list[Tensor]) -> set[float]:
     return {value for tensor in tensors for value in tensor.unique().tolist()}
 
 
+@pytest.mark.slow
 def test_validating_and_updating_at_once_is_an_error_or_right(backend: str) -> None:
     """The live weights are all 1, the average all 0: a bit in the wrong place would be seen."""
     model = constant_model(0.0)
@@ -193,6 +194,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_forked_child_updates_and_swaps_without_hanging(backend: str) -> None:
     """gcc's OpenMP waits forever in a forked child whose parent had a parallel region."""

@@ -56,6 +56,7 @@ def interpreted() -> dict[str, tuple[int, str]]:
     return {name: (int(count), failure) for name, count, failure in lines}
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(
     ("group", "cases"),
@@ -174,6 +175,7 @@ def test_two_shadows_read_live_once(kernels: ModuleType) -> None:
     assert seen["ld.v4.b32"] == 4 * seen["st.v4.b32"] // 3, seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shadows", [1, 4])
 def test_nothing_is_spilled(kernels: ModuleType, shadows: int) -> None:
     import triton
@@ -231,6 +233,7 @@ counts()
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_one_kernel_is_compiled_for_all_weights_sizes_and_addresses(tmp_path: Path) -> None:
     """Triton compiles anew for integers that are 1 or multiples of 16, and for aligned pointers."""
