@@ -39,18 +39,18 @@ gpu:  ## on a machine with a GPU: build, GPU tests, memcheck and benchmarks, wit
 	PYTHON=$(PYTHON) bench/gpu.sh
 
 sanitize: .venv/.ready  ## the extension's tests under AddressSanitizer and UBSan, then under ThreadSanitizer
-	tests/sanitize.sh address,undefined
-	tests/sanitize.sh thread
+	tests/csrc/sanitize.sh address,undefined
+	tests/csrc/sanitize.sh thread
 
 fuzz: .venv/.ready  ## 20,000 hostile inputs: the API, the checkpoint reader, and atheris where `.[fuzz]` is installed
 	FASTEMA_FUZZ_CASES=3000 $(BIN)/python -m pytest -q tests/fuzz
 	! $(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python tests/fuzz/checkpoints.py -runs=10000
 
 faults: .venv/.ready  ## an exception at every bytecode of what FastEMA does
-	FASTEMA_EXHAUSTIVE=1 $(BIN)/python -m pytest -q tests/test_faults.py
+	FASTEMA_EXHAUSTIVE=1 $(BIN)/python -m pytest -q tests/core/test_faults.py
 
 soak: .venv/.ready  ## 100,000 updates with everything in between, beside a float64 twin
-	$(BIN)/python tests/soak.py --updates 100000
+	PYTHONPATH=tests $(BIN)/python tests/core/soak.py --updates 100000
 
 clean:  ## removes .venv and what was built
 	rm -rf .venv build dist *.egg-info fastema/_C*.so fastema/_build_record.json

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "csrc/cuda_kernels.cu"
+SOURCE = Path(__file__).parents[2] / "csrc/cuda_kernels.cu"
 FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v"]  # as in setup.py, with a report
 KERNELS = 3  # update with and without the guard, exchange
 

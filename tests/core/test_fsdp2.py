@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from distributed_cases import Rank, on_ranks
+from cases.distributed import Rank, on_ranks
 from fastema import FastEMA
 from fastema.checkpoint import save_checkpoint
 

@@ -5,6 +5,7 @@ The file is also the new process: `python test_resume.py IN OUT` loads every cas
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,7 +112,8 @@ def resumed(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> dict[
                 run(*parts, range(N))
                 states[name, backend] = checkpoint(*parts)
     torch.save(states, folder / "in.pt")
-    subprocess.run([sys.executable, __file__, str(folder / "in.pt"), str(folder / "out.pt")], check=True, timeout=120)
+    command = [sys.executable, __file__, str(folder / "in.pt"), str(folder / "out.pt")]
+    subprocess.run(command, check=True, timeout=120, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     return torch.load(folder / "out.pt", weights_only=True)
 
 

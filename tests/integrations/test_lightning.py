@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from callback_cases import DECAY, assert_average, assert_same, average
+from cases.callbacks import DECAY, assert_average, assert_same, average
 from fastema import FastEMA
 from fastema.segmentation.torchvision_shim import import_torchvision
 

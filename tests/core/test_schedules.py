@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from cases.reference import SCHEDULES, exponential, warmup
 from fastema import EMA_DECAY_FUNCTIONS, FastEMA, IDecayFunction, schedules
-from reference import SCHEDULES, exponential, warmup
 
 TOTAL = 200
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cases import bits, raw, small_model, tensors_of, train, values
+from cases.reference import ReferenceEMA
 from fastema import FastEMA
-from reference import ReferenceEMA
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

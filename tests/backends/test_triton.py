@@ -25,7 +25,7 @@ from fastema.backends import triton as backend
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 AVERAGE = {"f32": 0, "f32<-bf16": 2, "f32<-f16": 3, "f64": 5, "bf16": 10, "f16": 15}  # kinds, as in csrc/chunks.h
 CONVERT_F32_BF16, COPY_BYTES = 18, 32
 
@@ -48,7 +48,7 @@ def run(code: list[str], timeout: float = 300, **environment: str) -> subprocess
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, tuple[int, str]]:
     """Group -> how many cases ran, and what failed first."""
-    result = run([str(TESTS / "triton_cases.py")], TRITON_INTERPRET="1")
+    result = run([str(TESTS / "backends/triton_cases.py")], TRITON_INTERPRET="1")
     if result.returncode == 77:
         pytest.skip(result.stdout.strip())
     assert result.returncode == 0, result.stdout + result.stderr

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from callback_cases import DECAY, assert_average, assert_same, average
+from cases.callbacks import DECAY, assert_average, assert_same, average
 from fastema.segmentation.torchvision_shim import import_torchvision
 
 with contextlib.suppress(ImportError):

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 TIMEOUT = 240.0  # seconds, for all tests of a file on one number of ranks
 COLLECTIVE_TIMEOUT = 60.0  # seconds; a rank that waits for one that failed gives up then
 
@@ -66,10 +67,12 @@ def _run(module: str, world: int) -> list[dict[str, str]]:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # the host's own name may not resolve
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(folder) for folder in (ROOT, ROOT / "tests", Path(sys.modules[module].__file__ or "").parent)]
+        ),
     }
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, module, str(world), folder]
+        command = [sys.executable, "-m", "cases.distributed", module, str(world), folder]
         with open(Path(folder, "log"), "wb") as log:
             parent = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -145,5 +148,5 @@ def _be_a_rank(module: str, rank: int, world: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     # As a script this module would be there twice, with two tables.
-    itself = importlib.import_module("distributed_cases")
+    itself = importlib.import_module("cases.distributed")
     sys.exit(itself._fork_ranks(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])))

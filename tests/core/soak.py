@@ -1,6 +1,6 @@
 """A long training with everything that happens to one, on both backends, beside its average in float64.
 
-    python tests/soak.py --updates 100000
+    PYTHONPATH=tests python tests/core/soak.py --updates 100000
 
 Random swaps, saves, loads, `.to()`, assigned and frozen weights, copies; the error must stay within what rounding
 allows, the backends agree to the bit, and memory stay flat. Exit status 1 if not.
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from twins import Twins
+from cases.twins import Twins
 
 _DECAYS = (0.9, 0.9999)
 _PYTHON_GROWTH = 256 * 1024  # bytes; caches of Python and torch grow by some 60 KiB, whatever the number of updates

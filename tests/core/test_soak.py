@@ -1,11 +1,11 @@
-"""The soak, short: `python tests/soak.py` is the long one."""
+"""The soak, short: `make soak` is the long one."""
 
 from __future__ import annotations
 
 import pytest
+from soak import soak
 
 from fastema import backends
-from soak import soak
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed_cases import Rank, on_ranks
+from cases.distributed import Rank, on_ranks
 from fastema import FastEMA
 from fastema.checkpoint import load_checkpoint, load_weights, save_checkpoint
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from cases import COPIED_DTYPES, DTYPE_PAIRS, LAYOUTS, OFFSETS, SIZES, WEIGHTS, move, raw, values
+from cases.reference import assert_within, averaged, exact, tolerance
 from fastema import FastEMA, backends
 from fastema.backends import native
 from fastema.backends import torch as plain_torch
-from reference import assert_within, averaged, exact, tolerance
 
 needs_native = pytest.mark.skipif(native.why_unusable("cpu") is not None, reason="fastema._C is not built")
 # torch's own lerp fuses its multiply-add in vectorised builds only.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cases import LAYOUTS, bits, move, raw, tensors_of, train, values
+from cases.reference import ReferenceEMA
 from fastema import FastEMA
-from reference import ReferenceEMA
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds the extension with a sanitizer beside the normal one and runs its tests in it: `make sanitize`.
-#   tests/sanitize.sh address,undefined|thread
+#   tests/csrc/sanitize.sh address,undefined|thread
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 kinds=$1
 build=build/sanitize-${kinds%%,*}
 FASTEMA_SANITIZE=$kinds .venv/bin/python setup.py -q build --build-base "$build" --build-lib "$build/lib"
@@ -20,7 +20,7 @@ thread)
 esac
 # Python and torch keep memory until they exit; gcc's OpenMP runtime is not built for ThreadSanitizer.
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-export TSAN_OPTIONS="halt_on_error=1 suppressions=$PWD/tests/tsan.supp ignore_noninstrumented_modules=1"
+export TSAN_OPTIONS="halt_on_error=1 suppressions=$PWD/tests/csrc/tsan.supp ignore_noninstrumented_modules=1"
 LD_PRELOAD=$runtime .venv/bin/python -c "
 import sys
 sys.path[:0] = ['$build/lib', 'tests']
@@ -28,5 +28,5 @@ import fastema, pytest
 assert '$build' in fastema.__file__, fastema.__file__
 # Left out: the torch backend, where nothing of ours is compiled; and forks, whose children load another build.
 sys.exit(pytest.main(['-q', '-k', 'not torch and not fork', '-p', 'no:cacheprovider', '-o', 'pythonpath=',
-                      '--durations=5', *(f'tests/test_{name}.py' for name in '$tests'.split())]))
+                      '--durations=5', *(f'tests/core/test_{name}.py' for name in '$tests'.split())]))
 "
