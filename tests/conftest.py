@@ -1,4 +1,4 @@
-"""Fixtures of all folders, and one thread for every test: the tensors are tiny, and the tests run in parallel."""
+"""Fixtures of all folders. One thread unless OMP_NUM_THREADS says more: tensors are tiny and tests run in parallel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; processes that a test starts inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that a test starts inherit it
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # Inductor compiles no probes of the instruction set: 5 s
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 
 from fastema import backends
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -29,10 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Restore one thread after a test that changes the number."""
+    """Use one thread, whatever OMP_NUM_THREADS says."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -16,6 +16,7 @@ address*)
 thread)
   runtime=$(g++ -print-file-name=libtsan.so)
   tests="update exchange several_decays threads"
+  export OMP_NUM_THREADS=2 # conftest.py sets 1 otherwise
   ;;
 esac
 # Python and torch keep memory until they exit; gcc's OpenMP runtime is not built for ThreadSanitizer.
