@@ -14,8 +14,6 @@ import torch
 
 from fastema import backends
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
 # A shell that starts a job in the background has it ignore Ctrl-C, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
