@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := csrc/*.h csrc/*.cpp csrc/*.cu
 JOBS ?= 2
-CORE := $(addprefix tests/,core checkpoint swa_utils backends advisor csrc)
+CORE := $(addprefix tests/,core checkpoint swa_utils backends advisor)
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test check lint format bench gpu sanitize fuzz faults soak clean
