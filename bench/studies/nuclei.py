@@ -81,7 +81,7 @@ def run_seed(seed: int, arguments: argparse.Namespace) -> SeedResult:
 
 def _fastema(*arguments: str) -> None:
     print("fastema", " ".join(arguments), flush=True)
-    if subprocess.run([sys.executable, "-m", "fastema.cli", *arguments]).returncode != 0:
+    if subprocess.run([sys.executable, "-m", "fastema", *arguments]).returncode != 0:
         raise RuntimeError(f"fastema {arguments[0]} failed")
 
 

@@ -67,9 +67,7 @@ def _run(module: str, world: int) -> list[dict[str, str]]:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # the host's own name may not resolve
-        "PYTHONPATH": os.pathsep.join(
-            [str(folder) for folder in (ROOT, ROOT / "tests", Path(sys.modules[module].__file__ or "").parent)]
-        ),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),  # pytest's too
     }
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "cases.distributed", module, str(world), folder]
