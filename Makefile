@@ -3,15 +3,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := csrc/*.h csrc/*.cpp csrc/*.cu
+JOBS ?= 2
+CORE := $(addprefix tests/,core checkpoint swa_utils backends advisor)
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint format bench gpu sanitize fuzz faults soak clean
+.PHONY: help demo test check lint format bench gpu sanitize fuzz faults soak clean
+
+help:  ## lists these targets
+	@sed -nE 's/^([a-z]+):[^#]*## +(.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
 
 demo: .venv/.ready  ## trains a small segmentation model, its EMA validated at no copy (three minutes)
 	$(BIN)/fastema train --dataset-path synthetic --checkpoint-dir runs/demo --backbone tf_efficientnet_lite0 \
 		--img-size 96 --batch-size 16 --epochs 6 --lr 0.002 --use-ema --ema-decay 0.99
 
-test: .venv/.ready  ## the whole test suite
-	$(BIN)/python -m pytest
+test: .venv/.ready  ## the whole test suite, under five minutes on two cores; JOBS=8 for eight
+	$(PYTEST)
+
+check: lint  ## lint, types and the fast core of the tests, under a minute: for every edit
+	$(PYTEST) -m "not slow" $(CORE)
 
 lint: .venv/.ready  ## format, lint and types, as CI holds them
 	$(BIN)/ruff format --check .
@@ -19,7 +28,7 @@ lint: .venv/.ready  ## format, lint and types, as CI holds them
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
-format: .venv/.ready
+format: .venv/.ready  ## formats Python and C++
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP)
@@ -31,20 +40,20 @@ gpu:  ## on a machine with a GPU: build, GPU tests, memcheck and benchmarks, wit
 	PYTHON=$(PYTHON) bench/gpu.sh
 
 sanitize: .venv/.ready  ## the extension's tests under AddressSanitizer and UBSan, then under ThreadSanitizer
-	tests/sanitize.sh address,undefined
-	tests/sanitize.sh thread
+	tests/csrc/sanitize.sh address,undefined
+	tests/csrc/sanitize.sh thread
 
 fuzz: .venv/.ready  ## 20,000 hostile inputs: the API, the checkpoint reader, and atheris where `.[fuzz]` is installed
 	FASTEMA_FUZZ_CASES=3000 $(BIN)/python -m pytest -q tests/fuzz
 	! $(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python tests/fuzz/checkpoints.py -runs=10000
 
 faults: .venv/.ready  ## an exception at every bytecode of what FastEMA does
-	FASTEMA_EXHAUSTIVE=1 $(BIN)/python -m pytest -q tests/test_faults.py
+	FASTEMA_EXHAUSTIVE=1 $(BIN)/python -m pytest -q tests/core/test_faults.py
 
 soak: .venv/.ready  ## 100,000 updates with everything in between, beside a float64 twin
-	$(BIN)/python tests/soak.py --updates 100000
+	PYTHONPATH=tests $(BIN)/python tests/core/soak.py --updates 100000
 
-clean:
+clean:  ## removes .venv and what was built
 	rm -rf .venv build dist *.egg-info fastema/_C*.so fastema/_build_record.json
 
 # torch first and pinned: the build needs it there, and an unpinned one is gigabytes of CUDA packages.

@@ -29,7 +29,7 @@ if missing_packages():
 
 import torch
 
-from distributed_cases import Rank, on_ranks
+from cases.distributed import Rank, on_ranks
 from fastema import cli
 from fastema.checkpoint import load_checkpoint
 from fastema.segmentation.data.loaders import ValidationSet, share_of, validation_loader
