@@ -144,7 +144,12 @@ class FastEMA:
 
     # ---- averaging ----
 
-    def update(self, step: int | None = None, found_inf: Tensor | None = None) -> None:
+    def update(
+        self,
+        step: int | None = None,
+        found_inf: Tensor | None = None,
+        decay: float | Sequence[float] | None = None,
+    ) -> None:
         """Averages the model's weights as they are now. Call it once per optimizer step.
 
         Args:
@@ -152,6 +157,7 @@ class FastEMA:
             found_inf: float32 scalar on the model's device, as torch's gradient scaler keeps it; where it is not 0, the
                 optimizer skipped its step and nothing is averaged. On a GPU the kernel looks, and only with
                 `capturable=True` does the step not count either.
+            decay: for this update in place of the schedule's: one number, or one for each average.
 
         Raises:
             RuntimeError: the EMA weights are applied; the model's structure, shapes, dtypes or devices changed.
@@ -162,7 +168,7 @@ class FastEMA:
         with self._one_thread:
             self._refuse_while_applied("update()")
             self._ensure_current()
-            self._advance(step, found_inf, self._shadow.update)
+            self._advance(step, found_inf, self._shadow.update, decay)
 
     @one_thread
     def _update_operands(
@@ -172,7 +178,13 @@ class FastEMA:
         self._refuse_while_applied("update()")
         self._advance(step, found_inf, partial(self._shadow.update_operands, shadows, lives))
 
-    def _advance(self, step: int | None, found_inf: Tensor | None, average: Callable[..., None]) -> None:
+    def _advance(
+        self,
+        step: int | None,
+        found_inf: Tensor | None,
+        average: Callable[..., None],
+        decay: float | Sequence[float] | None = None,
+    ) -> None:
         """Counts the step, and has `average` called with the weights where one is due."""
         if found_inf is not None and not isinstance(found_inf, Tensor):
             raise TypeError(f"found_inf must be a float32 scalar tensor or None, got {found_inf!r}")
@@ -186,7 +198,8 @@ class FastEMA:
             return
         step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
         if step % self._update_every == 0:
-            average([1.0 - decay for decay in self._decays.at(step)], self._guard, found_inf)
+            decays = self._decays.at(step) if decay is None else self._decays.given(decay)
+            average([1.0 - each for each in decays], self._guard, found_inf)
             self._num_updates += 1
         self._step = step
 

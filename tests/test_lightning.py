@@ -29,8 +29,9 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 
-from fastema.integrations import extras  # noqa: E402
-from fastema.integrations import lightning as ours  # noqa: E402
+from fastema.core import extras  # noqa: E402
+from fastema.integrations.lightning import callback as ours  # noqa: E402
+from fastema.integrations.lightning import carry_over, validation, weight_averaging  # noqa: E402
 from fastema.integrations.lightning import FastEMACallback  # noqa: E402
 
 pytestmark = [
@@ -213,7 +214,7 @@ def test_every_keyword_reaches_fastema_and_wrong_ones_are_refused_at_once(tmp_pa
         FastEMACallback(1.5)
     with pytest.raises(TypeError, match="no_such_argument"):
         FastEMACallback(no_such_argument=1)
-    with pytest.raises(ValueError, match="validate must be one of 'both', 'ema', 'base'"):
+    with pytest.raises(ValueError, match="validate must be one of 'ema', 'both', 'base'"):
         FastEMACallback(validate="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="start_step"):
         FastEMACallback(start_step=-1)
@@ -237,7 +238,7 @@ def logged_by(net: Net, weights: dict[str, Tensor], batches: DataLoader[Any]) ->
 
 
 def test_both_log_the_metrics_of_base_and_average_side_by_side(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY)
+    net, callback = Net(), FastEMACallback(decay=DECAY, validate="both")
     run, batches = trainer(tmp_path, callback), loader(seed=8)
     run.fit(net, loader(), batches)
     metrics = {name: value.item() for name, value in run.callback_metrics.items()}
@@ -257,7 +258,7 @@ def test_both_log_the_metrics_of_base_and_average_side_by_side(tmp_path: Path) -
 
 
 def test_several_loaders_and_a_limit_of_batches(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY)
+    net, callback = Net(), FastEMACallback(decay=DECAY, validate="both")
     run = trainer(tmp_path, callback, limit_val_batches=2, limit_train_batches=3, max_epochs=1)
     run.fit(net, loader(), [loader(seed=8), loader(seed=9)])
     for index, seed in enumerate((8, 9)):
@@ -279,7 +280,7 @@ def test_before_the_start_the_average_is_the_model_and_monitors_work(tmp_path: P
                 found = trainer.callback_metrics
                 self.metrics.append((found["val_loss"].item(), found["val_ema_loss"].item()))
 
-    seen, callback = Seen(), FastEMACallback(decay=DECAY, start_epoch=1)
+    seen, callback = Seen(), FastEMACallback(decay=DECAY, start_epoch=1, validate="both")
     best = ModelCheckpoint(tmp_path, monitor="val_ema_loss", filename="{epoch}")
     stop = EarlyStopping("val_ema_loss", patience=10, strict=True)
     run = trainer(tmp_path, seen, callback, stop, best, max_epochs=3)
@@ -294,7 +295,7 @@ def test_training_goes_on_bit_for_bit_as_without_the_callback(tmp_path: Path) ->
     def trained(averaged: bool) -> tuple[dict[str, Tensor], Any]:
         torch.manual_seed(3)
         net = Net()
-        callbacks = [FastEMACallback(DECAY)] if averaged else []
+        callbacks = [FastEMACallback(DECAY, validate="both")] if averaged else []
         run = trainer(tmp_path, *callbacks, val_check_interval=2)
         run.fit(net, loader(shuffle=True), loader(shuffle=True, seed=8))  # every pass draws random numbers
         return snapshot(net), run.fit_loop.state_dict()
@@ -324,7 +325,7 @@ def test_base_only_runs_validation_once(tmp_path: Path) -> None:
 
 
 def test_validate_test_and_predict_after_fit(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY, test="ema", predict="ema")
+    net, callback = Net(), FastEMACallback(decay=DECAY, validate="both")
     run, batches = trainer(tmp_path, callback), loader(seed=8)
     run.fit(net, loader())
     base = logged_by(net, snapshot(net), batches)
@@ -347,11 +348,14 @@ def test_validate_test_and_predict_after_fit(tmp_path: Path) -> None:
     assert callback.ema is not None and callback.ema.num_updates == 15
 
 
-def test_averaged_weights_that_do_not_exist_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"trainer\.test shall take the averaged weights, but there are none"):
-        trainer(tmp_path, FastEMACallback(test="ema")).test(Net(), loader(), verbose=False)
-    with pytest.warns(UserWarning, match="no average of this module"):
-        trainer(tmp_path, FastEMACallback()).validate(Net(), loader(), verbose=False)
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_before_there_is_an_average_the_trained_weights_are_taken_with_a_warning(tmp_path: Path, stage: str) -> None:
+    net = Net()
+    with pytest.warns(UserWarning, match=f"no average of this module yet: trainer.{stage} takes the trained weights"):
+        (result, *_) = getattr(trainer(tmp_path, FastEMACallback()), stage)(net, loader(seed=8))
+    if stage != "predict":
+        expected = logged_by(net, snapshot(net), loader(seed=8))["loss"]
+        assert result["test_loss" if stage == "test" else "val_loss_epoch"] == pytest.approx(expected, rel=1e-5)
 
 
 # ---- checkpoints ----
@@ -386,7 +390,7 @@ def test_a_checkpoint_never_holds_averaged_weights_as_the_models(
 @pytest.mark.parametrize("every", [{"every_n_epochs": 1}, {"every_n_train_steps": 2}])
 def test_fit_validate_test_resume_is_bit_for_bit(tmp_path: Path, every: dict[str, int]) -> None:
     def run(folder: Path, epochs: int, resume: Path | None = None) -> tuple[Net, FastEMACallback, Any]:
-        net, callback = Net(), FastEMACallback(decay=0.99, decay_type="warmup", start_step=1, test="ema")
+        net, callback = Net(), FastEMACallback(decay=0.99, decay_type="warmup", start_step=1)
         checkpoint = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True, **every)
         current = trainer(folder, callback, checkpoint, max_epochs=epochs, accumulate_grad_batches=2)
         current.fit(net, loader(), loader(seed=8), ckpt_path=resume)
@@ -416,7 +420,7 @@ def test_fit_validate_test_resume_is_bit_for_bit(tmp_path: Path, every: dict[str
 def test_a_fresh_process_tests_the_average_of_a_checkpoint(tmp_path: Path) -> None:
     net, callback = Net(), FastEMACallback(decay=DECAY)
     trainer(tmp_path, callback, ModelCheckpoint(tmp_path, filename="last")).fit(net, loader())
-    fresh, fresh_callback, batches = Net(), FastEMACallback(decay=DECAY, test="ema"), loader(seed=8)
+    fresh, fresh_callback, batches = Net(), FastEMACallback(decay=DECAY), loader(seed=8)
     run = trainer(tmp_path, fresh_callback)
     (tested,) = run.test(fresh, batches, ckpt_path=tmp_path / "last.ckpt", verbose=False)
     assert tested["test_loss"] == pytest.approx(logged_by(net, callback.ema_state_dict(), batches)["loss"], rel=1e-5)
@@ -438,10 +442,10 @@ def test_a_training_that_was_finished_already_has_its_average(tmp_path: Path) ->
 
 def test_a_checkpoint_without_an_average_ends_the_one_of_other_weights(tmp_path: Path) -> None:
     trainer(tmp_path, ModelCheckpoint(tmp_path, filename="plain"), max_epochs=1).fit(Net(), loader())
-    net, callback = Net(), FastEMACallback(decay=DECAY, test="ema")
+    net, callback = Net(), FastEMACallback(decay=DECAY)
     run = trainer(tmp_path, callback)
     run.fit(net, loader())
-    with pytest.raises(RuntimeError, match="there are none"):
+    with pytest.warns(UserWarning, match="no average of this module yet"):
         run.test(net, loader(), ckpt_path=tmp_path / "plain.ckpt", verbose=False)
 
 
@@ -509,7 +513,7 @@ def test_an_exception_in_validation_leaves_the_trained_weights(
 
 
 def test_an_exception_in_a_test_of_the_average_leaves_the_trained_weights(tmp_path: Path) -> None:
-    net, callback = Fails(ValueError, "test"), FastEMACallback(decay=DECAY, test="ema")
+    net, callback = Fails(ValueError, "test"), FastEMACallback(decay=DECAY)
     run = trainer(tmp_path, callback)
     run.fit(net, loader())
     with pytest.raises(ValueError, match="stop"):
@@ -545,7 +549,9 @@ def test_a_framework_that_is_itself_broken_says_so(tmp_path: Path, monkeypatch: 
         extras.require("no_framework.part", "lightning")
 
 
-@pytest.mark.parametrize("module", [extras, ours], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [extras, ours, carry_over, validation, weight_averaging], ids=lambda module: module.__name__
+)
 def test_examples_in_docstrings(module: Any) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0

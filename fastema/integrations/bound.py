@@ -37,7 +37,9 @@ class BoundEMA:
         device: torch.device | str | int | None = None,
     ) -> None:
         self.source = source
-        self._ema = FastEMA(source, decay, policy=policy, dtype=dtype, device=device, nonfinite="propagate")
+        self._ema = FastEMA(
+            source, decay, decay_type="constant", policy=policy, dtype=dtype, device=device, nonfinite="propagate"
+        )
         self._shadow = self._ema._shadow
 
     def averages(self) -> dict[str, Tensor]:
@@ -50,8 +52,7 @@ class BoundEMA:
         Returns:
             Whether the live weights had moved in memory, so that the averages are other tensors now.
         """
-        self._ema._decays.targets = (decay,)  # the schedule is "constant"
-        self._ema.update()
+        self._ema.update(decay=decay)
         moved = self._ema._shadow is not self._shadow
         self._shadow = self._ema._shadow
         return moved

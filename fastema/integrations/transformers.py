@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from fastema.checks import checked_count
+from fastema.core.extras import require
 from fastema.ema import AttachedHandle, FastEMA
-from fastema.integrations.arguments import refuse_early
-from fastema.integrations.extras import require
+from fastema.integrations.callbacks import HoldsAverage, ema_arguments
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ EMA_WEIGHTS = "ema.safetensors"
 EMA_STATE = "ema.json"
 
 
-class FastEMATrainerCallback(TrainerCallback):
+class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
     """Keeps an exponential moving average of the weights that a Hugging Face Trainer trains, and evaluates it.
 
     With `evaluate="both"`, every metric of `trainer.evaluate` appears twice: `eval_loss` of the trained weights and
@@ -103,28 +103,11 @@ class FastEMATrainerCallback(TrainerCallback):
         if predict not in ("ema", "base"):
             raise ValueError(f"predict must be 'ema' or 'base', got {predict!r}")
         self._evaluate_weights, self._predict_weights = evaluate, predict
-        self._ema_args = {"decay": decay, **ema_args}
-        refuse_early(self._ema_args)
-        self._ema: FastEMA | None = None
+        self._ema_args = ema_arguments(decay, ema_args)
         self._trainer: Trainer | None = None
         self._handle: AttachedHandle | None = None  # on the optimizer
         self._resume_from: Path | None = None
         self._joining: tuple[str, dict[str, float] | None] | None = None  # the prefix, and the average's metrics
-
-    @property
-    def ema(self) -> FastEMA | None:
-        """The average; None before it has begun."""
-        return self._ema
-
-    def ema_state_dict(self) -> dict[str, Any]:
-        """The averaged weights under the model's own keys: `model.load_state_dict(it)` works.
-
-        Raises:
-            RuntimeError: the average has not begun.
-        """
-        if self._ema is None:
-            raise RuntimeError("there is no average yet: it begins in trainer.train, at start_step and start_epoch")
-        return self._ema.shadow_state_dict()
 
     def attach(self, trainer: Trainer) -> FastEMATrainerCallback:
         """Adds the callback to the Trainer, unless it is there already, and wraps the four methods.
@@ -273,10 +256,6 @@ class FastEMATrainerCallback(TrainerCallback):
 
     def _follow(self, optimizer: Any) -> None:
         """Has the average updated at every step that really happens."""
-        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = optimizer.optimizer  # Accelerate's wrapper also "steps" where nothing happens
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"FastEMATrainerCallback needs a torch optimizer, the Trainer has {type(optimizer)!r}")
         assert self._ema is not None
         self._handle = self._ema.attach(optimizer)
 

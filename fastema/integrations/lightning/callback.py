@@ -1,84 +1,68 @@
-"""`FastEMACallback`: an average of the weights in Lightning's Trainer.
-
-How it is done, and why so:
+"""`FastEMACallback`: an average of the weights beside the trained ones, in Lightning's Trainer.
 
 - **Updates hang on the optimizers' own steps**, not on batches and not on `trainer.global_step`: gradient accumulation
   and steps that AMP skipped need no arithmetic then, since where torch's optimizer did not step, nothing is averaged.
-- **Validation runs a second time**, with the averaged weights in the module. Every hook of the module runs in both
-  runs, so everything that a module may do is right in both: `self.log` in any hook, torchmetrics that accumulate over
-  the epoch, metrics computed in `on_validation_epoch_end`, several dataloaders, `limit_val_batches`. Evaluating both
-  per batch would mix the two in whatever the module accumulates. The averaged run comes first, and other callbacks
-  see only the second: so `ModelCheckpoint(monitor="val_ema_loss")` and `EarlyStopping` find all metrics at
-  their one `on_validation_end`, and never meet averaged weights. The first run leaves no trace in the random number
-  generators or in the progress of the loops: training goes on bit for bit as without it.
-- **The exchange surrounds the whole loop** as a `with` block: whatever ends the loop, an exception or Ctrl+C, restores
-  the trained weights before anybody sees the exception. A checkpoint saved inside holds the trained weights too.
+- **The exchange surrounds the whole evaluation loop** as a `with` block: whatever ends the loop, an exception or
+  Ctrl+C, restores the trained weights before anybody sees the exception. A checkpoint saved inside holds the trained
+  weights too.
+- **With `validate="both"` the loop runs twice**, the average first, so that everything a module may do is right in
+  both: `self.log` in any hook, torchmetrics that accumulate over the epoch, several dataloaders. Evaluating both per
+  batch would mix the two in whatever the module accumulates. See `validation` for what the first run leaves alone.
 - **The average is built when training starts**, after Lightning has restored the checkpoint and moved the module.
 """
 
 from __future__ import annotations
 
 import functools
-import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastema.checks import checked_count
 from fastema.ema import FastEMA
-from fastema.integrations.arguments import refuse_early
-from fastema.integrations.extras import require
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-    from lightning.pytorch.utilities.seed import isolate_rng
-else:
-    # The same code under two names; a Trainer of one does not take callbacks of the other.
-    if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
-        _pl = require("pytorch_lightning", "lightning")
-    else:
-        _pl = require("lightning.pytorch", "lightning")
-    Callback, LightningModule, Trainer = _pl.Callback, _pl.LightningModule, _pl.Trainer
-    rank_zero_warn = require(f"{_pl.__name__}.utilities.rank_zero", "lightning").rank_zero_warn
-    isolate_rng = require(f"{_pl.__name__}.utilities.seed", "lightning").isolate_rng
+from fastema.integrations.callbacks import HoldsAverage, ema_arguments
+from fastema.integrations.lightning.carry_over import carried_over, layout_of
+from fastema.integrations.lightning.framework import Callback, LightningModule, Trainer, rank_zero_warn
+from fastema.integrations.lightning.validation import averaged_names, extra_run, logging_both, replaced
 
 Weights: TypeAlias = Literal["base", "ema"]
-
-#: The leading word of a metric's name that says "validation", and what separates it from the rest.
-_VALIDATION = re.compile(r"(val|valid|validation)([_/.\- ].*)")
+_Result = TypeVar("_Result")
 
 
-class FastEMACallback(Callback):
-    """Keeps an exponential moving average of the module's weights, and validates it.
+class FastEMACallback(HoldsAverage, Callback):
+    """Keeps an exponential moving average of the module's weights beside the trained ones, and evaluates it.
 
-    With `validate="both"`, what the module logs in its validation appears twice: under its own name for the trained
-    weights, and with `_ema` after the leading `val` for the averaged ones: `val_loss` and `val_ema_loss`,
-    `val/loss` and `val_ema/loss`; names that do not begin so get `val_ema_` in front. Before the average has begun,
-    both are the same. With `validate="ema"` only the averaged weights are validated, under the module's own names.
-    Both happen in `trainer.fit` and in `trainer.validate`.
+    Validations, tests and predictions take the averaged weights, and the module has the trained ones again afterwards;
+    before the average has begun they take the trained weights.
+
+    With `validate="both"` each validation runs twice, and what the module logs appears twice: under its own name for
+    the trained weights, and with `_ema` after the leading `val` for the averaged ones: `val_loss` and `val_ema_loss`,
+    `val/loss` and `val_ema/loss`; names that do not begin so get `val_ema_` in front. Other callbacks see one
+    validation, with the metrics of both. The module's own hooks run in both: learning rates and their schedulers are
+    put back after the first run, but whatever else a hook does happens twice (a counter, a file, `trainer.should_stop`,
+    a call to `self.logger.experiment`).
 
     Lightning's checkpoints hold the trained weights as `state_dict`, the averaged ones as `ema_state_dict` under the
-    same keys (`module.load_state_dict(checkpoint["ema_state_dict"])`), and the state that resumes the average exactly.
-    Where the Trainer loads a checkpoint (`ckpt_path=`), for a test too, the average is the checkpoint's from then on.
+    same keys (`module.load_state_dict(checkpoint["ema_state_dict"])`), those with `save_weights_only=True` too, and the
+    state that resumes the average exactly. Where the Trainer loads a checkpoint (`ckpt_path=`), for a test too, the
+    average is the checkpoint's from then on. Of a checkpoint of `EMAWeightAveraging` both the average and the trained
+    weights are read.
 
     A module with several optimizers (manual optimization) gets one update per training batch in which any of them
     stepped, or, with `optimizer=i`, one per step of that one.
 
     Args:
-        decay: as for `FastEMA`. With several decays the first is validated; `callback.ema` has them all.
+        decay: as for `FastEMA`. With several decays the first is evaluated; `callback.ema` has them all.
         start_step: the average begins, as a copy of the weights, once so many optimizer steps are done.
         start_epoch: and not before this epoch, counted from 0.
-        validate: "both", "ema" or "base".
+        validate: "ema", "both" or "base".
         test: the weights that `trainer.test` takes.
         predict: the weights that `trainer.predict` takes.
         optimizer: the index of the one whose steps count, where there are several.
-        **ema_args: every keyword of `FastEMA`.
+        **ema_args: every keyword of `FastEMA`; `decay_type` is "constant" where it is not given.
 
     Raises:
         ValueError: an argument out of range.
@@ -95,9 +79,9 @@ class FastEMACallback(Callback):
         *,
         start_step: int = 0,
         start_epoch: int = 0,
-        validate: Literal["both", "ema", "base"] = "both",
-        test: Weights = "base",
-        predict: Weights = "base",
+        validate: Literal["ema", "both", "base"] = "ema",
+        test: Weights = "ema",
+        predict: Weights = "ema",
         optimizer: int | None = None,
         **ema_args: Any,
     ) -> None:
@@ -105,9 +89,9 @@ class FastEMACallback(Callback):
         self._start_step = checked_count("start_step", start_step, at_least=0)
         self._start_epoch = checked_count("start_epoch", start_epoch, at_least=0)
         for name, value, known in (
-            ("validate", validate, ("both", "ema", "base")),
-            ("test", test, ("base", "ema")),
-            ("predict", predict, ("base", "ema")),
+            ("validate", validate, ("ema", "both", "base")),
+            ("test", test, ("ema", "base")),
+            ("predict", predict, ("ema", "base")),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
@@ -115,30 +99,14 @@ class FastEMACallback(Callback):
         if optimizer is not None:
             checked_count("optimizer", optimizer, at_least=0)
         self._optimizer = optimizer
-        self._ema_args = {"decay": decay, **ema_args}
-        refuse_early(self._ema_args)
-        self._ema: FastEMA | None = None
+        self._ema_args = ema_arguments(decay, ema_args)
         self._module: LightningModule | None = None  # the one that is averaged
         self._device: torch.device | None = None  # where it was then
+        self._layout: dict[str, Any] = {}  # and its tensors
         self._restored: dict[str, Any] | None = None  # a state that waits for the module to be ready
         self._stepped = False  # one of several optimizers stepped in this batch
         self._all_skipped: Tensor | None = None  # whether all that stepped have found infinities
         self._undo = ExitStack()  # what a stage of the trainer hung up, taken down at its end
-
-    @property
-    def ema(self) -> FastEMA | None:
-        """The average; None before it has begun."""
-        return self._ema
-
-    def ema_state_dict(self) -> dict[str, Any]:
-        """The averaged weights under the module's own keys: `module.load_state_dict(it)` works.
-
-        Raises:
-            RuntimeError: the average has not begun.
-        """
-        if self._ema is None:
-            raise RuntimeError("there is no average yet: it begins in trainer.fit, at start_step and start_epoch")
-        return self._ema.shadow_state_dict()
 
     # ---- the stages of the trainer ----
 
@@ -163,7 +131,8 @@ class FastEMACallback(Callback):
             "predict": trainer.predict_loop,
         }[stage]
         run = functools.partial(self._run_averaged, trainer, pl_module, stage, loop, loop.run)
-        self._undo.enter_context(_replaced(loop, "run", run))
+        self._undo.enter_context(replaced(loop, "run", run))
+        self._see_all_checkpoints(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continues or begins the average, and attaches it to the optimizers."""
@@ -198,10 +167,32 @@ class FastEMACallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detaches; the trained weights are back in place already."""
         self._undo.close()
-        if self._ema is not None and self._ema.is_applied:
-            self._ema.restore()
+        self._restore()
 
     # ---- checkpoints ----
+
+    def _see_all_checkpoints(self, trainer: Trainer) -> None:
+        """Have checkpoints without the callbacks' states, those of weights only, pass through this callback too."""
+        connector = trainer._checkpoint_connector
+        if "dump_checkpoint" in vars(connector):
+            return  # it stays with the trainer, which may save after the fit
+        dump = functools.partial(self._dump_checkpoint, trainer, connector.dump_checkpoint)
+        restore = functools.partial(self._restore_callbacks, trainer, connector.restore_callbacks)
+        vars(connector).update(dump_checkpoint=dump, restore_callbacks=restore)
+
+    def _dump_checkpoint(
+        self, trainer: Trainer, dump: Callable[..., dict[str, Any]], weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        checkpoint = dump(weights_only)
+        if weights_only:
+            self.on_save_checkpoint(trainer, trainer.lightning_module, checkpoint)
+        return checkpoint
+
+    def _restore_callbacks(self, trainer: Trainer, restore: Callable[[], None]) -> None:
+        restore()
+        checkpoint = trainer._checkpoint_connector._loaded_checkpoint
+        if checkpoint and checkpoint.get("callbacks") is None:
+            self.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming exactly needs; empty before the average has begun."""
@@ -210,40 +201,66 @@ class FastEMACallback(Callback):
         return dict(self._restored or {})
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Forgets the average of the weights that the checkpoint's now replace."""
+        """Forget the average of the weights that the checkpoint's now replace, and take the checkpoint's."""
         self._ema = self._restored = None
+        if "current_model_state" in checkpoint and "averaging_state" in checkpoint:
+            # Of Lightning's WeightAveraging: the average is in the place of the weights.
+            updates = int(checkpoint["averaging_state"]["n_averaged"])
+            if updates > 0:
+                self._restored = _state_of(checkpoint["state_dict"], updates)
+            pl_module.load_state_dict(checkpoint["current_model_state"])
+        elif "ema_state_dict" in checkpoint and checkpoint.get("callbacks") is None:
+            self._restored = _state_of(checkpoint["ema_state_dict"], checkpoint["global_step"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the average of a checkpoint over as soon as the module is where it trains."""
+        """Take the average of a checkpoint over as soon as the module is where it trains."""
         self._ema, self._restored = None, state_dict or None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the averaged weights as `ema_state_dict`; they share their memory with the average, on the disk too."""
+        """Add the averaged weights as `ema_state_dict`; they share their memory with the average, on the disk too."""
         if self._ema is not None:
-            checkpoint["ema_state_dict"] = self._ema.shadow_state_dict()
+            checkpoint["ema_state_dict"] = self._with_current(FastEMA.shadow_state_dict)
 
     # ---- inside ----
 
-    def _build(self, pl_module: LightningModule) -> None:
+    def _build(self, pl_module: LightningModule) -> FastEMA:
         self._ema = FastEMA(pl_module, **self._ema_args)
         self._module = pl_module
         self._device = pl_module.device
+        self._layout = layout_of(pl_module)
+        return self._ema
 
     def _prepare(self, pl_module: LightningModule) -> None:
-        """Makes what was restored, or averaged before on another device, an average of the module as it is now."""
+        """Make what was restored, or averaged before on another device, an average of the module as it is now."""
         state = self._restored
         moved = self._device != pl_module.device
         if self._ema is not None and moved and self._module is pl_module:
             state = self._ema.state_dict()
         if state is not None:
-            self._build(pl_module)
-            assert self._ema is not None
-            self._ema.load_state_dict(state)
+            # A state that was made of somebody else's checkpoint has the tensors that the module saves.
+            strict = "decay" in state
+            self._build(pl_module).load_state_dict(state, strict=strict)
             self._restored = None
+
+    def _with_current(self, call: Callable[[FastEMA], _Result]) -> _Result:
+        """Call with the average; where the module's tensors have other names or shapes now, with one that has too."""
+        assert self._ema is not None and self._module is not None
+        try:
+            return call(self._ema)
+        except RuntimeError:
+            if self._ema.is_applied or layout_of(self._module) == self._layout:
+                raise
+        old = self._ema
+        anew = carried_over(old, self._build(self._module), self._module)
+        if anew:
+            rank_zero_warn(
+                f"the module has other weights than before: the average goes on, and begins anew for {', '.join(anew)}"
+            )
+        return call(self._ema)
 
     def _update(self, found_inf: Tensor | None) -> None:
         if self._ema is not None:
-            self._ema.update(found_inf=found_inf)
+            self._with_current(lambda ema: ema.update(found_inf=found_inf))
 
     def _after_only_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # Fused optimizers look at the gradient scaler's verdict themselves, and skip inside step().
@@ -271,101 +288,49 @@ class FastEMACallback(Callback):
             return run()
         ema = self._ema if self._module is pl_module else None
         if ema is None and stage != "fit":
-            if weights == "ema":
-                raise RuntimeError(
-                    f"trainer.{stage} shall take the averaged weights, but there are none: train first, or give "
-                    "ckpt_path= a checkpoint of a training with this callback that had reached its start"
-                )
-            rank_zero_warn(f"FastEMACallback has no average of this module: trainer.{stage} takes the trained weights")
+            rank_zero_warn(
+                f"FastEMACallback has no average of this module yet: trainer.{stage} takes the trained weights. Train "
+                "first, or give ckpt_path= a checkpoint that has one"
+            )
             return run()
         if weights == "ema":
             if ema is None:
                 return run()
-            with self._averaged(trainer, ema):
+            with self._averaged(trainer):
                 return run()
         if ema is None:
-            with _logging(pl_module, own=True, averaged=True):
+            with logging_both(pl_module):
                 return run()
-        with (
-            isolate_rng(),
-            _untouched(loop),
-            _logging(pl_module, own=False, averaged=True),
-            self._averaged(trainer, ema),
-            _replaced(trainer, "callbacks", []),
-        ):
+        with extra_run(trainer, loop), self._averaged(trainer):
             averaged = run()
         base = run()
         # One dictionary of metrics for each dataloader.
-        return [{**own, **other} for own, other in zip(base, averaged, strict=True)]
+        return [{**own, **averaged_names(other)} for own, other in zip(base, averaged, strict=True)]
 
     @contextmanager
-    def _averaged(self, trainer: Trainer, ema: FastEMA) -> Iterator[None]:
+    def _averaged(self, trainer: Trainer) -> Iterator[None]:
         """A block in which the module has the averaged weights, and a checkpoint that is saved still the trained."""
-        save, callbacks = trainer.save_checkpoint, trainer.callbacks
+        save = trainer.save_checkpoint
 
         def save_trained(*args: Any, **kwargs: Any) -> None:
-            ema.restore()
+            self._restore()
             try:
-                # All callbacks have something to save, also those that do not see this run.
-                with _replaced(trainer, "callbacks", callbacks):
-                    save(*args, **kwargs)
+                save(*args, **kwargs)
             finally:
-                ema.apply_shadow()
+                self._with_current(FastEMA.apply_shadow)
 
-        with _replaced(trainer, "save_checkpoint", save_trained), ema.swapped():
-            yield
+        with replaced(trainer, "save_checkpoint", save_trained):
+            self._with_current(FastEMA.apply_shadow)
+            try:
+                yield
+            finally:
+                self._restore()
 
-
-def _averaged_name(name: str) -> str:
-    """The name under which a metric of the averaged weights is logged."""
-    match = _VALIDATION.fullmatch(name)
-    return f"{match[1]}_ema{match[2]}" if match else f"val_ema_{name}"
-
-
-@contextmanager
-def _logging(pl_module: LightningModule, own: bool, averaged: bool) -> Iterator[None]:
-    """A block in which `self.log` of the module logs under its own names, those of the average, or both."""
-    log = pl_module.log
-
-    def log_as(name: str, *args: Any, **kwargs: Any) -> None:
-        if own:
-            log(name, *args, **kwargs)
-        if averaged:
-            log(_averaged_name(name), *args, **kwargs)
-
-    with _replaced(pl_module, "log", log_as):
-        yield
+    def _restore(self) -> None:
+        if self._ema is not None and self._ema.is_applied:
+            self._ema.restore()
 
 
-@contextmanager
-def _untouched(loop: Any) -> Iterator[None]:
-    """A block after which the loop has counted nothing, so that checkpoints hold the progress of one run."""
-    restarting, loop.restarting = loop.restarting, False
-    progress = deepcopy(loop.batch_progress.state_dict())
-    seen = getattr(loop, "_seen_batches_per_dataloader", None)
-    counts = None if seen is None else dict(seen)
-    try:
-        yield
-    finally:
-        loop.restarting = restarting
-        loop.batch_progress.load_state_dict(progress)
-        seen = getattr(loop, "_seen_batches_per_dataloader", None)
-        if seen is not None and counts is not None:
-            seen.clear()
-            seen.update(counts)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """A block in which an attribute of one object is another one."""
-    own = vars(owner)
-    was = own.get(name)
-    was_own = name in own
-    object.__setattr__(owner, name, value)
-    try:
-        yield
-    finally:
-        if was_own:
-            object.__setattr__(owner, name, was)
-        else:
-            object.__delattr__(owner, name)
+def _state_of(averages: dict[str, Any], updates: int) -> dict[str, Any]:
+    """Return a state for FastEMA from averaged weights under the module's keys."""
+    return {"step": updates, "num_updates": updates, "shadow": dict(averages)}
