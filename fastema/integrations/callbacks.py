@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -52,3 +53,19 @@ def ema_arguments(decay: Any, given: dict[str, Any]) -> dict[str, Any]:
     arguments = {"decay": decay, "decay_type": "constant", **given}
     FastEMA([("", torch.zeros(1))], **{name: value for name, value in arguments.items() if name not in _LATER})
     return arguments
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """A block in which an attribute of one object is another one."""
+    own = vars(owner)
+    was = own.get(name)
+    was_own = name in own
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        if was_own:
+            object.__setattr__(owner, name, was)
+        else:
+            object.__delattr__(owner, name)

@@ -8,9 +8,10 @@ How it is done, and why so:
   little: there is no event before an evaluation and none after an exception, and the checkpoint it resumes from is
   not named. So four public methods of this one Trainer are wrapped: `train`, `evaluate`, `predict`, `save_model`. The
   exchange surrounds an evaluation as a `with` block: whatever ends it, the trained weights are back.
-- **`evaluate` runs a second time**, with the averaged weights in the model and `_ema` in the metrics' prefix. That
-  run comes first and is hidden from the other callbacks, but for `on_log`; the metrics of both go to their one
-  `on_evaluate`, and are returned. So early stopping, `metric_for_best_model="eval_ema_loss"` and the choice of the
+- **`evaluate` runs a second time**, with the averaged weights in the model. That run comes first and is hidden from the
+  other callbacks, but for `on_log`; its metrics have their usual names inside of it, for an `evaluate` of your own that
+  reads them, and `_ema` in their prefix once they leave it. The metrics of both go to their one `on_evaluate`, and are
+  returned. So early stopping, `metric_for_best_model="eval_ema_loss"` and the choice of the
   best checkpoint work with either. It leaves no trace in the random number generators: training goes on bit for
   bit as without it.
 - **Whatever `save_model` writes gets the average beside it**, checkpoints included.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +34,8 @@ from torch import Tensor, nn
 from fastema.checks import checked_count
 from fastema.core.extras import require
 from fastema.ema import AttachedHandle, FastEMA
-from fastema.integrations.callbacks import HoldsAverage, ema_arguments
+from fastema.integrations.callbacks import HoldsAverage, ema_arguments, replaced
+from fastema.policy import Rule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +54,10 @@ else:
 EMA_WEIGHTS = "ema.safetensors"
 #: The counters that the average resumes with.
 EMA_STATE = "ema.json"
+#: Of a PEFT model, the averaged adapter as `PeftModel.save_pretrained` writes it.
+EMA_ADAPTER = "ema_adapter"
+# In the metrics of an evaluation, but not measured by it.
+_AXES = ("epoch", "step")
 
 
 class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
@@ -63,7 +70,12 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
     Every checkpoint, and whatever else `trainer.save_model` writes, gets `ema.safetensors`, the averaged weights under
     the model's own keys (`safetensors.torch.load_model(model, path)` loads them, tied weights included), and `ema.json`
     with the counters. `trainer.train(resume_from_checkpoint=...)` takes both up exactly. With
-    `load_best_model_at_end=True` the average at the end is the one of the best checkpoint, as the model is.
+    `load_best_model_at_end=True` the average at the end is the one of the best checkpoint, and so is the model: with the
+    averaged weights where the metric that chose it was theirs (`metric_for_best_model="eval_ema_loss"`, or
+    `evaluate="ema"`), else with the trained ones.
+
+    Of a PEFT model only what trains is averaged, and a checkpoint gets `ema_adapter/` too, for
+    `PeftModel.from_pretrained(base, ...)`. `with callback.ema.swapped(): model.merge_and_unload()` merges the average.
 
     A `trainer.train` that does not resume begins a new average, as a copy of the weights.
 
@@ -169,7 +181,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins the average where the start is reached."""
         if self._ema is None and state.global_step >= self._start_step and (state.epoch or 0) >= self._start_epoch:
-            self._ema = FastEMA(kwargs["model"], **self._ema_args)
+            self._ema = self._build(kwargs["model"])
             self._follow(kwargs["optimizer"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -183,6 +195,8 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._ema = None
             self._load(kwargs["model"], Path(state.best_model_checkpoint))
+            if self._ema is not None and self._is_averaged(args.metric_for_best_model):
+                self._ema.copy_to()
 
     # ---- the Trainer's methods ----
 
@@ -220,8 +234,9 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
             return run(metric_key_prefix=metric_key_prefix)
         averaged = None
         if self._ema is not None:
-            with _same_random_numbers(), self._hidden(), self._averaged("evaluate"):
-                averaged = run(metric_key_prefix=_averaged_prefix(metric_key_prefix))
+            rename = functools.partial(_averaged_metrics, metric_key_prefix)
+            with _same_random_numbers(), self._hidden(rename), self._averaged("evaluate"):
+                averaged = rename(run(metric_key_prefix=metric_key_prefix))
         self._joining = (metric_key_prefix, averaged)
         try:
             metrics = run(metric_key_prefix=metric_key_prefix)
@@ -246,7 +261,8 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         try:
             save(output_dir, *args, **kwargs)
             if self._ema is not None and self._trainer.args.should_save:
-                write_average(self._ema, Path(output_dir or str(self._trainer.args.output_dir)))
+                folder = Path(output_dir or str(self._trainer.args.output_dir))
+                write_average(self._ema, folder, self._trainer.accelerator.unwrap_model(self._trainer.model))
         finally:
             if swapped:
                 assert self._ema is not None
@@ -259,6 +275,20 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         assert self._ema is not None
         self._handle = self._ema.attach(optimizer)
 
+    def _is_averaged(self, metric: str | None) -> bool:
+        """Whether a metric was measured with the averaged weights."""
+        if self._evaluate_weights == "both":
+            name = metric or ""
+            return (name if name.startswith("eval_") else f"eval_{name}").startswith(f"{_averaged_prefix('eval')}_")
+        return self._evaluate_weights == "ema"
+
+    def _build(self, model: nn.Module) -> FastEMA:
+        """Return a new average: of a PEFT model, of what trains."""
+        arguments = self._ema_args
+        if _is_peft(model) and arguments.get("policy") is None:
+            arguments = {**arguments, "policy": _what_trains}
+        return FastEMA(model, **arguments)
+
     def _detach(self) -> None:
         if self._handle is not None:
             self._handle.remove()
@@ -267,7 +297,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
     def _load(self, model: nn.Module, folder: Path) -> None:
         """Builds the average that a checkpoint holds; where it holds none, there is none yet."""
         if (folder / EMA_STATE).is_file():
-            ema = FastEMA(model, **self._ema_args)
+            ema = self._build(model)
             read_average(ema, folder)
             self._ema = ema
 
@@ -286,21 +316,23 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
             yield
 
     @contextmanager
-    def _hidden(self) -> Iterator[None]:
-        """A block in which an evaluation is only logged, and shown to no callback otherwise."""
+    def _hidden(self, rename: Callable[[dict[str, float]], dict[str, float]]) -> Iterator[None]:
+        """A block in which an evaluation is logged, with its metrics renamed, and shown to no callback otherwise."""
         assert self._trainer is not None
-        handler = self._trainer.callback_handler
+        handler, log = self._trainer.callback_handler, self._trainer.log
 
         def nothing(args: Any, state: Any, control: Any, *_: Any, **__: Any) -> Any:
             return control
 
-        names = ("on_prediction_step", "on_evaluate")
-        vars(handler).update(dict.fromkeys(names, nothing))
-        try:
+        def log_renamed(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            log(rename(logs), *args, **kwargs)
+
+        with (
+            replaced(handler, "on_prediction_step", nothing),
+            replaced(handler, "on_evaluate", nothing),
+            replaced(self._trainer, "log", log_renamed),
+        ):
             yield
-        finally:
-            for name in names:
-                del vars(handler)[name]
 
     def _joined(self, metrics: dict[str, float]) -> dict[str, float]:
         """The metrics of the average; before it has begun, the model's own under its names."""
@@ -308,16 +340,17 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         prefix, averaged = self._joining
         if averaged is not None:
             return averaged
-        new = _averaged_prefix(prefix)
-        return {
-            f"{new}{name.removeprefix(prefix)}": value
-            for name, value in metrics.items()
-            if name.startswith(f"{prefix}_") and not name.startswith(f"{new}_")
-        }
+        averaged_prefix = f"{_averaged_prefix(prefix)}_"
+        own = {name: value for name, value in metrics.items() if not name.startswith(averaged_prefix)}
+        return _averaged_metrics(prefix, own)
 
 
-def write_average(ema: FastEMA, folder: Path) -> None:
-    """Writes `ema.safetensors`, loadable into the model without fastema, and `ema.json`."""
+def write_average(ema: FastEMA, folder: Path, model: nn.Module) -> None:
+    """Write `ema.safetensors`, loadable into the model without fastema, and `ema.json`.
+
+    Of a PEFT model `ema.safetensors` holds the averaged tensors alone, and `ema_adapter/` the averaged adapter.
+    """
+    peft = _is_peft(model)
     state = ema.state_dict()
     shadows = state.pop("shadow")
     count = len(shadows) if isinstance(shadows, list) else 1
@@ -328,7 +361,12 @@ def write_average(ema: FastEMA, folder: Path) -> None:
         metadata = {"format": "pt"}
         # Averaged tensors that the model itself does not save are needed to resume.
         own = shadows[which] if isinstance(shadows, list) else shadows
-        for name, value in {**own, **ema.shadow_state_dict(which)}.items():
+        averages = ema.shadow_state_dict(which)
+        if peft:
+            # The whole model's state with the averages in it, of which PEFT takes the adapter's part.
+            model.save_pretrained(_numbered(folder / EMA_ADAPTER, which), state_dict=averages)  # type: ignore[operator]
+            averages = {}
+        for name, value in {**own, **averages}.items():
             if not isinstance(value, Tensor):
                 continue
             first = kept.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
@@ -336,7 +374,7 @@ def write_average(ema: FastEMA, folder: Path) -> None:
                 tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             else:
                 metadata[name] = first
-        safetensors.torch.save_file(tensors, _weights_file(folder, which), metadata=metadata)
+        safetensors.torch.save_file(tensors, _numbered(folder / EMA_WEIGHTS, which), metadata=metadata)
     (folder / EMA_STATE).write_text(json.dumps(state, indent=2) + "\n")
 
 
@@ -351,7 +389,7 @@ def read_average(ema: FastEMA, folder: Path) -> None:
     shadows = []
     for which in range(len(state["decay"]) if isinstance(state["decay"], list) else 1):
         wanted = (own[0] if isinstance(own, list) else own).keys()
-        with safetensors.safe_open(_weights_file(folder, which), framework="pt") as file:
+        with safetensors.safe_open(_numbered(folder / EMA_WEIGHTS, which), framework="pt") as file:
             aliases = file.metadata()
             held = set(file.keys())
             found = {name: name if name in held else aliases.get(name) for name in wanted}
@@ -359,14 +397,37 @@ def read_average(ema: FastEMA, folder: Path) -> None:
     ema.load_state_dict({**state, "shadow": shadows if isinstance(state["decay"], list) else shadows[0]})
 
 
-def _weights_file(folder: Path, which: int) -> Path:
-    return folder / (EMA_WEIGHTS if which == 0 else EMA_WEIGHTS.replace(".", f"_{which}."))
+def _numbered(path: Path, which: int) -> Path:
+    """Return the path for one of several averages: the first has the plain name."""
+    return path if which == 0 else path.with_name(f"{path.stem}_{which}{path.suffix}")
+
+
+def _is_peft(model: nn.Module) -> bool:
+    peft = sys.modules.get("peft")  # nothing is a PeftModel where peft was not imported
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def _what_trains(name: str, tensor: Tensor, module: nn.Module | None) -> Rule | None:
+    """A policy that averages the parameters that train and the buffers of their modules, and skips the rest."""
+    if isinstance(tensor, nn.Parameter):
+        return "average" if tensor.requires_grad else "skip"
+    trains = module is not None and any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    return None if trains else "skip"
 
 
 def _averaged_prefix(prefix: str) -> str:
     """eval → eval_ema; eval_of_one_data_set → eval_ema_of_one_data_set: the Trainer wants `eval_` in front."""
     word, separator, rest = prefix.partition("_")
     return f"{word}_ema{separator}{rest}"
+
+
+def _averaged_metrics(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    """Return the metrics of an evaluation with `prefix` under the names of the average."""
+    averaged = _averaged_prefix(prefix)
+    return {
+        name if name in _AXES else f"{averaged}_{name.removeprefix(f'{prefix}_')}": value
+        for name, value in metrics.items()
+    }
 
 
 @contextmanager

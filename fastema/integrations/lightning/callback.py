@@ -23,10 +23,10 @@ from torch import Tensor
 
 from fastema.checks import checked_count
 from fastema.ema import FastEMA
-from fastema.integrations.callbacks import HoldsAverage, ema_arguments
+from fastema.integrations.callbacks import HoldsAverage, ema_arguments, replaced
 from fastema.integrations.lightning.carry_over import carried_over, layout_of
 from fastema.integrations.lightning.framework import Callback, LightningModule, Trainer, rank_zero_warn
-from fastema.integrations.lightning.validation import averaged_names, extra_run, logging_both, replaced
+from fastema.integrations.lightning.validation import averaged_names, extra_run, logging_both
 
 Weights: TypeAlias = Literal["base", "ema"]
 _Result = TypeVar("_Result")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fastema.integrations.callbacks import replaced
 from fastema.integrations.lightning.framework import LightningModule, Trainer, isolate_rng
 
 #: The leading word of a metric's name that says "validation", and what separates it from the rest.
@@ -41,22 +42,6 @@ def averaged_name(name: str) -> str:
 def averaged_names(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the metrics under the names of the averaged weights."""
     return {name if name in _AXES else averaged_name(name): value for name, value in metrics.items()}
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """A block in which an attribute of one object is another one."""
-    own = vars(owner)
-    was = own.get(name)
-    was_own = name in own
-    object.__setattr__(owner, name, value)
-    try:
-        yield
-    finally:
-        if was_own:
-            object.__setattr__(owner, name, was)
-        else:
-            object.__delattr__(owner, name)
 
 
 @contextmanager
