@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+
+from lightning_cases import Net, loader, pl, snapshot, trainer
+
+# isort: split
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -27,7 +31,6 @@ from fastema.integrations.lightning import (
     weight_averaging,
 )
 from fastema.integrations.lightning import callback as ours
-from lightning_cases import Net, loader, pl, snapshot, trainer
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

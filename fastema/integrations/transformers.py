@@ -70,9 +70,8 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
     Every checkpoint, and whatever else `trainer.save_model` writes, gets `ema.safetensors`, the averaged weights under
     the model's own keys (`safetensors.torch.load_model(model, path)` loads them, tied weights included), and `ema.json`
     with the counters. `trainer.train(resume_from_checkpoint=...)` takes both up exactly. With
-    `load_best_model_at_end=True` the average at the end is the one of the best checkpoint, and so is the model: with the
-    averaged weights where the metric that chose it was theirs (`metric_for_best_model="eval_ema_loss"`, or
-    `evaluate="ema"`), else with the trained ones.
+    `load_best_model_at_end=True` model and average at the end are those of the best checkpoint; where the metric that
+    chose it was the average's (`metric_for_best_model="eval_ema_loss"`, or `evaluate="ema"`), the model has it too.
 
     Of a PEFT model only what trains is averaged, and a checkpoint gets `ema_adapter/` too, for
     `PeftModel.from_pretrained(base, ...)`. `with callback.ema.swapped(): model.merge_and_unload()` merges the average.
