@@ -317,9 +317,14 @@ class EMAModel:
         return bound
 
     def _adopt(self, bound: BoundEMA) -> None:
+        """Let the tensors of `shadow_params`, which stay the same objects, be views of the shadow."""
         averages = bound.averages()
-        self._views = [averages[str(index)] for index in range(len(averages))]
-        self.shadow_params = list(self._views)
+        for index, average in enumerate(self.shadow_params):
+            if average.is_inference():  # it stays one, and nothing may update it
+                self.shadow_params[index] = averages[str(index)]
+            else:
+                average.data = averages[str(index)]
+        self._views = list(self.shadow_params)
 
     def _replace(self, shadow_params: list[Tensor]) -> None:
         """With averages in memory of their own; the next step builds a plan for them."""
