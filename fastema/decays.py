@@ -51,13 +51,6 @@ class Decays:
                 raise ValueError(f"decay_type {self.type!r} gave decay {decay} at step {step}; it must be in [0, 1]")
         return decays
 
-    def given(self, decay: float | Sequence[float]) -> list[float]:
-        """Return `decay`, one number or one for each average, as a list of one for each."""
-        given, _ = checked_decays(decay)
-        if len(given) not in (1, len(self.targets)):
-            raise ValueError(f"decay must be one number or {len(self.targets)}, one for each average; got {decay}")
-        return list(given) if len(given) > 1 else list(given) * len(self.targets)
-
     def windows(self) -> list[float]:
         """How many updates each average reaches back: 1 / (1 - decay)."""
         return [math.inf if target == 1.0 else 1.0 / (1.0 - target) for target in self.targets]

@@ -78,13 +78,13 @@ def test_update_in_a_step_that_inductor_compiles() -> None:
 
 def test_the_op_is_sound(backend: str) -> None:
     ema = FastEMA(make_model(), backend=backend)
-    torch.library.opcheck(compiled.update, (*ema._shadow.operands(), ema._handle, None, None))
-    torch.library.opcheck(compiled.update, (*ema._shadow.operands(), ema._handle, 3, torch.tensor(0.0)))
+    torch.library.opcheck(compiled.update, (*ema._shadow.operands(), ema._compiled_handle(), None, None))
+    torch.library.opcheck(compiled.update, (*ema._shadow.operands(), ema._compiled_handle(), 3, torch.tensor(0.0)))
 
 
 def test_an_ema_that_is_gone_is_an_error() -> None:
     ema = FastEMA(make_model())
-    operands, handle = ema._shadow.operands(), ema._handle
+    operands, handle = ema._shadow.operands(), ema._compiled_handle()
     del ema
     gc.collect()
     with pytest.raises(RuntimeError, match="no longer exists"):
@@ -96,7 +96,7 @@ def test_overlapping_tensors_cannot_be_stood_in_for() -> None:
     ema = FastEMA([("a", buffer[:4]), ("b", buffer[2:])])
     shadows, lives = ema._shadow.operands()
     with pytest.raises(RuntimeError, match="overlap in memory"):
-        compiled.update(shadows, [live.clone() for live in lives], ema._handle, None, None)
+        compiled.update(shadows, [live.clone() for live in lives], ema._compiled_handle(), None, None)
     assert ema.num_updates == 0
 
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import fastema
-from fastema import FastEMA, claims, compiled
+from fastema import FastEMA, compiled
+from fastema.core import swap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -334,7 +335,7 @@ def allocations(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_no_memory_for_the_shadow_leaves_nothing_half_built(backend: str, allocations: Callable[[int], None]) -> None:
     model = nn.Linear(2, 2)
     before = [tensor.clone() for tensor in model.state_dict().values()]
-    registered, owners = dict(compiled._updates), set(claims.owners)
+    registered, owners = dict(compiled._updates), set(swap.entered)
     gc.collect()
     alive = count_tensors()
     for number in itertools.count(1):
@@ -344,7 +345,7 @@ def test_no_memory_for_the_shadow_leaves_nothing_half_built(backend: str, alloca
             break
         except torch.OutOfMemoryError:
             pass
-        assert (compiled._updates, set(claims.owners)) == (registered, owners)
+        assert (compiled._updates, set(swap.entered)) == (registered, owners)
     assert number > 10, "almost nothing is allocated: the test tests nothing"
     allocations(0)
     assert equal(list(model.state_dict().values()), before)
@@ -379,7 +380,7 @@ def test_no_memory_to_fill_the_scratch_gives_back_what_it_got(backend: str, monk
     case = build_case("mixed dtypes", backend)
     with case.ema.swapped():
         pass
-    scratch = [stand_in for _, filled in case.ema._shadow._by_pointer.values() for stand_in in filled]
+    scratch = [buffer for each in case.ema._shadow._swaps.values() for buffer in each._filled]
     assert [stand_in.storage.nbytes() for stand_in in scratch] == [0, 0], "two bfloat16 tensors"
     fill = type(scratch[1]).fill
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastema import FastEMA, claims, compiled
+from fastema import FastEMA, compiled
+from fastema.core import swap
 
 CYCLES = 10_000
 STATM = Path("/proc/self/statm")
@@ -39,7 +40,7 @@ def test_plans_are_built_and_destroyed_without_a_leak(backend: str) -> None:
     for _ in range(cycles // 10):
         cycle()
     gc.collect()
-    before, owners, registered = resident(), len(claims.owners), len(compiled._updates)
+    before, owners, registered = resident(), len(swap.entered), len(compiled._updates)
     gc.disable()  # nothing may need the collector: it comes late, and the weights of a model are large
     try:
         for _ in range(cycles):
@@ -48,7 +49,7 @@ def test_plans_are_built_and_destroyed_without_a_leak(backend: str) -> None:
         gc.enable()
     grown = resident() - before
     assert grown < 4 * 2**20, f"{grown / cycles:.0f} bytes stay behind from each of {cycles:,} averages"
-    assert (len(claims.owners), len(compiled._updates)) == (owners, registered)
+    assert (len(swap.entered), len(compiled._updates)) == (owners, registered)
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="needs /proc")

@@ -75,7 +75,7 @@ def states_differ(first: nn.Module, second: nn.Module) -> list[str]:
 
 def fast(averaged: ours.AveragedModel) -> bool:
     """Whether the last update took the plan."""
-    return averaged._bond is not None and averaged._bond._update is not None
+    return averaged._pairs is not None and averaged._pairs._update is not None
 
 
 # ---- values ----
@@ -372,9 +372,9 @@ def test_the_average_follows_replaced_and_moved_tensors() -> None:
 
     update()
     update()
-    first = pair[1]._bond
+    first = pair[1]._pairs
     update()
-    assert pair[1]._bond is first  # nothing changed: the plan stays
+    assert pair[1]._pairs is first  # nothing changed: the plan stays
     model[0].weight.data = model[0].weight.data.clone()
     update()
     model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
@@ -414,7 +414,7 @@ def test_the_live_model_is_not_kept_alive() -> None:
     del model
     gc.collect()
     assert weights() is None
-    assert averaged._bond is None
+    assert averaged._pairs is None
     gone = weakref.ref(averaged)
     del averaged
     assert gone() is None  # and no cycle keeps the average

@@ -180,11 +180,11 @@ def test_training_goes_on_exactly_after_a_block() -> None:
 def test_the_plan_outlives_a_swap() -> None:
     model = small_model()
     averaged = averaged_of(model)
-    bond = averaged._bond
+    bond = averaged._pairs
     with averaged.swapped(model):
         pass
     averaged.update_parameters(model)
-    assert averaged._bond is bond
+    assert averaged._pairs is bond
 
 
 @pytest.mark.parametrize("live", [torch.bfloat16, torch.float64])

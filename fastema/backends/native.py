@@ -23,6 +23,7 @@ except ImportError as error:
     _import_error = f"{type(error).__name__}: {error}"
 else:
     Plan, StorageExchange, Watch = _C.Plan, _C.StorageExchange, _C.Watch
+    second_owner = _C.second_owner
 
 
 def _build_record() -> dict[str, str | None]:

@@ -1,1 +1,1 @@
-"""What the faces of fastema share."""
+"""What the front doors stand on: storages, shadows, swaps, state."""

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from fastema.checks import difference, refuse_differences
+from fastema.core.storages import shadow_dtype
 from fastema.integrations.bound import BoundEMA, shadow_like
-from fastema.mirror import shadow_dtype
 from fastema.policy import AVERAGED_DTYPES, Rule
 
 Parameters = Iterable[Tensor]

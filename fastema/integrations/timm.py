@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from fastema import backends
 from fastema.checks import difference, refuse_differences
+from fastema.core.storages import shadow_dtype
 from fastema.integrations.bound import BoundEMA, shadow_like
-from fastema.mirror import shadow_dtype
 from fastema.policy import AVERAGED_DTYPES, Policy, Rule, Source, named_tensors
 
 
@@ -174,6 +174,8 @@ class ModelEmaV3(nn.Module):
             and any(part is bound.source for part in model.modules())  # itself, or inside a wrapper
         ):
             return bound
+        if bound is not None:
+            bound.refuse_while_swapped("update()")
         pairs = self._pairs(model)
         refuse_differences(
             "the model is not built like the averaged one",

@@ -1,8 +1,8 @@
-"""What is under `fastema.swa_utils`: the tensors of an averaged module and of the live model, paired by position.
+"""The tensors of an averaged module and of the live model, paired by position, for `fastema.swa_utils`.
 
-A `Bond` is built once for two modules and used at every update: one plan over all pairs, and a watch that tells when
-tensors were replaced or moved. The averaged module is the shadow itself, so that a rebuilt bond has nothing to carry
-over. Where a pair is not two equal stretches of memory, torch's own operation takes its place.
+`PairedModules` is built once and used at every update: one plan over all pairs, and a watch that tells when tensors
+were replaced or moved. The averaged module is the shadow itself, so a new one has nothing to carry over. Where a pair
+is not two equal stretches of memory, torch's own operation takes its place.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastema import backends, claims
+from fastema import backends
 from fastema.backends import torch as plain_torch
-from fastema.mirror import StandIn, flat
+from fastema.core import swap
+from fastema.core.storages import Run, SwapBuffer, allocate, element_runs, flat, gaps, merged, view_in, whole
+from fastema.core.swap import Swap, SwapEntry
 from fastema.policy import AVERAGED_DTYPES
-from fastema.regions import Run, element_runs, gaps, merged
 
 _PLAIN_FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _WALKS = ("parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "_named_members")
 
 
-class Irregular(Exception):
-    """These two modules are torch's business: its own code gives the result, or the error."""
+class UseTorchFallback(Exception):
+    """Raised where torch's own update must run: it gives the result, or the error."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def pairs_of(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[
         The pairs, and how many tensors the two sides have.
 
     Raises:
-        Irregular: torch would stop half-way.
+        UseTorchFallback: torch would stop half-way.
     """
     module: nn.Module = averaged.module  # type: ignore[assignment]
     buffers, live_buffers = list(module.buffers()), list(model.buffers())
@@ -78,13 +79,13 @@ def pairs_of(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[
     else:
         ours, theirs = list(averaged.parameters()), list(model.parameters())
         if len(buffers) != len(live_buffers):
-            raise Irregular
+            raise UseTorchFallback
         copied = [Pair(a, b, copy=True) for a, b in zip(buffers, live_buffers, strict=True)]
     pairs = [Pair(a, b, copy=_has_no_average(a)) for a, b in zip(ours, theirs, strict=False)]
     return pairs + copied, (len(ours) + len(copied), len(theirs) + len(copied))
 
 
-class Bond:
+class PairedModules:
     """An AveragedModel and a live model, for as long as both hold the same tensors in the same memory.
 
     Args:
@@ -94,29 +95,33 @@ class Bond:
         forget: called when the model dies.
 
     Raises:
-        Irregular: the modules cannot be watched, or not be paired.
+        UseTorchFallback: the modules cannot be watched, or not be paired.
     """
 
     def __init__(self, averaged: nn.Module, model: nn.Module, use_buffers: bool, forget: Callable[[Any], None]) -> None:
         roots = (averaged, averaged.module, model)
         if any(getattr(type(root), walk) is not getattr(nn.Module, walk) for root in roots for walk in _WALKS):
-            raise Irregular  # a walk of its own may go elsewhere tomorrow
+            raise UseTorchFallback  # a walk of its own may go elsewhere tomorrow
         modules = [*averaged.modules(), *model.modules()]
         dicts = [slots for module in modules for slots in (module._parameters, module._buffers, module._modules)]
         if not all(isinstance(slots, dict) for slots in dicts):
-            raise Irregular  # TorchScript keeps them elsewhere
+            raise UseTorchFallback  # TorchScript keeps them elsewhere
         self.pairs, self._counts = pairs_of(averaged, model, use_buffers)
         self.is_regular = all(pair.is_regular for pair in self.pairs)
         self._use_buffers = use_buffers
+        self._names: dict[int, list[str]] = {}
+        for name, tensor in tensors_by_name(model).items():
+            self._names.setdefault(id(tensor), []).append(name)
         self._model = weakref.ref(model, forget)
         self._host = backends.host(backends.default_name())
         tensors = [tensor for pair in self.pairs for tensor in (pair.averaged, pair.live)]
-        self._watch = self._host.Watch(dicts, tensors) if self.is_regular else None
+        averages = [pair.averaged for pair in self.pairs]
+        self._watch = self._host.Watch(dicts, tensors, averages) if self.is_regular else None
         self._update: Update | None = None
         self._swap: Swap | None = None
 
     def holds(self, model: nn.Module, use_buffers: bool) -> bool:
-        """Whether this is the bond for `model`, and still describes both sides."""
+        """Whether this is the pair for `model`, and still describes both sides."""
         is_same = self._model() is model and self._use_buffers == use_buffers
         return is_same and self._watch is not None and self._watch.holds()
 
@@ -128,16 +133,22 @@ class Bond:
         """How the averaged module is brought up to date.
 
         Raises:
-            Irregular: with torch's own code.
+            UseTorchFallback: with torch's own code.
         """
         if self._update is None:
             if not self.is_regular:
-                raise Irregular
-            self._update = Update(self.pairs)
+                raise UseTorchFallback
+            self._update = Update(self.pairs, self._host)
         return self._update
 
+    def settle(self) -> None:
+        """Copy averages whose memory was replaced in the middle of an update to where they are now."""
+        if self._update is not None and self._watch is not None and not self._watch.shadows_hold():
+            with torch.inference_mode(False), torch.no_grad():
+                self._update.settle()
+
     def swap(self) -> Swap:
-        """The exchange.
+        """Return the exchange of the two.
 
         Raises:
             ValueError: the two cannot change places; says why.
@@ -148,14 +159,19 @@ class Bond:
                     f"swapped() needs the model that is averaged: it has {self._counts[1]} tensors, the average has "
                     f"{self._counts[0]}"
                 )
-            self._swap = Swap(self.pairs, self._host)
+            self._swap = _swap_of(self.pairs, self._names, self._host)
         return self._swap
 
+    def is_unchanged(self) -> bool:
+        """Return whether both sides have the same tensors in the same storages, wherever those have their memory."""
+        return self._watch is not None and self._watch.layout_holds()
+
     def refuse_foreign(self, what: str) -> None:
-        """Raises RuntimeError while an exchange is entered that has any of the live storages."""
-        if claims.owners:
-            storages = {pair.live.untyped_storage()._cdata for pair in self.pairs if not _why_no_storage(pair.live)}
-            claims.refuse_foreign(what, frozenset(storages))
+        """Raise RuntimeError while a swap is entered that has any of these storages."""
+        if swap.entered:
+            tensors = [tensor for pair in self.pairs for tensor in (pair.averaged, pair.live)]
+            storages = {tensor.untyped_storage()._cdata for tensor in tensors if not _why_no_storage(tensor)}
+            swap.refuse_foreign(what, frozenset(storages))
 
 
 # ---- the update ----
@@ -170,8 +186,11 @@ def _strides(tensor: Tensor) -> list[int]:
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
-def _stretches(pair: Pair) -> tuple[Tensor, Tensor] | None:
-    """Both tensors as 1-D dense stretches of memory in one order of elements; None: they are not."""
+def _stretches(pair: Pair, memory: torch.UntypedStorage) -> tuple[Tensor, Tensor] | None:
+    """Return both tensors as 1-D dense stretches of memory in one order of elements; None: they are not.
+
+    `memory`: the storage to take for the averaged one's.
+    """
     a, b = pair.averaged.detach(), pair.live.detach()
     if not (_unflagged(a) and _unflagged(b)):
         return None
@@ -179,7 +198,8 @@ def _stretches(pair: Pair) -> tuple[Tensor, Tensor] | None:
     if not in_order and (_strides(a) != _strides(b) or len(element_runs(a)) != 1):
         return None
     count = a.numel()
-    return a.as_strided((count,), (1,), a.storage_offset()), b.as_strided((count,), (1,), b.storage_offset())
+    stretch = torch.empty(0, dtype=a.dtype, device=a.device).set_(memory, a.storage_offset(), (count,), (1,))
+    return stretch, b.as_strided((count,), (1,), b.storage_offset())
 
 
 def _is_for_a_kernel(pair: Pair) -> bool:
@@ -193,11 +213,14 @@ class Update:
     """averaged <- averaged + weight * (live - averaged), or a copy, for every pair: one launch per device.
 
     Raises:
-        Irregular: pairs for which torch has a rule of its own, or an error.
+        UseTorchFallback: pairs for which torch has a rule of its own, or an error.
     """
 
-    def __init__(self, pairs: list[Pair]) -> None:
+    def __init__(self, pairs: list[Pair], host: Any) -> None:
         self._pairs = [(pair.averaged.detach(), pair.live.detach()) for pair in pairs]
+        self._host = host
+        # Averaged storages and second ones over their memory, which kernels use: see csrc/storage_exchange.h.
+        self._memory: dict[int, tuple[Tensor, Tensor]] = {}
         stretches: dict[torch.device, list[tuple[Tensor, Tensor, bool, Tensor]]] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []  # from here on: with torch's operations
         self._mixed: list[tuple[Tensor, Tensor]] = []
@@ -208,7 +231,8 @@ class Update:
                 continue
             self._refuse_irregular(pair)
             device = averaged.device
-            flats = _stretches(pair) if selected[device] is not None and _is_for_a_kernel(pair) else None
+            is_for_a_kernel = selected[device] is not None and _is_for_a_kernel(pair)
+            flats = _stretches(pair, self._memory_of(averaged)) if is_for_a_kernel else None
             if flats is not None:
                 stretches.setdefault(device, []).append((*flats, pair.copy, pair.averaged))
             elif pair.copy:
@@ -226,6 +250,18 @@ class Update:
             plan = selected[device].Plan([averaged_flats], lives, copies, views)
             self._plans.append((device.type, plan))
 
+    def _memory_of(self, averaged: Tensor) -> torch.UntypedStorage:
+        storage = averaged.untyped_storage()
+        if storage._cdata not in self._memory:
+            self._memory[storage._cdata] = whole(storage), self._host.second_owner(whole(storage))
+        return self._memory[storage._cdata][1].untyped_storage()
+
+    def settle(self) -> None:
+        """Copy what the kernels wrote to wherever the averages are now."""
+        for average, memory in self._memory.values():
+            if average.data_ptr() != memory.data_ptr():
+                average.copy_(memory)
+
     @staticmethod
     def _backend_for(device: torch.device) -> Any:
         """Whose plan to use; None: torch's foreach operations are what there is."""
@@ -236,9 +272,9 @@ class Update:
     def _refuse_irregular(pair: Pair) -> None:
         a, b = pair.averaged, pair.live
         if not (a.is_contiguous() or _is_disjoint(a)):
-            raise Irregular  # expanded: nothing can be written to it
+            raise UseTorchFallback  # expanded: nothing can be written to it
         if not pair.copy and (not {a.dtype, b.dtype} <= AVERAGED_DTYPES or a.is_complex() != b.is_complex()):
-            raise Irregular
+            raise UseTorchFallback
 
     @staticmethod
     def _refuse_overlaps(pairs: list[Pair]) -> None:
@@ -253,7 +289,7 @@ class Update:
         for device, begin, end, is_averaged in sorted(spans):
             for other in (True, False) if is_averaged else (True,):
                 if begin < end and begin < ends.get((device, other), 0):
-                    raise Irregular
+                    raise UseTorchFallback
             ends[device, is_averaged] = max(end, ends.get((device, is_averaged), 0))
 
     def start(self) -> None:
@@ -294,101 +330,102 @@ def _span(tensor: Tensor) -> tuple[str, int, int]:
     return str(tensor.device), begin, begin + (last + 1) * tensor.dtype.itemsize
 
 
-# ---- the exchange ----
+# ---- the swap ----
+
+_OWNER = "another AveragedModel is swapped into the same model: leave that block first"
+_DROPPED = (
+    "an AveragedModel was dropped while it was swapped into a model: the model keeps the averaged weights, and those "
+    "it trained are gone. Leave the swapped() block first"
+)
 
 
-class Swap:
-    """The averaged tensors and the live ones change places, by the pointers of their storages.
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model under each of their names."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return dict(named)
 
-    Where the two storages differ (in dtype or device, or because live weights are slices of one buffer) the average is
+
+def _swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any) -> Swap:
+    """Return the exchange of averaged and live tensors, by the pointers of their storages.
+
+    Where two storages differ (in dtype or device, or because live weights are slices of one buffer), the average is
     copied into scratch memory of the live storage's layout, and that is exchanged.
 
     Args:
         pairs: of all tensors.
-        host: the backend whose StorageExchange to use.
+        names: of the live tensors, by id.
+        host: the backend whose `StorageExchange` to use.
 
     Raises:
         ValueError: a tensor that has no storage to exchange, or shapes that differ.
     """
-
-    claim = "another AveragedModel is swapped into the same model: leave that block first"
-
-    def __init__(self, pairs: list[Pair], host: Any) -> None:
-        for pair in pairs:
-            for tensor in (pair.averaged, pair.live):
-                reason = _why_no_storage(tensor)
-                if reason is not None:
-                    raise ValueError(f"swapped(): a tensor {reason}, so there is nothing to exchange")
-            if pair.averaged.shape != pair.live.shape:
-                shapes = f"{tuple(pair.averaged.shape)} and {tuple(pair.live.shape)}"
-                raise ValueError(f"swapped() needs the model that is averaged: two tensors have shapes {shapes}")
-        groups: dict[int, list[Pair]] = {}
-        for pair in pairs:
-            if pair.averaged.numel() and _span(pair.averaged) != _span(pair.live):
-                groups.setdefault(pair.live.untyped_storage()._cdata, []).append(pair)
-        self.live_storages = frozenset(groups)
-        with torch.inference_mode(False), torch.no_grad():
-            direct, self._scratch = self._stand_ins(groups)
-            stand_ins = [*direct, *self._scratch]
-            lives = [flat(stand_in.live, 0, stand_in.live.nbytes()) for stand_in in stand_ins]
-            others = [flat(stand_in.storage, 0, stand_in.storage.nbytes()) for stand_in in stand_ins]
-        managed = [tensor for pair in pairs for tensor in (pair.averaged, pair.live)]
-        self._exchange = host.StorageExchange(lives, others, managed)
-        for stand_in in self._scratch:
-            stand_in.free()
-
-    @staticmethod
-    def _stand_ins(groups: dict[int, list[Pair]]) -> tuple[list[StandIn], list[StandIn]]:
-        """Those that are the averaged module's own storages, and those of scratch memory."""
-        owners: dict[int, set[int]] = {}  # averaged storage -> the live ones it stands for
-        for key, pairs in groups.items():
-            for pair in pairs:
-                owners.setdefault(pair.averaged.untyped_storage()._cdata, set()).add(key)
-        direct, scratch = [], []
-        for pairs in groups.values():
-            live = pairs[0].live.untyped_storage()
-            other = pairs[0].averaged.untyped_storage()
-            rest = _unmanaged(pairs, live)
-            is_direct = (
-                not rest
-                and other.nbytes() == live.nbytes()
-                and other.device == live.device
-                and len(owners[other._cdata]) == 1
-                and other._cdata not in groups
-                and all(_is_same_place(pair, other) for pair in pairs)
+    for pair in pairs:
+        for tensor in (pair.averaged, pair.live):
+            reason = _why_no_storage(tensor)
+            if reason is not None:
+                raise ValueError(f"swapped(): a tensor {reason}, so there is nothing to exchange")
+        if pair.averaged.shape != pair.live.shape:
+            shapes = f"{tuple(pair.averaged.shape)} and {tuple(pair.live.shape)}"
+            raise ValueError(f"swapped() needs the model that is averaged: two tensors have shapes {shapes}")
+    groups: dict[int, list[Pair]] = {}
+    for pair in pairs:
+        if pair.averaged.numel() and _span(pair.averaged) != _span(pair.live):
+            groups.setdefault(pair.live.untyped_storage()._cdata, []).append(pair)
+    with torch.inference_mode(False), torch.no_grad():
+        buffers = sorted(_buffers_of(groups), key=lambda buffer: bool(buffer.parts))
+        buffer_of = {buffer.live._cdata: buffer for buffer in buffers}
+        entries = [
+            SwapEntry(
+                names.get(id(pair.live), []), swap.place_of(pair.live), pair.copy, buffer_of[key].view_of(pair.live)
             )
-            if is_direct:
-                direct.append(StandIn(live, other, [], []))
-                continue
-            memory = torch.empty(live.nbytes(), dtype=torch.uint8, device=live.device).untyped_storage()
-            casts = [(_view_like(pair.live, memory), pair.averaged.detach()) for pair in pairs]
-            gaps_of_both = [(flat(memory, *gap), flat(live, *gap)) for gap in rest]
-            scratch.append(StandIn(live, memory, gaps_of_both, casts))
-        return direct, scratch
+            for key, group in groups.items()
+            for pair in group
+        ]
+        by_pointer = [buffer for buffer in buffers if not buffer.parts]
+        exchange = host.StorageExchange(
+            [whole(buffer.live) for buffer in by_pointer],
+            [whole(buffer.storage) for buffer in by_pointer],
+            [tensor for pair in pairs for tensor in (pair.averaged, pair.live)],
+            [part for buffer in buffers for part in buffer.parts],
+        )
+        for buffer in buffers:
+            buffer.free()
+    return Swap(_OWNER, _DROPPED, entries, exchange, buffers)
 
-    @property
-    def is_applied(self) -> bool:
-        return self._exchange.entered
 
-    def enter(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            for stand_in in self._scratch:
-                stand_in.fill()
-        self._exchange.enter(next(claims.version_steps))
-        claims.owners.add(self)
-
-    def leave(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            for stand_in in self._scratch:
-                stand_in.carry_rest()
-            self._exchange.leave()
-            claims.owners.discard(self)
-            for stand_in in self._scratch:
-                stand_in.free()
+def _buffers_of(groups: dict[int, list[Pair]]) -> list[SwapBuffer]:
+    """Return what changes places with each live storage: the averaged module's own, or scratch memory."""
+    owners: dict[int, set[int]] = {}  # averaged storage -> the live ones it stands for
+    for key, pairs in groups.items():
+        for pair in pairs:
+            owners.setdefault(pair.averaged.untyped_storage()._cdata, set()).add(key)
+    buffers = []
+    for pairs in groups.values():
+        live = pairs[0].live.untyped_storage()
+        other = pairs[0].averaged.untyped_storage()
+        rest = _unmanaged(pairs, live)
+        is_direct = (
+            not rest
+            and other.nbytes() == live.nbytes()
+            and other.device == live.device
+            and len(owners[other._cdata]) == 1
+            and other._cdata not in groups
+            and all(_is_same_place(pair, other) for pair in pairs)
+        )
+        if is_direct:
+            buffers.append(SwapBuffer(live, other, [], [], [], 0))
+            continue
+        memory = allocate(live.nbytes(), live.device, live)
+        casts = [
+            (view_in(memory, pair.live, pair.live.dtype, pair.live.storage_offset()), pair.averaged.detach())
+            for pair in pairs
+        ]
+        buffers.append(SwapBuffer(live, memory, [(flat(memory, *gap), flat(live, *gap)) for gap in rest], casts, [], 0))
+    return buffers
 
 
 def _unmanaged(pairs: Iterable[Pair], live: torch.UntypedStorage) -> list[tuple[int, int]]:
-    """The bytes of a live storage that no pair covers."""
+    """Return the bytes of a live storage that no pair covers."""
     runs = []
     for tensor in (pair.live for pair in pairs):
         size = tensor.dtype.itemsize
@@ -406,11 +443,3 @@ def _is_same_place(pair: Pair, other: torch.UntypedStorage) -> bool:
         and (a.dtype, a.storage_offset(), _strides(a)) == (b.dtype, b.storage_offset(), _strides(b))
         and (a.is_conj(), a.is_neg()) == (b.is_conj(), b.is_neg())
     )
-
-
-def _view_like(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
-    """What `tensor` would be if its memory were `storage`."""
-    empty = torch.empty(0, dtype=tensor.dtype, device=storage.device)
-    view = empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-    view = view.conj() if tensor.is_conj() else view  # flags beside the memory
-    return torch._neg_view(view) if tensor.is_neg() else view
