@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastema.checks import checked_count
+from fastema.core.hooks import skipped_by_all
 from fastema.ema import FastEMA
 from fastema.integrations.callbacks import HoldsAverage, ema_arguments, replaced
 from fastema.integrations.lightning.carry_over import carried_over, layout_of
@@ -104,8 +105,7 @@ class FastEMACallback(HoldsAverage, Callback):
         self._device: torch.device | None = None  # where it was then
         self._layout: dict[str, Any] = {}  # and its tensors
         self._restored: dict[str, Any] | None = None  # a state that waits for the module to be ready
-        self._stepped = False  # one of several optimizers stepped in this batch
-        self._all_skipped: Tensor | None = None  # whether all that stepped have found infinities
+        self._stepped: list[Tensor | None] = []  # found_inf of each that stepped in this batch, of several optimizers
         self._undo = ExitStack()  # what a stage of the trainer hung up, taken down at its end
 
     # ---- the stages of the trainer ----
@@ -141,7 +141,7 @@ class FastEMACallback(HoldsAverage, Callback):
             raise ValueError(f"optimizer={self._optimizer}, but the module has {count}, counted from 0")
         self._prepare(pl_module)
         counting = trainer.optimizers if self._optimizer is None else [trainer.optimizers[self._optimizer]]
-        self._stepped, self._all_skipped = False, None
+        self._stepped = []
         for optimizer in counting:
             hook = self._after_only_step if len(counting) == 1 else self._after_one_of_several_steps
             self._undo.callback(optimizer.register_step_post_hook(hook).remove)
@@ -156,8 +156,8 @@ class FastEMACallback(HoldsAverage, Callback):
     ) -> None:
         """Averages after a batch in which one of several optimizers stepped."""
         if self._stepped:
-            skipped, self._stepped, self._all_skipped = self._all_skipped, False, None
-            self._update(skipped)
+            stepped, self._stepped = self._stepped, []
+            self._update(skipped_by_all(stepped))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Detaches from the optimizers and the loops; the average stays, and follows the module to the CPU."""
@@ -267,14 +267,7 @@ class FastEMACallback(HoldsAverage, Callback):
         self._update(getattr(optimizer, "found_inf", None))
 
     def _after_one_of_several_steps(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)
-        if not self._stepped:
-            self._all_skipped = found_inf
-        elif found_inf is None or self._all_skipped is None:
-            self._all_skipped = None
-        else:
-            self._all_skipped = torch.minimum(self._all_skipped, found_inf)
-        self._stepped = True
+        self._stepped.append(getattr(optimizer, "found_inf", None))
 
     def _run_averaged(
         self, trainer: Trainer, pl_module: LightningModule, stage: str, loop: Any, run: Callable[[], Any]
