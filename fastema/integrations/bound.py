@@ -47,7 +47,7 @@ class BoundEMA:
         return averages_by_name(self._ema._shadow, 0)
 
     def update(self, decay: float) -> bool:
-        """Averages `source` as it is now.
+        """Average `source` as it is now.
 
         Returns:
             Whether the live weights had moved in memory, so that the averages are other tensors now.

@@ -113,7 +113,7 @@ class ModelEmaV3(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int | None = None) -> None:
-        """Averages the model's weights as they are now. Call it once per optimizer step.
+        """Average the model's weights as they are now. Call it once per optimizer step.
 
         Raises:
             ValueError: another structure than the averaged model's; lists the first differences.
@@ -127,23 +127,23 @@ class ModelEmaV3(nn.Module):
 
     @torch.no_grad()
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """Averages parameters and buffers."""
+        """Average parameters and buffers."""
         self._average(model, decay, exclude_buffers=False)
 
     @torch.no_grad()
     def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
-        """Averages parameters, copies buffers."""
+        """Average parameters, copy buffers."""
         self._average(model, decay, exclude_buffers=True)
 
     @torch.no_grad()
     def set(self, model: nn.Module) -> None:
-        """Makes the average a copy of the model."""
+        """Make the average a copy of the model."""
         # Not an update of weight 1: that could not overwrite a NaN.
         for average, live in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
             average.copy_(live)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the averaged model."""
+        """Run the averaged model."""
         return self.module(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -217,7 +217,7 @@ class ModelEmaV3(nn.Module):
             self._rounded = [(tensor, average, _written(tensor)) for tensor, average, _ in self._rounded]
 
     def _look_after(self, bound: BoundEMA) -> None:
-        """Notes what the updates will have to know."""
+        """Note what the updates will have to know."""
         averages = bound.averages()
         names = [name for name, _ in named_tensors(bound.source) if name not in averages]
         # Otherwise these are buffers outside the state, which timm leaves as they were.

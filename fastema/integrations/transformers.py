@@ -20,48 +20,36 @@ How it is done, and why so:
 from __future__ import annotations
 
 import functools
-import json
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastema.checks import checked_count
 from fastema.core.extras import require
 from fastema.ema import AttachedHandle, FastEMA
 from fastema.integrations.callbacks import HoldsAverage, ema_arguments, replaced
-from fastema.policy import Rule
+from fastema.integrations.transformers_checkpoint import EMA_STATE, is_peft, read_average, what_trains, write_average
 
 if TYPE_CHECKING:
     import numpy as np
-    import safetensors
-    import safetensors.torch
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
 else:
     TrainerCallback = require("transformers", "transformers").TrainerCallback
     get_last_checkpoint = require("transformers.trainer_utils", "transformers").get_last_checkpoint
-    safetensors = require("safetensors", "transformers")
-    require("safetensors.torch", "transformers")
     np = require("numpy", "transformers")
 
-#: The averaged weights under the model's own keys; of several averages, the others are in ema_1.safetensors, ...
-EMA_WEIGHTS = "ema.safetensors"
-#: The counters that the average resumes with.
-EMA_STATE = "ema.json"
-#: Of a PEFT model, the averaged adapter as `PeftModel.save_pretrained` writes it.
-EMA_ADAPTER = "ema_adapter"
 # In the metrics of an evaluation, but not measured by it.
 _AXES = ("epoch", "step")
 
 
 class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
-    """Keeps an exponential moving average of the weights that a Hugging Face Trainer trains, and evaluates it.
+    """Keep an exponential moving average of the weights that a Hugging Face Trainer trains, and evaluate it.
 
     With `evaluate="both"`, every metric of `trainer.evaluate` appears twice: `eval_loss` of the trained weights and
     `eval_ema_loss` of the averaged ones; before the average has begun, both are the same. With `evaluate="ema"`
@@ -121,7 +109,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         self._joining: tuple[str, dict[str, float] | None] | None = None  # the prefix, and the average's metrics
 
     def attach(self, trainer: Trainer) -> FastEMATrainerCallback:
-        """Adds the callback to the Trainer, unless it is there already, and wraps the four methods.
+        """Add the callback to the Trainer, unless it is there already, and wrap the four methods.
 
         Returns:
             The callback: `ema = FastEMATrainerCallback(decay=0.999).attach(trainer)`.
@@ -164,7 +152,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
     # ---- the Trainer's events ----
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Continues the average of the checkpoint, or forgets the one of an earlier training."""
+        """Continue the average of the checkpoint, or forget the one of an earlier training."""
         if self._trainer is None:
             raise RuntimeError(
                 "FastEMATrainerCallback is not attached: call callback.attach(trainer) once, after the Trainer is "
@@ -178,18 +166,18 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
                 self._follow(kwargs["optimizer"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begins the average where the start is reached."""
+        """Begin the average where the start is reached."""
         if self._ema is None and state.global_step >= self._start_step and (state.epoch or 0) >= self._start_epoch:
             self._ema = self._build(kwargs["model"])
             self._follow(kwargs["optimizer"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Adds the average's metrics to the model's own, for all callbacks that come after this one."""
+        """Add the average's metrics to the model's own, for all callbacks that come after this one."""
         if self._joining is not None:
             kwargs["metrics"].update(self._joined(kwargs["metrics"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the average of the best checkpoint where the Trainer took its weights."""
+        """Take the average of the best checkpoint where the Trainer took its weights."""
         self._detach()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._ema = None
@@ -219,7 +207,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> dict[str, float]:
-        """Evaluates the averaged weights, the trained ones, or both."""
+        """Evaluate the averaged weights, the trained ones, or both."""
         assert self._trainer is not None
         run = functools.partial(evaluate, eval_dataset, ignore_keys, **kwargs)
         several = isinstance(self._trainer.eval_dataset if eval_dataset is None else eval_dataset, dict)
@@ -251,7 +239,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
             return predict(*args, **kwargs)
 
     def _save_model(self, save: Callable[..., None], output_dir: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Saves the trained weights, also from inside an evaluation of the averaged ones, and those beside them."""
+        """Save the trained weights, also from inside an evaluation of the averaged ones, and those beside them."""
         assert self._trainer is not None
         swapped = self._ema is not None and self._ema.is_applied
         if swapped:
@@ -270,7 +258,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
     # ---- inside ----
 
     def _follow(self, optimizer: Any) -> None:
-        """Has the average updated at every step that really happens."""
+        """Have the average updated at every step that really happens."""
         assert self._ema is not None
         self._handle = self._ema.attach(optimizer)
 
@@ -284,8 +272,8 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
     def _build(self, model: nn.Module) -> FastEMA:
         """Return a new average: of a PEFT model, of what trains."""
         arguments = self._ema_args
-        if _is_peft(model) and arguments.get("policy") is None:
-            arguments = {**arguments, "policy": _what_trains}
+        if is_peft(model) and arguments.get("policy") is None:
+            arguments = {**arguments, "policy": what_trains}
         return FastEMA(model, **arguments)
 
     def _detach(self) -> None:
@@ -294,7 +282,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
             self._handle = None
 
     def _load(self, model: nn.Module, folder: Path) -> None:
-        """Builds the average that a checkpoint holds; where it holds none, there is none yet."""
+        """Build the average that a checkpoint holds; where it holds none, there is none yet."""
         if (folder / EMA_STATE).is_file():
             ema = self._build(model)
             read_average(ema, folder)
@@ -342,76 +330,6 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         averaged_prefix = f"{_averaged_prefix(prefix)}_"
         own = {name: value for name, value in metrics.items() if not name.startswith(averaged_prefix)}
         return _averaged_metrics(prefix, own)
-
-
-def write_average(ema: FastEMA, folder: Path, model: nn.Module) -> None:
-    """Write `ema.safetensors`, loadable into the model without fastema, and `ema.json`.
-
-    Of a PEFT model `ema.safetensors` holds the averaged tensors alone, and `ema_adapter/` the averaged adapter.
-    """
-    peft = _is_peft(model)
-    state = ema.state_dict()
-    shadows = state.pop("shadow")
-    count = len(shadows) if isinstance(shadows, list) else 1
-    for which in range(count):
-        # Of a tensor with several names one is written, and the metadata says which: as safetensors itself does it.
-        kept: dict[Any, str] = {}
-        tensors: dict[str, Tensor] = {}
-        metadata = {"format": "pt"}
-        # Averaged tensors that the model itself does not save are needed to resume.
-        own = shadows[which] if isinstance(shadows, list) else shadows
-        averages = ema.shadow_state_dict(which)
-        if peft:
-            # The whole model's state with the averages in it, of which PEFT takes the adapter's part.
-            model.save_pretrained(_numbered(folder / EMA_ADAPTER, which), state_dict=averages)  # type: ignore[operator]
-            averages = {}
-        for name, value in {**own, **averages}.items():
-            if not isinstance(value, Tensor):
-                continue
-            first = kept.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
-            if first == name or value.numel() == 0:
-                tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            else:
-                metadata[name] = first
-        safetensors.torch.save_file(tensors, _numbered(folder / EMA_WEIGHTS, which), metadata=metadata)
-    (folder / EMA_STATE).write_text(json.dumps(state, indent=2) + "\n")
-
-
-def read_average(ema: FastEMA, folder: Path) -> None:
-    """Loads what `write_average` wrote, by value.
-
-    Raises:
-        ValueError: it is the average of another model; lists the first differences. Nothing is changed.
-    """
-    state: dict[str, Any] = json.loads((folder / EMA_STATE).read_text())
-    own = ema.state_dict()["shadow"]
-    shadows = []
-    for which in range(len(state["decay"]) if isinstance(state["decay"], list) else 1):
-        wanted = (own[0] if isinstance(own, list) else own).keys()
-        with safetensors.safe_open(_numbered(folder / EMA_WEIGHTS, which), framework="pt") as file:
-            aliases = file.metadata()
-            held = set(file.keys())
-            found = {name: name if name in held else aliases.get(name) for name in wanted}
-            shadows.append({name: file.get_tensor(stored) for name, stored in found.items() if stored is not None})
-    ema.load_state_dict({**state, "shadow": shadows if isinstance(state["decay"], list) else shadows[0]})
-
-
-def _numbered(path: Path, which: int) -> Path:
-    """Return the path for one of several averages: the first has the plain name."""
-    return path if which == 0 else path.with_name(f"{path.stem}_{which}{path.suffix}")
-
-
-def _is_peft(model: nn.Module) -> bool:
-    peft = sys.modules.get("peft")  # nothing is a PeftModel where peft was not imported
-    return peft is not None and isinstance(model, peft.PeftModel)
-
-
-def _what_trains(name: str, tensor: Tensor, module: nn.Module | None) -> Rule | None:
-    """A policy that averages the parameters that train and the buffers of their modules, and skips the rest."""
-    if isinstance(tensor, nn.Parameter):
-        return "average" if tensor.requires_grad else "skip"
-    trains = module is not None and any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-    return None if trains else "skip"
 
 
 def _averaged_prefix(prefix: str) -> str:

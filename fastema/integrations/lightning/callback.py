@@ -34,7 +34,7 @@ _Result = TypeVar("_Result")
 
 
 class FastEMACallback(HoldsAverage, Callback):
-    """Keeps an exponential moving average of the module's weights beside the trained ones, and evaluates it.
+    """Keep an exponential moving average of the module's weights beside the trained ones, and evaluate it.
 
     Validations, tests and predictions take the averaged weights, and the module has the trained ones again afterwards;
     before the average has begun they take the trained weights.
@@ -111,7 +111,7 @@ class FastEMACallback(HoldsAverage, Callback):
     # ---- the stages of the trainer ----
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses what cannot work, and puts the averaged weights around the evaluation loop of this stage."""
+        """Refuse what cannot work, and put the averaged weights around the evaluation loop of this stage."""
         stage = str.__str__(stage)  # Lightning's own enum is a str that formats as its name
         self._undo.close()
         if sum(isinstance(callback, FastEMACallback) for callback in trainer.callbacks) > 1:
@@ -135,7 +135,7 @@ class FastEMACallback(HoldsAverage, Callback):
         self._see_all_checkpoints(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continues or begins the average, and attaches it to the optimizers."""
+        """Continue or begin the average, and attach it to the optimizers."""
         count = len(trainer.optimizers)
         if self._optimizer is not None and self._optimizer >= count:
             raise ValueError(f"optimizer={self._optimizer}, but the module has {count}, counted from 0")
@@ -147,20 +147,20 @@ class FastEMACallback(HoldsAverage, Callback):
             self._undo.callback(optimizer.register_step_post_hook(hook).remove)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begins the average where the start is reached."""
+        """Begin the average where the start is reached."""
         if self._ema is None and trainer.global_step >= self._start_step and trainer.current_epoch >= self._start_epoch:
             self._build(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Averages after a batch in which one of several optimizers stepped."""
+        """Average after a batch in which one of several optimizers stepped."""
         if self._stepped:
             stepped, self._stepped = self._stepped, []
             self._update(skipped_by_all(stepped))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Detaches from the optimizers and the loops; the average stays, and follows the module to the CPU."""
+        """Detach from the optimizers and the loops; the average stays, and follows the module to the CPU."""
         self._undo.close()
         self._prepare(pl_module)
 
@@ -272,7 +272,7 @@ class FastEMACallback(HoldsAverage, Callback):
     def _run_averaged(
         self, trainer: Trainer, pl_module: LightningModule, stage: str, loop: Any, run: Callable[[], Any]
     ) -> Any:
-        """Runs an evaluation loop with the averaged weights, the trained ones, or both."""
+        """Run an evaluation loop with the averaged weights, the trained ones, or both."""
         if trainer.sanity_checking:
             return run()
         self._prepare(pl_module)
