@@ -24,6 +24,7 @@ from fastema.core.hooks import StepGroup, checked_optimizer
 from fastema.core.shadow import Shadow
 from fastema.decays import Decays
 from fastema.policy import Buffers, Policy, Source, checked_source, collect, named_tensors
+from fastema.schedules import takes_argument
 from fastema.threads import OneThread, one_thread
 from fastema.uncut import Step, run_uncut
 
@@ -134,11 +135,19 @@ class FastEMA:
     def from_params(cls, model: Source, ema_params: dict[str, Any], total_steps: int | None = None) -> FastEMA:
         """Build from a recipe's dictionary, e.g. `{"decay": 0.9999, "decay_type": "exp", "beta": 15}`.
 
+        It is read as super-gradients reads it: what is missing or None is 0.9999 and "exp", a `beta` that the schedule
+        does not take is left over from another recipe, and `exp_activation=False` asks for "constant".
+
         Example:
             >>> FastEMA.from_params(torch.nn.Linear(2, 1), {"decay": 0.9, "decay_type": "linear"}, 10).decay_at(5)
             0.45
         """
-        return cls(model, total_steps=total_steps, **ema_params)
+        params = {"decay": 0.9999, **{name: value for name, value in ema_params.items() if value is not None}}
+        decay_type = "exp" if params.pop("exp_activation", True) else "constant"
+        params.setdefault("decay_type", decay_type)
+        if not takes_argument(params["decay_type"], "beta"):
+            params.pop("beta", None)
+        return cls(model, total_steps=total_steps, **params)
 
     # ---- averaging ----
 

@@ -6,6 +6,7 @@ A schedule maps (decay, step, total_steps) to the decay of that step. `EMA_DECAY
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from typing import Any
@@ -113,6 +114,14 @@ EMA_DECAY_FUNCTIONS: dict[str, type[IDecayFunction]] = {
     "linear": LinearDecay,
     "warmup": WarmupDecay,
 }
+
+
+def takes_argument(decay_type: str, name: str) -> bool:
+    """Return whether a schedule's constructor takes an argument; True where the schedule is unknown."""
+    if decay_type not in EMA_DECAY_FUNCTIONS:
+        return True
+    parameters = inspect.signature(EMA_DECAY_FUNCTIONS[decay_type]).parameters.values()
+    return any(each.name == name or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
 def make_schedule(decay_type: str, total_steps: int | None, decay_args: dict[str, Any]) -> IDecayFunction:

@@ -41,9 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     history = parser.add_argument_group("the history: start now, and why is the average worse")
-    history.add_argument("--history", type=Path, metavar="FILE", help="CSV, JSON or JSON Lines, a row an epoch")
-    history.add_argument("--metric", metavar="NAME", help="the model's column (default: iou)")
-    history.add_argument("--ema-metric", metavar="NAME", help="the average's column (default: ema_ and the metric)")
+    history.add_argument(
+        "--history", type=Path, metavar="FILE", help="CSV, JSON or JSON Lines, a row an epoch; or a trainer's log"
+    )
+    history.add_argument(
+        "--metric", metavar="NAME", help="the model's column (default: iou, or the one with an average)"
+    )
+    history.add_argument("--ema-metric", metavar="NAME", help="the average's column (default: by the metric's name)")
     history.add_argument("--mode", choices=("max", "min"), help="which is better (default: by the metric's name)")
     history.add_argument("--decay", type=float, metavar="D", help="the average's decay (default: what is recommended)")
     history.add_argument(
@@ -113,6 +117,7 @@ def _advice(arguments: argparse.Namespace) -> Advice:
     seen = read_history(arguments.history)
     metric = metric_of(seen, arguments.metric)
     mode = arguments.mode or mode_of(metric)
+    seen = seen.measured(metric)
     base = seen.whole_column(metric)
     advice.source, advice.metric, advice.mode, advice.base = seen.source, metric, mode, base
     advice.start = should_start(base, mode)
@@ -123,9 +128,11 @@ def _advice(arguments: argparse.Namespace) -> Advice:
 def _diagnose(arguments: argparse.Namespace, advice: Advice, seen: History, rate: float | None) -> None:
     """Add the average's history and the findings, if the history has an average."""
     from fastema.advisor import diagnose
+    from fastema.advisor.history_files import average_of
 
-    name = arguments.ema_metric or f"ema_{advice.metric}"
-    if arguments.ema_metric is None and name not in seen.columns:
+    assert advice.metric is not None
+    name = arguments.ema_metric or average_of(seen, advice.metric)
+    if name is None:
         return
     values = seen.column(name)[: len(advice.base)]
     if all(value is None for value in values):

@@ -77,7 +77,9 @@ def checked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     accelerate = sys.modules.get("accelerate.optimizer")
     while accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
         optimizer = optimizer.optimizer
-    if not (isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "_optimizer_step_post_hooks")):
+    # torch marks the step() that runs hooks; timm's Lookahead has the hooks' dictionaries and never looks at them.
+    has_hooks = hasattr(optimizer, "_optimizer_step_post_hooks") and getattr(type(optimizer).step, "hooked", False)
+    if not (isinstance(optimizer, torch.optim.Optimizer) and has_hooks):
         raise TypeError(
             f"attach() needs a torch.optim.Optimizer with step hooks, got a {type(optimizer).__name__}. Wrappers that "
             "step by themselves (schedule-free, Lookahead) run none: call update() after their step() instead. Give "

@@ -37,7 +37,9 @@ class BoundEMA:
         device: torch.device | str | int | None = None,
     ) -> None:
         self.source = source
-        self._ema = FastEMA(source, decay, policy=policy, dtype=dtype, device=device, nonfinite="propagate")
+        self._ema = FastEMA(
+            source, decay, decay_type="constant", policy=policy, dtype=dtype, device=device, nonfinite="propagate"
+        )
         self._shadow = self._ema._shadow
 
     def averages(self) -> dict[str, Tensor]:
@@ -45,7 +47,7 @@ class BoundEMA:
         return averages_by_name(self._ema._shadow, 0)
 
     def update(self, decay: float) -> bool:
-        """Averages `source` as it is now.
+        """Average `source` as it is now.
 
         Returns:
             Whether the live weights had moved in memory, so that the averages are other tensors now.

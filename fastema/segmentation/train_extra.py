@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-
+from fastema.core import extras
 from fastema.segmentation.errors import UserError
 
 # Module: its name on the package index.
@@ -19,7 +18,7 @@ _NEEDED = {
 
 def missing_packages() -> list[str]:
     """Return the packages of the `train` extra that are not installed."""
-    return [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    return extras.missing_packages(_NEEDED)
 
 
 def require_train_extra() -> None:

@@ -128,6 +128,56 @@ def test_tensorboards_csv(tmp_path: Path) -> None:
     assert read_history(file).whole_column("Value") == [0.5, 0.6]
 
 
+LIGHTNING = """epoch,step,train_loss,val_ema_loss,val_loss
+0,4,1.5,,
+0,9,,0.95,
+0,9,,,0.9
+1,14,1.2,,
+1,19,,0.75,
+1,19,,,0.7
+2,29,,0.6,
+2,29,,,0.55
+"""
+HUGGING_FACE = """{"best_metric": null, "log_history": [
+ {"epoch": 0.5, "step": 5, "loss": 1.5}, {"epoch": 1.0, "step": 10, "eval_ema_loss": 0.95},
+ {"epoch": 1.0, "step": 10, "eval_loss": 0.9, "eval_runtime": 0.1}, {"epoch": 1.5, "step": 15, "loss": 1.2},
+ {"epoch": 2.0, "step": 20, "eval_ema_loss": 0.75}, {"epoch": 2.0, "step": 20, "eval_loss": 0.7},
+ {"epoch": 3.0, "step": 30, "eval_ema_loss": 0.6}, {"epoch": 3.0, "step": 30, "eval_loss": 0.55}]}"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LIGHTNING,
+        HUGGING_FACE,
+        "epoch;val_loss;val_ema_loss\n1;0,9;0,95\n2;0,7;0,75\n3;0,55;0,6\n",
+        "epoch\tval/loss\tval_ema/loss\n1\t0.9\t0.95\n2\t0.7\t0.75\n3\t0.55\t0.6\n",
+        "epoch,acc_error,val_ema_acc_error\n1,0.9,0.95\n2,0.7,0.75\n3,0.55,0.6\n",
+    ],
+    ids=["metrics.csv", "trainer_state.json", "semicolons", "tabs", "another name"],
+)
+def test_logs_of_trainers_are_read_and_the_average_is_found(
+    text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "log"
+    file.write_text(text)
+    found = json_of(capsys, "--history", str(file))
+    assert found["mode"] == "min"
+    assert found["base"] == [0.9, 0.7, 0.55]
+    assert found["ema"] == [0.95, 0.75, 0.6]
+
+
+def test_of_several_metrics_with_an_average_one_is_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text("val_loss,val_ema_loss,val_acc,val_ema_acc\n1,2,3,4\n")
+    assert "Give --metric: val_loss, val_ema_loss, val_acc, val_ema_acc" in error_of(
+        capsys, "--json", "--history", str(file)
+    )
+    assert json_of(capsys, "--history", str(file), "--metric", "val_acc")["ema"] == [4]
+
+
 @pytest.mark.parametrize(
     ("text", "flags", "message"),
     [

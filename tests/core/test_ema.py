@@ -144,6 +144,25 @@ def test_from_params() -> None:
     assert parameters == {"decay": 0.9999, "decay_type": "exp", "beta": 10}
 
 
+@pytest.mark.parametrize(
+    ("recipe", "decay_type"),
+    [
+        ({"decay": 0.9997, "decay_type": "threshold", "beta": 15}, "threshold"),
+        ({"decay": 0.9997, "decay_type": "constant", "beta": 15, "exp_activation": True}, "constant"),
+        ({"decay": 0.9997, "exp_activation": False, "beta": 15}, "constant"),
+        ({"decay": 0.9997, "exp_activation": True}, "exp"),
+        ({"decay": None, "decay_type": None, "beta": 10}, "exp"),
+        ({}, "exp"),
+    ],
+)
+def test_recipes_of_super_gradients_load(recipe: dict[str, Any], decay_type: str) -> None:
+    ema = FastEMA.from_params(small_model(), recipe, total_steps=100)
+    assert ema.decay == recipe.get("decay") or ema.decay == 0.9999
+    beta = {"beta": recipe.get("beta", 15)} if decay_type == "exp" else {}
+    plain = FastEMA(small_model(), ema.decay, decay_type=decay_type, total_steps=100, **beta)
+    assert [ema.decay_at(step) for step in (1, 10, 50)] == [plain.decay_at(step) for step in (1, 10, 50)]
+
+
 def test_repr_says_what_it_is(backend: str) -> None:
     ema = FastEMA(small_model(), decay=0.99, decay_type="threshold", backend=backend)
     ema.update()

@@ -445,6 +445,22 @@ def test_deprecated_arguments(original: Any) -> None:
         EMAModel(model.parameters(), decai=0.9)
 
 
+def test_shadow_params_stay_tied_from_before_the_first_step() -> None:
+    parameters = [torch.ones(3, requires_grad=True), torch.ones(2, dtype=torch.bfloat16, requires_grad=True)]
+    ema = EMAModel(parameters, decay=0.5, min_decay=0.5)
+    state, (held, wide) = ema.state_dict()["shadow_params"], ema.shadow_params
+    for value in (3.0, 5.0):
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.fill_(value)
+        ema.step(parameters)
+        with ema.swapped():
+            assert state[0] is held and torch.equal(held, ema.state_dict()["shadow_params"][0])
+    assert held.tolist() == [4.0] * 3 and wide.tolist() == [4.0] * 2  # the first step copies
+    assert state is ema.shadow_params and state[0] is held
+    assert parameters[0].tolist() == [5.0] * 3
+
+
 def test_an_inference_tensor_is_no_average() -> None:
     """Built under inference_mode, the averages must still be averaged outside of it."""
     parameters = a_list()

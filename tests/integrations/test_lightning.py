@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import doctest
 import signal
 import subprocess
@@ -12,100 +11,31 @@ from typing import Any
 
 import pytest
 import torch
+
+from lightning_cases import Net, loader, pl, snapshot, trainer
+
+# isort: split
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from cases.callbacks import DECAY, assert_average, assert_same, average
 from fastema import FastEMA
-from fastema.segmentation.torchvision_shim import import_torchvision
-
-with contextlib.suppress(ImportError):
-    import_torchvision()  # torchmetrics imports it where it is installed, and next to a CPU torch that needs help
-
-pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
-torchmetrics = pytest.importorskip("torchmetrics", reason="torchmetrics comes with lightning")
-
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402
-from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
-from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
-
-from fastema.integrations import extras  # noqa: E402
-from fastema.integrations import lightning as ours  # noqa: E402
-from fastema.integrations.lightning import FastEMACallback  # noqa: E402
+from fastema.core import extras
+from fastema.integrations.lightning import (
+    FastEMACallback,
+    carry_over,
+    validation,
+    weight_averaging,
+)
+from fastema.integrations.lightning import callback as ours
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*(num_workers|logging interval|TensorBoard|exists and is not empty).*"),
 ]
-
-
-class Net(pl.LightningModule):
-    """A BatchNorm net that logs in every way, and records the weights after each real optimizer step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
-        self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=2)
-        self.after_steps: list[dict[str, Tensor]] = []
-        self.validated: list[dict[str, Tensor]] = []
-
-    def loss(self, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(self.body(batch[0]), batch[1])
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.loss(batch)
-
-    def on_validation_epoch_start(self) -> None:
-        self.validated.append(snapshot(self))
-        self._losses: list[Tensor] = []
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        loss = self.loss(batch)
-        self._losses.append(loss)
-        self.accuracy(self.body(batch[0]), batch[1])
-        self.log("val_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
-        self.log_dict({"val/acc": self.accuracy, "other": loss * 2})
-
-    def on_validation_epoch_end(self) -> None:
-        self.log("val_worst", torch.stack(self._losses).max())
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("test_loss", self.loss(batch))
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.body(batch[0])
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-        self.record(optimizer)
-        return optimizer
-
-    def record(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.register_step_post_hook(lambda *_: self.after_steps.append(snapshot(self)))
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def loader(shuffle: bool = False, seed: int = 7, count: int = 20) -> DataLoader[Any]:
-    inputs = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
-    return DataLoader(TensorDataset(inputs, (inputs.sum(1) > 0).long()), batch_size=4, shuffle=shuffle)
-
-
-def trainer(folder: Path, *callbacks: Any, **args: Any) -> Any:
-    given = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "default_root_dir": folder,
-        "callbacks": list(callbacks),
-    }
-    return pl.Trainer(**{**given, **args})
 
 
 # ---- updates ----
@@ -213,7 +143,7 @@ def test_every_keyword_reaches_fastema_and_wrong_ones_are_refused_at_once(tmp_pa
         FastEMACallback(1.5)
     with pytest.raises(TypeError, match="no_such_argument"):
         FastEMACallback(no_such_argument=1)
-    with pytest.raises(ValueError, match="validate must be one of 'both', 'ema', 'base'"):
+    with pytest.raises(ValueError, match="validate must be one of 'ema', 'both', 'base'"):
         FastEMACallback(validate="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="start_step"):
         FastEMACallback(start_step=-1)
@@ -237,7 +167,7 @@ def logged_by(net: Net, weights: dict[str, Tensor], batches: DataLoader[Any]) ->
 
 
 def test_both_log_the_metrics_of_base_and_average_side_by_side(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY)
+    net, callback = Net(), FastEMACallback(decay=DECAY, validate="both")
     run, batches = trainer(tmp_path, callback), loader(seed=8)
     run.fit(net, loader(), batches)
     metrics = {name: value.item() for name, value in run.callback_metrics.items()}
@@ -257,7 +187,7 @@ def test_both_log_the_metrics_of_base_and_average_side_by_side(tmp_path: Path) -
 
 
 def test_several_loaders_and_a_limit_of_batches(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY)
+    net, callback = Net(), FastEMACallback(decay=DECAY, validate="both")
     run = trainer(tmp_path, callback, limit_val_batches=2, limit_train_batches=3, max_epochs=1)
     run.fit(net, loader(), [loader(seed=8), loader(seed=9)])
     for index, seed in enumerate((8, 9)):
@@ -279,7 +209,7 @@ def test_before_the_start_the_average_is_the_model_and_monitors_work(tmp_path: P
                 found = trainer.callback_metrics
                 self.metrics.append((found["val_loss"].item(), found["val_ema_loss"].item()))
 
-    seen, callback = Seen(), FastEMACallback(decay=DECAY, start_epoch=1)
+    seen, callback = Seen(), FastEMACallback(decay=DECAY, start_epoch=1, validate="both")
     best = ModelCheckpoint(tmp_path, monitor="val_ema_loss", filename="{epoch}")
     stop = EarlyStopping("val_ema_loss", patience=10, strict=True)
     run = trainer(tmp_path, seen, callback, stop, best, max_epochs=3)
@@ -294,7 +224,7 @@ def test_training_goes_on_bit_for_bit_as_without_the_callback(tmp_path: Path) ->
     def trained(averaged: bool) -> tuple[dict[str, Tensor], Any]:
         torch.manual_seed(3)
         net = Net()
-        callbacks = [FastEMACallback(DECAY)] if averaged else []
+        callbacks = [FastEMACallback(DECAY, validate="both")] if averaged else []
         run = trainer(tmp_path, *callbacks, val_check_interval=2)
         run.fit(net, loader(shuffle=True), loader(shuffle=True, seed=8))  # every pass draws random numbers
         return snapshot(net), run.fit_loop.state_dict()
@@ -324,7 +254,7 @@ def test_base_only_runs_validation_once(tmp_path: Path) -> None:
 
 
 def test_validate_test_and_predict_after_fit(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY, test="ema", predict="ema")
+    net, callback = Net(), FastEMACallback(decay=DECAY, validate="both")
     run, batches = trainer(tmp_path, callback), loader(seed=8)
     run.fit(net, loader())
     base = logged_by(net, snapshot(net), batches)
@@ -347,14 +277,221 @@ def test_validate_test_and_predict_after_fit(tmp_path: Path) -> None:
     assert callback.ema is not None and callback.ema.num_updates == 15
 
 
-def test_averaged_weights_that_do_not_exist_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"trainer\.test shall take the averaged weights, but there are none"):
-        trainer(tmp_path, FastEMACallback(test="ema")).test(Net(), loader(), verbose=False)
-    with pytest.warns(UserWarning, match="no average of this module"):
-        trainer(tmp_path, FastEMACallback()).validate(Net(), loader(), verbose=False)
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_before_there_is_an_average_the_trained_weights_are_taken_with_a_warning(tmp_path: Path, stage: str) -> None:
+    net = Net()
+    with pytest.warns(UserWarning, match=f"no average of this module yet: trainer.{stage} takes the trained weights"):
+        (result, *_) = getattr(trainer(tmp_path, FastEMACallback()), stage)(net, loader(seed=8))
+    if stage != "predict":
+        expected = logged_by(net, snapshot(net), loader(seed=8))["loss"]
+        assert result["test_loss" if stage == "test" else "val_loss_epoch"] == pytest.approx(expected, rel=1e-5)
+
+
+# ---- both: what the module's own hooks see and do ----
+
+
+class ReadsItsMetrics(Net):
+    """Reads its own metric in a hook and steps a scheduler with it, as manual optimization does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.read: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:
+            return
+        assert self.trainer.checkpoint_callback.dirpath is not None
+        self.read.append(self.trainer.callback_metrics["val_loss"].item())
+        self.lr_schedulers().step(self.read[-1])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        # No improvement is large enough: every step but the first halves the learning rate.
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.5, patience=0, threshold=1e9, threshold_mode="abs"
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+
+
+def test_a_hook_reads_the_metrics_of_its_own_run_and_steps_a_scheduler_once(tmp_path: Path) -> None:
+    plain = ReadsItsMetrics()
+    trainer(tmp_path, ModelCheckpoint(tmp_path / "plain"), max_epochs=3).fit(plain, loader(), loader(seed=8))
+    net, callback = ReadsItsMetrics(), FastEMACallback(decay=DECAY, validate="both")
+    run = trainer(tmp_path, callback, ModelCheckpoint(tmp_path), max_epochs=3)
+    run.fit(net, loader(), loader(seed=8))
+    assert net.read[1::2] == plain.read  # the second of each two runs is of the trained weights
+    assert net.read[0] != net.read[1]
+    assert run.callback_metrics["val_loss"].item() == net.read[-1]
+    assert run.callback_metrics["val_ema_loss"].item() == net.read[-2]
+    assert [group["lr"] for group in run.optimizers[0].param_groups] == [0.025]
+    assert_same(snapshot(net), snapshot(plain))
+
+
+def test_loggers_get_both_names_and_each_once(tmp_path: Path) -> None:
+    logger = pl.loggers.CSVLogger(tmp_path)
+    callback = FastEMACallback(decay=DECAY, validate="both")
+    run = trainer(tmp_path, callback, logger=logger, max_epochs=1, num_sanity_val_steps=0)
+    run.fit(Net(), loader(), loader(seed=8))
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    names = rows[0].split(",")
+    for name in ("val_loss_epoch", "val_ema_loss_epoch"):
+        (value,) = [cell for row in rows[1:] if (cell := row.split(",")[names.index(name)])]
+        assert float(value) == pytest.approx(run.callback_metrics[name].item(), rel=1e-4)
+    steps = [row for row in rows[1:] if row.split(",")[names.index("val_ema_loss_step")]]
+    assert len(steps) == 5
+
+
+def test_other_callbacks_are_silent_in_the_averaged_run_but_there(tmp_path: Path) -> None:
+    class Counts(Callback):
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+
+        def on_validation_start(self, *_: Any) -> None:
+            self.calls.append("start")
+
+        def on_validation_batch_end(self, *_: Any) -> None:
+            self.calls.append("batch")
+
+        def on_validation_end(self, *_: Any) -> None:
+            self.calls.append("end")
+
+    class Looks(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            assert any(isinstance(callback, Counts) for callback in self.trainer.callbacks)
+
+    counts = Counts()
+    run = trainer(tmp_path, counts, FastEMACallback(validate="both"), max_epochs=1, num_sanity_val_steps=0)
+    run.fit(Looks(), loader(), loader(seed=8))
+    assert counts.calls == ["start", *["batch"] * 5, "end"]
+
+
+@pytest.mark.parametrize("validate", ["ema", "both"])
+def test_a_crash_in_the_averaged_validation_repeats_it_after_the_resume(tmp_path: Path, validate: Any) -> None:
+    class Crashes(Net):
+        crash = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.epochs: set[int] = set()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            if self.crash and self.trainer.current_epoch == 1 and batch_idx == 2:
+                raise ValueError("stop")
+
+        def on_validation_epoch_end(self) -> None:
+            self.epochs.add(self.trainer.current_epoch)
+
+    saves = ModelCheckpoint(tmp_path, save_on_exception=True, every_n_epochs=10)
+    args: dict[str, Any] = {"max_epochs": 3, "num_sanity_val_steps": 0}
+    with pytest.raises(ValueError, match="stop"):
+        trainer(tmp_path, FastEMACallback(validate=validate), saves, **args).fit(Crashes(), loader(), loader(seed=8))
+    (path,) = tmp_path.glob("*.ckpt")
+    net = Crashes()
+    net.crash = False
+    trainer(tmp_path, FastEMACallback(validate=validate), **args).fit(net, loader(), loader(seed=8), ckpt_path=path)
+    assert net.epochs == {1, 2}
 
 
 # ---- checkpoints ----
+
+
+def test_the_best_file_of_weights_only_has_the_average(tmp_path: Path) -> None:
+    callback = FastEMACallback(decay=DECAY, validate="both")
+    best = ModelCheckpoint(tmp_path, monitor="val_ema_loss", mode="max", save_weights_only=True, filename="best")
+    net, run = Net(), trainer(tmp_path, callback, best, max_epochs=3)
+    run.fit(net, loader(), loader(seed=8))
+    saved = torch.load(best.best_model_path, weights_only=True)
+    values = logged_by(net, saved["ema_state_dict"], loader(seed=8))
+    assert values["loss"] == pytest.approx(best.best_model_score.item(), rel=1e-5)
+    assert "callbacks" not in saved
+    # The trainer's own way of loading it takes both.
+    (tested,) = run.test(net, loader(seed=8), ckpt_path="best", verbose=False)
+    assert tested["test_loss"] == pytest.approx(values["loss"], rel=1e-5)
+    assert_same(snapshot(net), saved["state_dict"])
+    assert_same(callback.ema_state_dict(), saved["ema_state_dict"])
+    run.save_checkpoint(tmp_path / "after.ckpt", weights_only=True)
+    assert_same(torch.load(tmp_path / "after.ckpt", weights_only=True)["ema_state_dict"], saved["ema_state_dict"])
+
+
+@pytest.mark.skipif(not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="this lightning has none")
+def test_a_checkpoint_of_lightnings_own_callback_resumes_with_both(tmp_path: Path) -> None:
+    theirs = pl.callbacks.EMAWeightAveraging(decay=DECAY)
+    trainer(tmp_path, theirs, ModelCheckpoint(tmp_path, filename="theirs")).fit(Net(), loader())
+    saved = torch.load(tmp_path / "theirs.ckpt", weights_only=True)
+    seen: dict[str, Any] = {}
+
+    class Noted(FastEMACallback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            seen.setdefault("live", snapshot(pl_module))
+            seen.setdefault("average", {name: value.clone() for name, value in self.ema_state_dict().items()})
+
+    callback, net = Noted(decay=DECAY), Net()
+    trainer(tmp_path, callback, max_epochs=3).fit(net, loader(), ckpt_path=tmp_path / "theirs.ckpt")
+    assert_same(seen["live"], saved["current_model_state"])
+    assert_same(seen["average"], saved["state_dict"])
+    assert callback.ema is not None and callback.ema.num_updates == 15
+    assert_average(callback.ema_state_dict(), average(saved["state_dict"], net.after_steps))
+
+
+# ---- a module that changes in mid-run ----
+
+
+def test_pruning_carries_the_average_over_by_name(tmp_path: Path) -> None:
+    net, callback = Net(), FastEMACallback(decay=DECAY)
+    at_pruning: list[dict[str, Tensor]] = []
+
+    class Noted(pl.callbacks.ModelPruning):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 0:
+                at_pruning.append({name: value.clone() for name, value in callback.ema_state_dict().items()})
+            super().on_train_epoch_end(trainer, pl_module)
+
+    prune = Noted(
+        "l1_unstructured", parameters_to_prune=[(net.body[0], "weight")], amount=0.5, use_global_unstructured=False
+    )
+    # Pruning begins after the first epoch.
+    prune._apply_pruning = lambda epoch: epoch == 0  # type: ignore[assignment]
+    prune._make_pruning_permanent = False
+    trainer(tmp_path, callback, prune).fit(net, loader())
+    (before,) = at_pruning
+    assert callback.ema is not None and callback.ema.num_updates == 10
+    averages = callback.ema_state_dict()
+    assert "body.0.weight_orig" in averages and "body.0.weight" not in averages
+    steps = [step["body.0.weight_orig"] for step in net.after_steps if "body.0.weight_orig" in step]
+    expected = average({"": before["body.0.weight"]}, [{"": step} for step in steps])[""]
+    torch.testing.assert_close(averages["body.0.weight_orig"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_parameter_of_another_shape_begins_anew_with_a_warning(tmp_path: Path) -> None:
+    class Grows(Net):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.body[3] = nn.Linear(8, 4)
+
+    net, callback = Grows(), FastEMACallback(decay=DECAY)
+    with pytest.warns(UserWarning, match=r"begins anew for body\.3\.weight, body\.3\.bias"):
+        trainer(tmp_path, callback).fit(net, loader())
+    assert callback.ema_state_dict()["body.3.weight"].shape == (4, 8)
+    assert callback.ema is not None and callback.ema.num_updates == 10
+
+
+def test_the_schedule_is_constant_unless_asked_for(tmp_path: Path) -> None:
+    callback = FastEMACallback()
+    trainer(tmp_path, callback, max_epochs=1).fit(Net(), loader())
+    assert callback.ema is not None and callback.ema.decay_at(1) == 0.999
+
+
+# ---- more of checkpoints ----
 
 
 @pytest.mark.parametrize("validate", ["both", "ema"])
@@ -386,7 +523,7 @@ def test_a_checkpoint_never_holds_averaged_weights_as_the_models(
 @pytest.mark.parametrize("every", [{"every_n_epochs": 1}, {"every_n_train_steps": 2}])
 def test_fit_validate_test_resume_is_bit_for_bit(tmp_path: Path, every: dict[str, int]) -> None:
     def run(folder: Path, epochs: int, resume: Path | None = None) -> tuple[Net, FastEMACallback, Any]:
-        net, callback = Net(), FastEMACallback(decay=0.99, decay_type="warmup", start_step=1, test="ema")
+        net, callback = Net(), FastEMACallback(decay=0.99, decay_type="warmup", start_step=1)
         checkpoint = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True, **every)
         current = trainer(folder, callback, checkpoint, max_epochs=epochs, accumulate_grad_batches=2)
         current.fit(net, loader(), loader(seed=8), ckpt_path=resume)
@@ -416,7 +553,7 @@ def test_fit_validate_test_resume_is_bit_for_bit(tmp_path: Path, every: dict[str
 def test_a_fresh_process_tests_the_average_of_a_checkpoint(tmp_path: Path) -> None:
     net, callback = Net(), FastEMACallback(decay=DECAY)
     trainer(tmp_path, callback, ModelCheckpoint(tmp_path, filename="last")).fit(net, loader())
-    fresh, fresh_callback, batches = Net(), FastEMACallback(decay=DECAY, test="ema"), loader(seed=8)
+    fresh, fresh_callback, batches = Net(), FastEMACallback(decay=DECAY), loader(seed=8)
     run = trainer(tmp_path, fresh_callback)
     (tested,) = run.test(fresh, batches, ckpt_path=tmp_path / "last.ckpt", verbose=False)
     assert tested["test_loss"] == pytest.approx(logged_by(net, callback.ema_state_dict(), batches)["loss"], rel=1e-5)
@@ -438,10 +575,10 @@ def test_a_training_that_was_finished_already_has_its_average(tmp_path: Path) ->
 
 def test_a_checkpoint_without_an_average_ends_the_one_of_other_weights(tmp_path: Path) -> None:
     trainer(tmp_path, ModelCheckpoint(tmp_path, filename="plain"), max_epochs=1).fit(Net(), loader())
-    net, callback = Net(), FastEMACallback(decay=DECAY, test="ema")
+    net, callback = Net(), FastEMACallback(decay=DECAY)
     run = trainer(tmp_path, callback)
     run.fit(net, loader())
-    with pytest.raises(RuntimeError, match="there are none"):
+    with pytest.warns(UserWarning, match="no average of this module yet"):
         run.test(net, loader(), ckpt_path=tmp_path / "plain.ckpt", verbose=False)
 
 
@@ -509,7 +646,7 @@ def test_an_exception_in_validation_leaves_the_trained_weights(
 
 
 def test_an_exception_in_a_test_of_the_average_leaves_the_trained_weights(tmp_path: Path) -> None:
-    net, callback = Fails(ValueError, "test"), FastEMACallback(decay=DECAY, test="ema")
+    net, callback = Fails(ValueError, "test"), FastEMACallback(decay=DECAY)
     run = trainer(tmp_path, callback)
     run.fit(net, loader())
     with pytest.raises(ValueError, match="stop"):
@@ -545,7 +682,9 @@ def test_a_framework_that_is_itself_broken_says_so(tmp_path: Path, monkeypatch: 
         extras.require("no_framework.part", "lightning")
 
 
-@pytest.mark.parametrize("module", [extras, ours], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [extras, ours, carry_over, validation, weight_averaging], ids=lambda module: module.__name__
+)
 def test_examples_in_docstrings(module: Any) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0

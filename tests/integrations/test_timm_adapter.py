@@ -324,21 +324,59 @@ def test_tied_weights_are_averaged_once() -> None:
 
 
 @pytest.mark.parametrize("exclude_buffers", [False, True])
-def test_sixteen_bits_are_averaged_in_float32(exclude_buffers: bool) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32])
+def test_sixteen_bits_are_averaged_in_float32_and_the_module_runs_in_its_dtype(
+    exclude_buffers: bool, dtype: torch.dtype | None
+) -> None:
     model = small_model(torch.bfloat16)
-    ema = ModelEmaV3(model, 0.999, exclude_buffers=exclude_buffers)
-    start = ema.module[0].weight.clone()  # type: ignore[index]
+    ema = ModelEmaV3(model, 0.999, exclude_buffers=exclude_buffers, dtype=dtype)
+    exact = model[0].weight.detach().double()  # type: ignore[operator,union-attr]
     with torch.no_grad():
         model[0].weight.mul_(1.5)  # type: ignore[operator]
         model[1].running_mean.fill_(0.25)  # type: ignore[operator,union-attr]
-    for _ in range(3):
+    held = ema.module[0].weight  # type: ignore[index]
+    for _ in range(50):
         ema.update(model)
+        exact = 0.999 * exact + 0.001 * model[0].weight.double()  # type: ignore[operator,union-attr]
+    assert ema.module[0].weight is held  # type: ignore[index]
+    expected = dtype or torch.bfloat16
     floats = [tensor for tensor in tensors_of(ema.module) if tensor.is_floating_point()]
-    assert {tensor.dtype for tensor in floats} == {torch.float32}
-    assert not torch.equal(ema.module[0].weight, start), "in bfloat16 it would stand still"  # type: ignore[index]
+    assert {tensor.dtype for tensor in floats} == {expected}
+    assert ema(values(2, 3).to(expected)).dtype == expected
+    # One rounding, of the result; an average that moves in 16 bits stands still or rounds at every step.
+    torch.testing.assert_close(
+        held.double(), exact, rtol=torch.finfo(expected).eps / 2 if expected.itemsize == 2 else 1e-5, atol=1e-6
+    )
     mean = ema.module[1].running_mean  # type: ignore[index]
-    torch.testing.assert_close(mean, torch.full((5,), 0.25 if exclude_buffers else 0.25 * (1 - 0.999**3)))
-    assert ema(values(2, 3)).dtype == torch.float32
+    torch.testing.assert_close(
+        mean.float(), torch.full((5,), 0.25 if exclude_buffers else 0.25 * (1 - 0.999**50)), rtol=4e-3, atol=1e-5
+    )
+
+
+def test_what_is_loaded_into_a_module_in_sixteen_bits_is_averaged_further() -> None:
+    model = small_model(torch.bfloat16)
+    ema, other = ModelEmaV3(model, 0.5), ModelEmaV3(small_model(torch.bfloat16), 0.5)
+    train(model)
+    ema.update(model)
+    other.load_state_dict(ema.state_dict())
+    train(model)
+    before = ema.module[0].weight.double()  # type: ignore[index]
+    ema.update(model)
+    other.update(model)
+    torch.testing.assert_close(other.module[0].weight, ema.module[0].weight, rtol=8e-3, atol=1e-6)  # type: ignore[index]
+    expected = (0.5 * before + 0.5 * model[0].weight.double()).bfloat16()  # type: ignore[operator,union-attr]
+    assert torch.equal(other.module[0].weight, expected)  # type: ignore[index]
+
+
+def test_a_rebuilt_plan_keeps_the_unrounded_average() -> None:
+    model = small_model(torch.bfloat16)
+    ema, other = ModelEmaV3(model, 0.999), ModelEmaV3(model, 0.999)
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)  # type: ignore[operator]
+    for _ in range(20):
+        ema.update(model)
+        other.update(copy.deepcopy(model))  # another model each time
+    assert bits(ema.module) == bits(other.module)
 
 
 def test_copies_hold_the_average_and_not_the_model() -> None:

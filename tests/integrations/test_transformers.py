@@ -28,6 +28,7 @@ from transformers import (
     EarlyStoppingCallback,
     GPT2Config,
     GPT2LMHeadModel,
+    PretrainedConfig,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -380,28 +381,138 @@ def test_a_resume_without_an_average_begins_at_once_where_the_start_has_passed(t
     assert_average(callback.ema_state_dict(), average(first, optimizer.after_steps))
 
 
-def test_load_best_model_at_end_takes_the_average_of_the_best(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("evaluate", "metric"), [("both", "eval_ema_loss"), ("both", "ema_loss"), ("both", "eval_loss"), ("ema", "loss")]
+)
+def test_load_best_model_at_end_takes_the_weights_that_the_metric_was_of(
+    tmp_path: Path, evaluate: Any, metric: str
+) -> None:
     trainer, optimizer = build(
         tmp_path,
         num_train_epochs=4,
         eval_strategy="epoch",
         save_strategy="epoch",
         load_best_model_at_end=True,
-        metric_for_best_model="eval_ema_loss",
+        metric_for_best_model=metric,
         greater_is_better=True,
     )
-    callback = FastEMATrainerCallback(decay=DECAY).attach(trainer)
+    callback = FastEMATrainerCallback(decay=DECAY, evaluate=evaluate).attach(trainer)
     first = snapshot(trainer.model)
     trainer.train()
-    losses = [log["eval_ema_loss"] for log in trainer.state.log_history if "eval_ema_loss" in log]
+    logged = "eval_ema_loss" if "ema" in metric else "eval_loss"
+    losses = [log[logged] for log in trainer.state.log_history if logged in log]
     best = losses.index(max(losses))
     assert best < 3  # else the test shows nothing
     assert trainer.state.best_metric == losses[best]
     steps = 5 * (best + 1)
-    assert_same(snapshot(trainer.model), optimizer.after_steps[steps - 1])
     assert callback.ema is not None and callback.ema.num_updates == steps
     assert_average(callback.ema_state_dict(), average(first, optimizer.after_steps[:steps]))
-    assert trainer.evaluate()["eval_ema_loss"] == pytest.approx(losses[best], rel=1e-6)
+    if metric == "eval_loss":
+        assert_same(snapshot(trainer.model), optimizer.after_steps[steps - 1])
+    else:
+        assert_same(snapshot(trainer.model), callback.ema_state_dict())
+    assert trainer.evaluate()[logged] == pytest.approx(losses[best], rel=1e-6)
+
+
+def test_an_evaluate_of_ones_own_reads_its_usual_metrics_in_both_runs(tmp_path: Path) -> None:
+    class Own(Trainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            metrics = super().evaluate(*args, **kwargs)
+            metrics["eval_double"] = 2 * metrics["eval_loss"]
+            metrics["plain"] = 3 * metrics["eval_loss"]
+            return metrics
+
+    trainer, _ = build(tmp_path, trainer_class=Own)
+    callback = FastEMATrainerCallback(decay=DECAY).attach(trainer)
+    trainer.train()
+    metrics = trainer.evaluate()
+    for prefix, weights in (("eval", snapshot(trainer.model)), ("eval_ema", callback.ema_state_dict())):
+        assert metrics[f"{prefix}_loss"] == pytest.approx(loss_with(weights, Data(8)), rel=1e-5)
+        assert metrics[f"{prefix}_double"] == 2 * metrics[f"{prefix}_loss"]
+    assert metrics["plain"] == 3 * metrics["eval_loss"]
+    assert metrics["eval_ema_plain"] == 3 * metrics["eval_ema_loss"]
+    last, before = trainer.state.log_history[-1], trainer.state.log_history[-2]
+    assert last["eval_loss"] == metrics["eval_loss"] and "eval_ema_loss" not in last
+    assert before["eval_ema_loss"] == metrics["eval_ema_loss"] and "eval_loss" not in before
+
+
+# ---- PEFT ----
+
+
+class Causal(nn.Module):
+    """A frozen base with a large embedding, to which an adapter is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = PretrainedConfig()
+        self.base = nn.Linear(4, 256)
+        self.head = nn.Linear(256, 2)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.base(x).relu())
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits} if labels is not None else logits
+
+
+@pytest.fixture
+def adapted() -> Any:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(1)
+    return peft.get_peft_model(Causal(), peft.LoraConfig(target_modules=["base"], r=2))
+
+
+def trained_adapter(adapted: Any, folder: Path, **args: Any) -> tuple[Trainer, FastEMATrainerCallback]:
+    trainer, _ = build(folder, adapted, save_strategy="epoch", label_names=["labels"], **args)
+    callback = FastEMATrainerCallback(decay=DECAY).attach(trainer)
+    trainer.train()
+    return trainer, callback
+
+
+def test_of_a_peft_model_the_adapter_alone_is_averaged_and_saved(tmp_path: Path, adapted: Any) -> None:
+    import peft
+
+    first = snapshot(adapted)
+    trainer, callback = trained_adapter(adapted, tmp_path)
+    assert callback.ema is not None
+    names = set(callback.ema.state_dict()["shadow"])
+    assert names == {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    expected = average(first, trainer.optimizer.optimizer.after_steps)  # Accelerate's wrapper, ours inside
+    for name in names:
+        torch.testing.assert_close(callback.ema_state_dict()[name].double(), expected[name], rtol=1e-5, atol=1e-6)
+    folder = tmp_path / "checkpoint-10"
+    assert set(safetensors.torch.load_file(folder / "ema.safetensors")) == names
+    again = peft.PeftModel.from_pretrained(Causal(), folder / "ema_adapter").eval()
+    with callback.ema.swapped(), torch.no_grad():
+        torch.testing.assert_close(again(Data().x), adapted.eval()(Data().x), rtol=0, atol=0)
+    size = sum(file.stat().st_size for file in (folder / "ema_adapter").iterdir() if file.suffix == ".safetensors")
+    assert size == (folder / "adapter_model.safetensors").stat().st_size
+
+
+def test_a_peft_training_resumes_exactly(tmp_path: Path, adapted: Any) -> None:
+    start = snapshot(adapted)
+    _, whole = trained_adapter(adapted, tmp_path / "whole")
+    with torch.no_grad():
+        for name, value in adapted.state_dict().items():
+            value.copy_(start[name])
+    trainer, _ = build(tmp_path / "rest", adapted, label_names=["labels"])
+    callback = FastEMATrainerCallback(decay=DECAY).attach(trainer)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert callback.ema is not None and whole.ema is not None
+    assert_same(callback.ema.state_dict()["shadow"], whole.ema.state_dict()["shadow"])
+
+
+def test_the_averaged_adapter_can_be_merged(tmp_path: Path, adapted: Any) -> None:
+    _, callback = trained_adapter(adapted, tmp_path)
+    adapted.eval()
+    assert callback.ema is not None
+    with callback.ema.swapped(), torch.no_grad():
+        expected = adapted(Data().x)
+        merged = adapted.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(Data().x), expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- saving ----
 
 
 def test_save_model_inside_an_evaluation_of_the_average_saves_the_trained_weights(tmp_path: Path) -> None:
