@@ -97,7 +97,7 @@ def shadows_of(model: nn.Module, case: Case) -> list[Tensor]:
 def _fastema(backend: str, in_place: bool = False) -> Build:
     def build(model: nn.Module, case: Case) -> Contender:
         try:
-            ema = FastEMA(model, decay=case.decay, dtype=case.shadow_dtype, backend=backend)
+            ema = FastEMA(model, decay=case.decay, decay_type="constant", dtype=case.shadow_dtype, backend=backend)
         except ValueError as error:  # the backend is not built here
             raise Unavailable(str(error)) from None
         return Contender(
@@ -112,7 +112,7 @@ def _fastema(backend: str, in_place: bool = False) -> Build:
 
 
 def _fastema_graph(model: nn.Module, case: Case) -> Contender:
-    ema = FastEMA(model, decay=case.decay, dtype=case.shadow_dtype, capturable=True)
+    ema = FastEMA(model, decay=case.decay, decay_type="constant", dtype=case.shadow_dtype, capturable=True)
     return Contender(_graph(ema.update), lambda: list(ema.shadow_state_dict().values()), backend=ema.backend_name)
 
 

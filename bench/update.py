@@ -97,8 +97,8 @@ def measure_several(session: Session, case: Case) -> None:
     """One to four averages of one model: in one read of its weights, and one after the other."""
     model = build_model(case, session.device)
     counts = (1, 4) if session.quick else (1, 2, 3, 4)
-    apart = [FastEMA(model, decay=decay) for decay in DECAYS]
-    together = {count: FastEMA(model, decay=DECAYS[:count]) for count in counts}
+    apart = [FastEMA(model, decay=decay, decay_type="constant") for decay in DECAYS]
+    together = {count: FastEMA(model, decay=DECAYS[:count], decay_type="constant") for count in counts}
     peers.nudge(model)
 
     def one_after_the_other(count: int) -> None:

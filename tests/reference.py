@@ -92,7 +92,7 @@ def exponential(decay: float, step: int, total: int, beta: float = 15.0) -> floa
 
 
 def warmup(decay: float, step: int, total: int, inv_gamma: float = 1.0, power: float = 2 / 3) -> float:
-    return min(decay, 1 - (1 + step / inv_gamma) ** (-power))
+    return min(decay, 1 - (1 + max(0, step - 1) / inv_gamma) ** (-power))
 
 
 #: decay_type -> (decay, step, total_steps) -> decay; written from the contract, not from the code.

@@ -37,7 +37,9 @@ class BoundEMA:
         device: torch.device | str | int | None = None,
     ) -> None:
         self.source = source
-        self._ema = FastEMA(source, decay, policy=policy, dtype=dtype, device=device, nonfinite="propagate")
+        self._ema = FastEMA(
+            source, decay, decay_type="constant", policy=policy, dtype=dtype, device=device, nonfinite="propagate"
+        )
         self._shadow = self._ema._shadow
 
     def averages(self) -> dict[str, Tensor]:

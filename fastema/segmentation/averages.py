@@ -124,7 +124,8 @@ class Averages:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # another decay: said already, with all that changed
-                self.ema.load_state_dict({**state, "shadow": shadow})
+                configured = {key: own[key] for key in ("decay", "decay_type", "decay_args")}
+                self.ema.load_state_dict({**state, **configured, "shadow": shadow})
         except ValueError as error:
             raise UserError(f"the EMA cannot be set up: {error}") from error
         return fresh
