@@ -404,8 +404,9 @@ class FastEMA:
 
         Returns:
             `step`, `num_updates`, `last_update` (its step), `decay`, `decay_type`, `decay_args`, and `shadow`: the
-            averaged and copied tensors by name, without buffers that `nn.Module.state_dict` leaves out and that are only copied anyway. With several decays `decay`
-            and `shadow` are lists. Of a sharded model they are DTensors as its own, for torch.distributed.checkpoint.
+            averaged and copied tensors by name, without buffers that `nn.Module.state_dict` leaves out and that are
+            only copied anyway. With several averages `decay` and `shadow` are lists. Of a sharded model they are
+            DTensors as its own, for torch.distributed.checkpoint.
         """
         self._warn_about_nonfinite()
         shadows = [state.averages_by_name(self._shadow, which, saved_only=True) for which in range(len(self._decays))]

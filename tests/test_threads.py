@@ -68,7 +68,9 @@ def values_of(tensors: list[Tensor]) -> set[float]:
 def test_validating_and_updating_at_once_is_an_error_or_right(backend: str) -> None:
     """The live weights are all 1, the average all 0: a bit in the wrong place would be seen."""
     model = constant_model(0.0)
-    ema = FastEMA(model, decay=1.0, backend=backend)  # the average stays 0, so every outcome is known
+    ema = FastEMA(
+        model, decay=1.0, decay_type="constant", backend=backend
+    )  # the average stays 0, so every outcome is known
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
@@ -89,7 +91,7 @@ def test_validating_and_updating_at_once_is_an_error_or_right(backend: str) -> N
 
 def test_two_threads_updating_count_and_average_exactly_what_was_not_refused(backend: str) -> None:
     model = constant_model(0.0)
-    ema = FastEMA(model, decay=0.5, backend=backend, nonfinite="propagate")
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend, nonfinite="propagate")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
@@ -101,7 +103,7 @@ def test_two_threads_updating_count_and_average_exactly_what_was_not_refused(bac
 
 def test_two_threads_swapping_never_mix(backend: str) -> None:
     model = constant_model(0.0)
-    ema = FastEMA(model, decay=1.0, backend=backend)
+    ema = FastEMA(model, decay=1.0, decay_type="constant", backend=backend)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
@@ -149,7 +151,7 @@ class WeightsInWorkers(Dataset[float]):
 @needs_fork
 def test_workers_forked_while_applied_see_the_average_and_the_parent_restores(backend: str) -> None:
     model = constant_model(0.0)
-    ema = FastEMA(model, decay=1.0, backend=backend)
+    ema = FastEMA(model, decay=1.0, decay_type="constant", backend=backend)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
