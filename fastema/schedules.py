@@ -160,8 +160,8 @@ class PowerDecay(IDecayFunction):
     every second step give the same profile. The first update copies.
 
     Args:
-        sigma_rel: the standard deviation of the profile over the length of the run, below 0.2886; or
-        gamma: the exponent, above 0. A sequence of either keeps as many averages.
+        sigma_rel: the standard deviation of the profile over the length of the run, at most 0.2887; or
+        gamma: the exponent; 0 is the plain mean. A sequence of either keeps as many averages.
     """
 
     has_target = False
@@ -173,8 +173,8 @@ class PowerDecay(IDecayFunction):
         if gamma is None:
             assert sigma_rel is not None
             gamma = gamma_of(sigma_rel)
-        elif not _is_positive(gamma):
-            raise ValueError(f"gamma must be a positive number, got {gamma!r}")
+        elif gamma != 0 and not _is_positive(gamma):
+            raise ValueError(f"gamma must be a number of at least 0, got {gamma!r}")
         self.gamma = float(gamma)
 
     def at(self, decay: float, step: int, total_steps: int | None, last_update: int, update_after_step: int) -> float:
@@ -276,7 +276,7 @@ def sigma_rel_of(gamma: float) -> float:
         >>> round(sigma_rel_of(6.94), 3)
         0.1
     """
-    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
 def make_schedule(decay_type: str, total_steps: int | None, decay_args: Mapping[str, Any]) -> IDecayFunction:

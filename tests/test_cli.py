@@ -133,7 +133,7 @@ def test_errors_of_the_user(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "no data set at" in error_of(capsys, *run, str(tmp_path / "gone"))
     assert "is not a data set that is understood" in error_of(capsys, *run, str(tmp_path / "empty"))
     assert "--ema-decay must be in [0, 1], got 2.0" in error_of(capsys, *run, "x", "--ema-decay", "2")
-    assert "one of constant, exp, linear" in error_of(capsys, *run, "x", "--ema-decay-type", "cosine")
+    assert "one of constant, debiased, exp" in error_of(capsys, *run, "x", "--ema-decay-type", "cosine")
     blocked = ["train", "--dataset-path", "x", "--checkpoint-dir", str(tmp_path / "file" / "run")]
     assert "Not a directory" in error_of(capsys, *blocked)
 

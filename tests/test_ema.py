@@ -625,7 +625,8 @@ def test_load_state_dict_warns_about_another_decay(backend: str) -> None:
     text = " ".join(str(warning.message) for warning in seen)
     assert "decay=0.9" in text
     assert "decay_type='threshold'" in text
-    assert twin.decay == 0.5
+    assert twin.decay == 0.9, "the state keeps its own"
+    assert [twin.decay_at(step) for step in (1, 500)] == [2 / 11, 0.9]
 
 
 def test_shadow_state_dict_loads_into_the_model(backend: str) -> None:

@@ -121,7 +121,7 @@ def pair(seam: Seam, model: nn.Module | None = None, **arguments: Any) -> tuple[
     """An offloaded average and an ordinary one, of equal models, on a device whose guard nobody asks unbidden."""
     model = small_model() if model is None else model
     twin = copy.deepcopy(model)
-    arguments = {"decay": 0.5, **arguments}
+    arguments = {"decay": 0.5, "decay_type": "constant", **arguments}
     offloaded = FastEMA(model, **arguments)
     with seam.off():
         ordinary = FastEMA(twin, **arguments)

@@ -30,7 +30,7 @@ def check(
         moves: what changes the weights at step 1, 2, 3; None: every tensor gets other values.
     """
     named = named_of(source)
-    ema = FastEMA(source, decay=0.75, backend=backend, **arguments)  # type: ignore[arg-type]
+    ema = FastEMA(source, decay=0.75, decay_type="constant", backend=backend, **arguments)  # type: ignore[arg-type]
     shadow = ema.state_dict()["shadow"]
     assert set(shadow) == set(named)
     floats = {name: t for name, t in named.items() if t.is_floating_point() or t.is_complex()}

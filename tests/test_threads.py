@@ -68,9 +68,8 @@ def values_of(tensors: list[Tensor]) -> set[float]:
 def test_validating_and_updating_at_once_is_an_error_or_right(backend: str) -> None:
     """The live weights are all 1, the average all 0: a bit in the wrong place would be seen."""
     model = constant_model(0.0)
-    ema = FastEMA(
-        model, decay=1.0, decay_type="constant", backend=backend
-    )  # the average stays 0, so every outcome is known
+    # The average stays 0, so every outcome is known.
+    ema = FastEMA(model, decay=1.0, decay_type="constant", backend=backend)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
@@ -169,7 +168,7 @@ from fastema import FastEMA
 
 torch.set_num_threads(2)
 model = torch.nn.Linear(2000, 2000)
-ema = FastEMA(model, decay=[0.5, 0.9], backend=sys.argv[1])
+ema = FastEMA(model, decay=[0.5, 0.9], decay_type="constant", backend=sys.argv[1])
 ema.update()
 model(torch.randn(500, 2000))  # torch's own threads run too
 with ema.swapped(in_place=True):  # entered in the parent, left in the child
