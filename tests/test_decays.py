@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ def test_irregular_steps_keep_the_profile() -> None:
     steps = [2, 3, 10, 11, 20]
     found = weights_of_steps(steps, passed=True, decay_type="power", gamma=3.0)
     share = [(step / 20) ** 4 for step in [0, *steps]]
-    assert found == pytest.approx([0.0, *(b - a for a, b in zip(share, share[1:], strict=False))], abs=1e-15)
+    assert found == pytest.approx([0.0, *(b - a for a, b in pairwise(share))], abs=1e-15)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.25])
@@ -389,7 +390,7 @@ def test_a_loaded_state_keeps_its_own_schedule() -> None:
 def test_a_schedule_that_cannot_be_built_here_changes_nothing() -> None:
     _, ema = made(0.9, decay_type="constant")
     state = {**copy.deepcopy(ema.state_dict()), "step": 7, "decay_type": "exp"}
-    with pytest.raises(ValueError, match="the state was averaged with .*'exp' needs total_steps"):
+    with pytest.raises(ValueError, match=r"the state was averaged with .*'exp' needs total_steps"):
         ema.load_state_dict(state)
     assert ema.state_dict()["step"] == 0
 
