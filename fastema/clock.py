@@ -6,7 +6,6 @@ of the eager path, works for every schedule that settles or has an end, and cost
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -54,7 +53,7 @@ class DeviceClock:
         self.num_updates.add_((self._skip == 0).long())
         return self._skip
 
-    def replacing(self, decays: Decays) -> Callable[[], object]:
+    def replacing(self, decays: Decays) -> partial[Tensor]:
         """Return what writes the weights of other decays into the table, whose address a graph has captured.
 
         Raises:

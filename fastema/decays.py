@@ -171,7 +171,7 @@ def _is_sequence(value: object) -> bool:
 
 def _listed_types(decay_type: str | Sequence[str]) -> tuple[tuple[str, ...], bool]:
     if isinstance(decay_type, str) or not isinstance(decay_type, Sequence):
-        return (decay_type,), False  # type: ignore[return-value]
+        return (decay_type,), False
     return tuple(decay_type), True
 
 

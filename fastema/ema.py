@@ -564,7 +564,7 @@ class FastEMA:
         """Steps that let updates go on with other decays; raises where the device's table does not fit."""
         if decays is self._decays:
             return []
-        on_device = [] if self._clock is None else [self._clock.replacing(decays)]
+        on_device: list[Step] = [] if self._clock is None else [self._clock.replacing(decays)]
         return [*on_device, partial(setattr, self, "_decays", decays)]
 
     def _ensure_current(self) -> None:

@@ -41,6 +41,7 @@ class Manifest:
     Args:
         run: tells one training from another.
         step: the optimizer step of the averages' last update.
+        update_every: of the FastEMA.
         profiles: of each average.
         averaged: name to dtype and shape, as stored, of what is averaged; each tied weight once.
         copied: the same of what is not.
@@ -50,6 +51,7 @@ class Manifest:
 
     run: str
     step: int
+    update_every: int
     profiles: list[Profile]
     averaged: dict[str, tuple[str, tuple[int, ...]]]
     copied: dict[str, tuple[str, tuple[int, ...]]]
@@ -59,7 +61,7 @@ class Manifest:
     def difference(self, other: Manifest) -> str | None:
         """Return how `other` is of another model or other averages, or None."""
         if self.profiles != other.profiles:
-            theirs, ours = (", ".join(map(str, each.profiles)) for each in (other, self))
+            theirs, ours = ("; ".join(map(str, each.profiles)) for each in (other, self))
             return f"it has the averages {theirs}, expected {ours}"
         for what, ours_, theirs_ in (
             ("averages", self.averaged, other.averaged),
@@ -67,8 +69,12 @@ class Manifest:
         ):
             for name in {**ours_, **theirs_}:
                 if ours_.get(name) != theirs_.get(name):
-                    return f"it {what} {name!r} as {theirs_.get(name)}, expected {ours_.get(name)}"
+                    return f"it {what} {_said(name, theirs_)}, expected {_said(name, ours_)}"
         return None
+
+
+def _said(name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    return f"no {name!r}" if name not in tensors else f"{name!r} as {tensors[name][0]} {list(tensors[name][1])}"
 
 
 def tensor_key(which: int | str, name: str) -> str:

@@ -178,7 +178,7 @@ def fit(stored: Sequence[tuple[Profile, int]], targets: Sequence[Profile], step:
 
 def _closest(columns: Tensor, wanted: Tensor) -> Fit:
     """Return the least-squares combination whose coefficients sum to 1."""
-    # The sum is kept by solving for differences from one column: the closest, so that a stored profile is found exactly.
+    # The sum is kept by solving for differences from one column: the closest, so that a stored one is found exactly.
     base = int((columns - wanted[:, None]).square().sum(0).argmin())
     others = [which for which in range(columns.shape[1]) if which != base]
     differences = columns[:, others] - columns[:, base : base + 1]

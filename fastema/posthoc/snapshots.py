@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ class Snapshots:
         limit: at most so many snapshots are kept: the one whose neighbours are closest to each other goes.
         dtype: torch.float32 (float64 averages stay so), or torch.float16 for half the disk: its rounding error is
             measured and told with every average that is made from it.
+        verbose: print `disk_use()` now.
 
     Raises:
         ValueError: an argument out of range, or a schedule whose profile is not known.
@@ -78,8 +80,9 @@ class Snapshots:
         if not self._sharded:
             files.require_safetensors()
         self._run: str | None = None
+        self._latest: Manifest | None = None
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._refuse_others(self._manifest(0, self._tensors()[0], 0.0), files.paths_in(self._folder))
+        self._refuse_others(self._manifest(0, self._tensors(), 0.0), files.paths_in(self._folder))
         if verbose and _rank() == 0:
             print(self.disk_use())
 
@@ -102,7 +105,14 @@ class Snapshots:
         stored, rounding = self._rounded(tensors)
         before = files.paths_in(self._folder) if _rank() == 0 else {}
         manifest = self._manifest(step, (stored, names), rounding)
-        earlier = self._set_later_aside(before, step, manifest)
+        changed = None if self._latest is None else self._latest.difference(manifest)
+        if changed is not None:
+            raise SnapshotError(f"the averages changed in mid-run: {changed}. Their profiles are not known any more")
+        if self._run is None:
+            last = self._refuse_others(manifest, {at: path for at, path in before.items() if at < step})
+            self._run = last.run if last is not None else uuid.uuid4().hex
+        manifest = self._latest = replace(manifest, run=self._run)
+        earlier = self._set_later_aside(before, step)
         path = files.path_of(self._folder, step, self._sharded)
         if self._sharded:
             files.write_sharded(path, manifest, stored)
@@ -114,9 +124,9 @@ class Snapshots:
 
     def disk_use(self) -> str:
         """Return a line that says what the snapshots will take."""
-        wide = {torch.float32: torch.float64.itemsize, torch.float16: 0}[self._dtype]
         each = sum(
-            value.numel() * (value.element_size() if key.startswith(COPY) else _size(value, self._dtype, wide))
+            value.numel()
+            * (value.element_size() if key.startswith(COPY) else _stored_dtype(value.dtype, self._dtype).itemsize)
             for key, value in self._tensors()[0].items()
         )
         counts = [len(self._at)] if self._at else []
@@ -191,8 +201,8 @@ class Snapshots:
             squares = torch.stack(everywhere).sum(0)
         return stored, float((squares[0] / squares[1]).sqrt()) if squares[1] else 0.0
 
-    def _manifest(self, step: int, tensors: Any, rounding: float) -> Manifest:
-        values, names = tensors if isinstance(tensors, tuple) else (tensors, {})
+    def _manifest(self, step: int, tensors: tuple[dict[str, Any], dict[str, str]], rounding: float) -> Manifest:
+        values, names = tensors
         described: dict[bool, dict[str, tuple[str, tuple[int, ...]]]] = {True: {}, False: {}}
         for key, value in values.items():
             which, _, name = key.partition("/")
@@ -200,7 +210,8 @@ class Snapshots:
                 dtype = value.dtype if which == COPY else _stored_dtype(value.dtype, self._dtype)
                 described[which == "0"][name] = (str(dtype).removeprefix("torch."), tuple(value.shape))
         profiles = profiles_of(self._ema._decays, self._ema._update_every)
-        return Manifest(self._run or "", step, profiles, described[True], described[False], names, rounding)
+        every = self._ema._update_every
+        return Manifest(self._run or "", step, every, profiles, described[True], described[False], names, rounding)
 
     def _refuse_others(self, own: Manifest, paths: dict[int, Path]) -> Manifest | None:
         """Return the manifest of the latest snapshot; raise where one is of another model."""
@@ -214,14 +225,10 @@ class Snapshots:
                 )
         return found
 
-    def _set_later_aside(self, paths: dict[int, Path], step: int, manifest: Manifest) -> dict[int, Path]:
-        """Move snapshots of later steps away; settle which run this is. Return the others."""
+    def _set_later_aside(self, paths: dict[int, Path], step: int) -> dict[int, Path]:
+        """Move snapshots of later steps away; return the earlier ones."""
         later = {at: path for at, path in paths.items() if at > step}
         earlier = {at: path for at, path in paths.items() if at < step}
-        if self._run is None:
-            last = self._refuse_others(manifest, earlier)
-            self._run = last.run if last is not None else uuid.uuid4().hex
-            object.__setattr__(manifest, "run", self._run)
         if later:
             aside = self._folder / f"set-aside-{uuid.uuid4().hex[:8]}"
             aside.mkdir()
@@ -254,10 +261,6 @@ def _stored_dtype(dtype: torch.dtype, wanted: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 and wanted == torch.float32 else wanted
 
 
-def _size(value: Any, wanted: torch.dtype, _: int) -> int:
-    return _stored_dtype(value.dtype, wanted).itemsize
-
-
 def _rank() -> int:
     return (
         torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
@@ -270,6 +273,3 @@ def _bytes(count: float) -> str:
             return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:,.1f} {unit}"
         count /= 1000
     raise AssertionError
-
-
-__all__: Sequence[str] = ["Snapshots"]

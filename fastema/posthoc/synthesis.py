@@ -69,7 +69,7 @@ def synthesize(
         folder: what `Snapshots` wrote.
         sigma_rel: the standard deviation of a power profile, relative to the run; or
         gamma: its exponent; or
-        decay: a constant decay at every step; or
+        decay: a constant decay, as FastEMA would have averaged with it in this run; or
         window: the plain mean of so many last steps; or
         weights: relative weights of equal parts of the run, the first part first.
         step: a step with a snapshot; None: the last.
@@ -87,11 +87,12 @@ def synthesize(
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
         raise ValueError(f"give one of {', '.join(given)}; got {', '.join(chosen) or 'none'}")
-    start = _manifests(Path(folder), step)[-1].profiles[0].start
+    last = _manifests(Path(folder), step)[-1]
+    start = last.profiles[0].start
     if sigma_rel is not None or gamma is not None:
         target = power(sigma_rel, gamma, start)
     elif decay is not None:
-        target = constant_decay(decay, 1, start)
+        target = constant_decay(decay, last.update_every, start)
     else:
         target = uniform(window) if window is not None else weighted(weights or (), start)
     return synthesize_all(folder, [target], step, max_error)[0]
@@ -199,8 +200,9 @@ def _fits(manifests: Sequence[Manifest], targets: Sequence[Profile], max_error: 
     for target, each in zip(targets, found, strict=True):
         if not each.error <= max_error:
             raise ValueError(
-                f"{target} cannot be made from the {len(manifests)} snapshots up to step {step:,}: its profile would be "
-                f"{each.error:.0%} off, more than {max_error:.0%}. They reach {reachable(stored, step, max_error, start)}"
+                f"{target} cannot be made from the {len(manifests)} snapshots up to step {step:,}: its profile would "
+                f"be {each.error:.0%} off, more than {max_error:.0%}. They reach "
+                f"{reachable(stored, step, max_error, start)}"
             )
     return found
 
