@@ -1,4 +1,4 @@
-"""The `fastema` command: `train`, `distill`, `evaluate`, `predict`, `advise` and `info`.
+"""The `fastema` command: `train`, `distill`, `evaluate`, `predict`, `advise`, `posthoc` and `info`.
 
 Errors that the user can put right are one line on stderr and exit status 2; a traceback is for our own mistakes.
 Only argparse and the flags are imported here: `--help` answers at once.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from fastema.advise_command import add_advise_arguments, run_advise
+from fastema.posthoc_command import add_posthoc_arguments, run_posthoc
 from fastema.segmentation.distill_command import add_distill_arguments, run_distill
 from fastema.segmentation.errors import Terminated, UserError
 from fastema.segmentation.evaluate_command import add_evaluate_arguments, run_evaluate
@@ -90,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
         add_advise_arguments,
         help="which decay, when to start, and why an average is worse",
         description="Advises on the EMA of a run: from its length, from its history, or from both.",
+    )
+    command(
+        "posthoc",
+        run_posthoc,
+        add_posthoc_arguments,
+        help="choose the average after the training, from snapshots",
+        description="Makes an average of any width from snapshots of a few (fastema.posthoc.Snapshots), sweeps over "
+        "widths with a command of yours, or says before the training which snapshots give which error.",
     )
     command(
         "info",

@@ -48,7 +48,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err
 
 
-@pytest.mark.parametrize("command", ["", "train", "distill", "evaluate", "predict", "advise", "info"])
+@pytest.mark.parametrize("command", ["", "train", "distill", "evaluate", "predict", "advise", "posthoc", "info"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([*command.split(), "--help"])

@@ -152,20 +152,23 @@ class Fit(NamedTuple):
     amplification: float
 
 
-def fit(stored: Sequence[tuple[Profile, int]], targets: Sequence[Profile], step: int) -> list[Fit]:
+def fit(
+    stored: Sequence[tuple[Profile, int]], targets: Sequence[Profile], step: int, update_every: int = 1
+) -> list[Fit]:
     """Return the combinations of stored averages that come closest to each target at `step`.
 
     Profiles are compared by what they give to each bin of steps, over the square root of the bin's width: their L2
-    distance. In runs of up to 8,192 steps a bin is a step, and the comparison is exact.
+    distance. In runs of up to 8,192 updates a bin is an update, and the comparison is exact.
 
     Args:
         stored: profile and step of each average at hand; none is later than `step`.
         targets: what is wanted.
         step: of the targets.
+        update_every: of the FastEMA.
     """
     corners = [each for _, each in stored] + [edge for profile, at in stored for edge in profile.edges(at)]
     corners += [edge for profile in targets for edge in profile.edges(step)]
-    edges = _grid(step, corners)
+    edges = _grid(step, corners, update_every)
     width = torch.cat([torch.ones(1, dtype=torch.float64), edges.diff()]).sqrt()
 
     def masses(profile: Profile, at: int) -> Tensor:
@@ -191,19 +194,22 @@ def _closest(columns: Tensor, wanted: Tensor) -> Fit:
     return Fit(solved.tolist(), error, float(solved.abs().sum()))
 
 
-def _grid(last: int, corners: Sequence[int]) -> Tensor:
-    """Return the bins' edges from 0 to `last`: every step, or of a long run finer ones where snapshots may be dense."""
-    if last <= _FINEST:
-        return torch.arange(last + 1, dtype=torch.float64)
-    even = torch.linspace(0, last, _FINEST + 1, dtype=torch.float64).round()
-    early = torch.logspace(0, math.log10(last), _FINEST // 4, dtype=torch.float64).round()
+def _grid(last: int, corners: Sequence[int], every: int) -> Tensor:
+    """Return the bins' edges from 0 to `last`: every update, or of a long run denser where snapshots may be dense."""
     at = torch.tensor([corner for corner in corners if 0 <= corner <= last], dtype=torch.float64)
-    return torch.cat([even, early, at]).unique()
+    updates = last // every
+    if updates <= _FINEST:
+        return torch.cat([torch.arange(updates + 1, dtype=torch.float64) * every, at]).unique()
+    even = torch.linspace(0, updates, _FINEST + 1, dtype=torch.float64).round()
+    early = torch.logspace(0, math.log10(updates), _FINEST // 4, dtype=torch.float64).round()
+    return torch.cat([even * every, early * every, at]).unique()
 
 
-def reachable(stored: Sequence[tuple[Profile, int]], step: int, max_error: float, start: int = 0) -> str:
+def reachable(
+    stored: Sequence[tuple[Profile, int]], step: int, max_error: float, start: int = 0, update_every: int = 1
+) -> str:
     """Return in words which sigma_rel the stored averages reach within `max_error`."""
     sigmas = [round(0.01 * 28.8 ** (i / 60), 4) for i in range(61)]
-    fits = fit(stored, [Profile("power", (gamma_of(sigma),), start) for sigma in sigmas], step)
+    fits = fit(stored, [Profile("power", (gamma_of(sigma),), start) for sigma in sigmas], step, update_every)
     good = [sigma for sigma, found in zip(sigmas, fits, strict=True) if found.error <= max_error]
     return f"sigma_rel from {good[0]:.3g} to {good[-1]:.3g}" if good else "no sigma_rel"

@@ -192,17 +192,17 @@ def _manifests(folder: Path, step: int | None) -> list[Manifest]:
 
 def _fits(manifests: Sequence[Manifest], targets: Sequence[Profile], max_error: float) -> list[Fit]:
     stored = [(profile, each.step) for each in manifests for profile in each.profiles]
-    step, start = manifests[-1].step, manifests[-1].profiles[0].start
+    step, every, start = manifests[-1].step, manifests[-1].update_every, manifests[-1].profiles[0].start
     for target in targets:
         if target.kind == "uniform" and target.values[0] > step - start:
             raise ValueError(f"window must be at most {step - start}, the steps so far; got {target.values[0]:.0f}")
-    found = fit(stored, targets, step)
+    found = fit(stored, targets, step, every)
     for target, each in zip(targets, found, strict=True):
         if not each.error <= max_error:
             raise ValueError(
                 f"{target} cannot be made from the {len(manifests)} snapshots up to step {step:,}: its profile would "
                 f"be {each.error:.0%} off, more than {max_error:.0%}. They reach "
-                f"{reachable(stored, step, max_error, start)}"
+                f"{reachable(stored, step, max_error, start, every)}"
             )
     return found
 
