@@ -1,10 +1,12 @@
 """Step and weight in device memory, for captured CUDA graphs: a replay runs no Python, yet has the right decay.
 
-The schedule is evaluated once, on the host, into a table on the device that a step indexes. So it has the very bits
+The schedule is evaluated once, on the host, into a table on the device that an update indexes. So it has the very bits
 of the eager path, works for every schedule that settles or has an end, and costs a few tiny kernels a step.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,21 +29,10 @@ class DeviceClock:
     """
 
     def __init__(self, decays: Decays, update_every: int, device: torch.device) -> None:
-        settles, last = decays.schedule.settles, decays.total_steps
-        if not settles and last is None:
-            name = type(decays.schedule).__name__
-            raise ValueError(
-                f"capturable=True needs total_steps with {name}: the schedule does not say that it settles at the decay"
-            )
-        targets = list(decays.targets)
-        rows: list[list[float]] = []
-        while not rows or (rows[-1] != targets if settles else len(rows) < (last or 0)):
-            if len(rows) == _MOST_ROWS:
-                raise ValueError(f"capturable=True: the schedule has not reached its decay after {_MOST_ROWS} steps")
-            rows.append(decays.at(len(rows) + 1))
+        self._update_every = update_every
+        table = self._table_of(decays)
         with torch.inference_mode(False):
-            self._table = (1.0 - torch.tensor(rows, dtype=torch.float64)).to(device)  # [rows, K]
-            self._update_every = update_every
+            self._table = table.to(device)  # [updates, K]
             self.step = torch.zeros((), dtype=torch.int64, device=device)
             self.num_updates = torch.zeros((), dtype=torch.int64, device=device)
             self.weights = torch.zeros(len(decays), dtype=torch.float64, device=device)
@@ -56,8 +47,41 @@ class DeviceClock:
         """
         skipped = torch.zeros_like(self._skip) if found_inf is None else (found_inf.reshape(()) != 0).float()
         self.step.add_((skipped == 0).long())
-        row = (self.step - 1).clamp_(0, self._table.shape[0] - 1)
+        row = (self.step // self._update_every - 1).clamp_(0, self._table.shape[0] - 1)
         self.weights.copy_(self._table.index_select(0, row.reshape(1)).reshape(-1))
         torch.maximum(skipped, (self.step % self._update_every != 0).float(), out=self._skip)
         self.num_updates.add_((self._skip == 0).long())
         return self._skip
+
+    def replacing(self, decays: Decays) -> partial[Tensor]:
+        """Return what writes the weights of other decays into the table, whose address a graph has captured.
+
+        Raises:
+            ValueError: they need more rows than there are, or a table without an end. Nothing is changed.
+        """
+        table, rows = self._table_of(decays), self._table.shape[0]
+        if len(table) > rows:
+            raise ValueError(
+                f"capturable=True: the table has room for {rows} updates, and {len(table)} are needed until these "
+                "decays settle: build FastEMA with the largest decay it will have, and lower it by set_decay()"
+            )
+        table = torch.cat([table, table[-1:].expand(rows - len(table), -1)]).to(self._table.device)
+        return partial(self._table.copy_, table)
+
+    def _table_of(self, decays: Decays) -> Tensor:
+        """Return the weights [updates, K] up to where they stay as they are."""
+        every, last = self._update_every, decays.total_steps
+        if not decays.settles and last is None:
+            names = ", ".join(sorted({type(each).__name__ for each in decays.schedules if not each.settles}))
+            raise ValueError(
+                f"capturable=True needs total_steps with {names}: the schedule does not say that it settles at the "
+                "decay"
+            )
+        most = _MOST_ROWS if decays.settles else max(1, (last or 0) // every)
+        rows: list[tuple[float, ...]] = []
+        while not rows or (rows[-1] != decays.targets if decays.settles else len(rows) < most):
+            if len(rows) == _MOST_ROWS:
+                raise ValueError(f"capturable=True: the schedule has not reached its decay after {_MOST_ROWS} updates")
+            rows.append(decays.at((len(rows) + 1) * every, len(rows) * every))
+        with torch.inference_mode(False):
+            return 1.0 - torch.tensor(rows, dtype=torch.float64)

@@ -1,17 +1,19 @@
-"""The decays of a FastEMA: one or several targets, and which of their values an update at a given step uses."""
+"""What a FastEMA averages with: one schedule and one target decay for each of its averages."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastema.checks import checked_count, checked_decays
-from fastema.schedules import make_schedule
+from fastema.schedules import EMA_DECAY_FUNCTIONS, IDecayFunction, make_schedule, schedule_class
 
 
 class Decays:
-    """Targets, schedule and start; numbers come as a float for one decay and as a tuple for a sequence of them.
+    """Targets and schedules of a FastEMA's averages; numbers come as a tuple where there are several.
 
     Args:
         decay, decay_type, total_steps, update_after_step, decay_args: as in FastEMA.
@@ -23,42 +25,171 @@ class Decays:
     def __init__(
         self,
         decay: float | Sequence[float],
-        decay_type: str,
+        decay_type: str | Sequence[str],
         total_steps: int | None,
         update_after_step: int,
-        decay_args: dict[str, Any],
+        decay_args: Mapping[str, Any],
     ) -> None:
-        self.targets, self.several = checked_decays(decay)
-        self.type = decay_type
+        targets, several = checked_decays(decay)
+        types, several_types = _listed_types(decay_type)
+        classes = [schedule_class(each) for each in types]
+        per_average = {name for each in classes for name in each.per_average}
+        sequences = {
+            name: tuple(value) for name, value in decay_args.items() if name in per_average and _is_sequence(value)
+        }
+        lengths = {"decay": len(targets)} if several else {}
+        lengths |= {"decay_type": len(types)} if several_types else {}
+        lengths |= {name: len(value) for name, value in sequences.items()}
+        count = next(iter(lengths.values()), 1)
+        if any(length != count for length in lengths.values()) or count == 0:
+            given = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+            raise ValueError(f"every sequence must have one entry for each average: {given}")
+        self.several = bool(lengths)
+        self.targets = targets if several else targets * count
         self.total_steps = total_steps
-        self.schedule = make_schedule(decay_type, total_steps, decay_args)
-        self._update_after_step = checked_count("update_after_step", update_after_step, at_least=0)
+        self.update_after_step = checked_count("update_after_step", update_after_step, at_least=0)
+        self._type: str | list[str] = list(types) if several_types else types[0]
+        self._args = {name: list(sequences[name]) if name in sequences else value for name, value in decay_args.items()}
+        self._types = types if several_types else types * count
+        self.schedules = tuple(
+            make_schedule(each, total_steps, _arguments_of(each, which, several_types, decay_args, sequences))
+            for which, each in enumerate(self._types)
+        )
+        untaken = [name for name in decay_args if not any(_takes(each, name) for each in classes)]
+        if untaken:
+            raise TypeError(f"FastEMA and decay_type {decay_type!r} do not take the arguments: {', '.join(untaken)}")
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def at(self, step: int) -> list[float]:
-        """The decays of an update at optimizer step `step`, from 1.
+    @property
+    def type(self) -> str | list[str]:
+        """The schedule's name, or one for each average."""
+        return self._type
+
+    @property
+    def settles(self) -> bool:
+        """Whether every decay reaches its target and stays there."""
+        return all(schedule.settles for schedule in self.schedules)
+
+    @property
+    def highest(self) -> float:
+        """The highest decay that there may be."""
+        pairs = zip(self.schedules, self.targets, strict=True)
+        return max(target if schedule.has_target else 1.0 for schedule, target in pairs)
+
+    def at(self, step: int, last_update: int | None = None) -> tuple[float, ...]:
+        """Return the decay of every average for an update at optimizer step `step`.
+
+        Args:
+            step: from 1.
+            last_update: the step of the update before, 0 if there was none; None: `step - 1`.
 
         Raises:
-            ValueError: a schedule of the user's own left [0, 1].
+            ValueError: a schedule of the user's own left [0, 1]; or `step` lies before the last update's.
         """
-        if step <= self._update_after_step:
-            return [0.0] * len(self.targets)
-        decays = [self.schedule(target, step, self.total_steps) for target in self.targets]
-        for decay in decays:
+        last_update = step - 1 if last_update is None else last_update
+        decays = tuple(
+            schedule.at(target, step, self.total_steps, last_update, self.update_after_step)
+            for schedule, target in zip(self.schedules, self.targets, strict=True)
+        )
+        for decay, name in zip(decays, self._types, strict=True):
             if not 0.0 <= decay <= 1.0:
-                raise ValueError(f"decay_type {self.type!r} gave decay {decay} at step {step}; it must be in [0, 1]")
+                raise ValueError(f"decay_type {name!r} gave decay {decay} at step {step}; it must be in [0, 1]")
         return decays
 
-    def windows(self) -> list[float]:
-        """How many updates each average reaches back: 1 / (1 - decay)."""
-        return [math.inf if target == 1.0 else 1.0 / (1.0 - target) for target in self.targets]
+    def checked(self, decay: float | Sequence[float], what: str) -> tuple[float, ...]:
+        """Return `decay` as one for each average.
+
+        Args:
+            decay: one for all, or one for each.
+            what: the call that got it, for the errors.
+
+        Raises:
+            ValueError: out of range, another number of them, or a schedule that has no target decay.
+        """
+        targets, several = checked_decays(decay)
+        if several and len(targets) != len(self):
+            raise ValueError(f"{what} got {len(targets)} decays for {len(self)} averages")
+        without = [name for name, each in zip(self._types, self.schedules, strict=True) if not each.has_target]
+        if without:
+            raise ValueError(f"{what} needs a target decay, and the {without[0]!r} schedule has none")
+        return targets if several else targets * len(self)
+
+    def with_targets(self, targets: Sequence[float]) -> Decays:
+        """Return the same schedules with other targets, one for each average."""
+        other = copy.copy(self)
+        other.targets = tuple(targets)
+        return other
+
+    def windows(self, step: int) -> list[float]:
+        """Return how many updates each average reaches back, 1 / (1 - decay); by the decay at `step` if none is set."""
+        now = self.at(step)
+        pairs = zip(self.targets, self.schedules, now, strict=True)
+        decays = [target if schedule.has_target else current for target, schedule, current in pairs]
+        return [math.inf if decay == 1.0 else 1.0 / (1.0 - decay) for decay in decays]
 
     def one_or_all(self, values: Sequence[float]) -> Any:
-        """What a user gets who gave one decay, or several."""
+        """Return a tuple for a user who gave several, else the one value."""
         return tuple(values) if self.several else values[0]
 
     def config(self) -> dict[str, Any]:
-        """For a state: plain values that tell one configuration from another."""
-        return {"decay": list(self.targets) if self.several else self.targets[0], "decay_type": self.type}
+        """Return plain values for a state, which tell one configuration from another."""
+        decay = list(self.targets) if self.several else self.targets[0]
+        return {"decay": decay, "decay_type": self._type, "decay_args": dict(self._args)}
+
+    def of_state(self, state: Mapping[str, Any]) -> Decays:
+        """Return what a saved state went on with; what the state does not tell is as here.
+
+        Raises:
+            ValueError: the state's schedule cannot be built here.
+        """
+        config = self.config()
+        if all(state.get(key, config.get(key)) == config.get(key) for key in ("decay", "decay_type", "decay_args")):
+            return self
+        decay, decay_type = state.get("decay", config["decay"]), state.get("decay_type", self._type)
+        args = state.get("decay_args", self._args if decay_type == self._type else {})
+        try:
+            return Decays(decay, decay_type, self.total_steps, self.update_after_step, args)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"the state was averaged with decay={decay!r}, decay_type={decay_type!r}: {error}"
+            ) from error
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "schedule" in state:  # pickled by fastema 0.1.0
+            schedule, count = state.pop("schedule"), len(state["targets"])
+            kind = state.pop("type")
+            state |= {"_type": kind, "_types": (kind,) * count, "_args": dict(vars(schedule))}
+            state |= {"schedules": (schedule,) * count, "update_after_step": state.pop("_update_after_step")}
+        self.__dict__.update(state)
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _listed_types(decay_type: str | Sequence[str]) -> tuple[tuple[str, ...], bool]:
+    if isinstance(decay_type, str) or not isinstance(decay_type, Sequence):
+        return (decay_type,), False
+    return tuple(decay_type), True
+
+
+def _takes(kind: type[IDecayFunction], name: str) -> bool:
+    parameters = inspect.signature(kind.__init__).parameters
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def _arguments_of(
+    decay_type: str,
+    which: int,
+    several_types: bool,
+    decay_args: Mapping[str, Any],
+    sequences: Mapping[str, tuple[Any, ...]],
+) -> dict[str, Any]:
+    """Return the arguments of the schedule of average `which`; where types differ, only those that it takes."""
+    arguments = {name: sequences[name][which] if name in sequences else value for name, value in decay_args.items()}
+    if not several_types:
+        return arguments
+    takes = {name for name in arguments if _takes(EMA_DECAY_FUNCTIONS[decay_type], name)}
+    return {name: value for name, value in arguments.items() if name in takes and value is not None}

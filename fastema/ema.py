@@ -53,10 +53,12 @@ class FastEMA:
         model: the module whose parameters and buffers are averaged, or an iterable of (name, tensor).
         decay: in [0, 1]; the average reaches back about 1 / (1 - decay) updates. Several decays keep several averages
             in one read of the weights; then `which` chooses, and numbers come as tuples.
-        decay_type: the schedule: "constant", "threshold", "exp", "linear", "warmup", or any name registered in
-            `fastema.schedules.EMA_DECAY_FUNCTIONS`.
+        decay_type: the schedule: "threshold" (the default; until 0.1.0 it was "constant"), "constant", "exp", "linear",
+            "warmup", "debiased", "power", "half_life", "half_life_fraction", or any name registered in
+            `fastema.schedules.EMA_DECAY_FUNCTIONS`. Averages may have a schedule each: a sequence of names.
         total_steps: optimizer steps of the whole training; "exp" and "linear" need it.
-        update_every: average only at every so many steps, with the same decay.
+        update_every: average only at every so many steps. Schedules with a target use the same decay as at every
+            step; "power" and the half-lives reckon with the steps between, so that their profiles stay the same.
         update_after_step: up to this step the shadow follows the model exactly (decay 0).
         buffers: "auto" averages running statistics of normalisation layers and copies every other buffer; "average",
             "copy" or "skip" do so to all. Integer and bool tensors are copied.
@@ -68,7 +70,8 @@ class FastEMA:
             already when FastEMA is built stays so.
         capturable: keep step and weight in device memory, so that `update()` can be part of a captured CUDA graph.
         backend: "auto", "native", "triton" or "torch"; None: the environment variable FASTEMA_BACKEND, else "auto".
-        **decay_args: for the schedule, e.g. `beta=15` for "exp".
+        **decay_args: for the schedule, e.g. `beta=15` for "exp". "power" takes `sigma_rel` or `gamma`, the half-lives
+            `half_life` or `half_life_fraction`; a sequence of these keeps as many averages.
 
     Raises:
         ValueError: an argument out of range, or a tensor that cannot be averaged; says which and what to do.
@@ -77,7 +80,7 @@ class FastEMA:
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
-        >>> ema = FastEMA(model, decay=0.9)
+        >>> ema = FastEMA(model, decay=0.9, decay_type="constant")
         >>> with torch.no_grad():
         ...     _ = model.bias.add_(1.0)
         >>> before = model.bias.item()
@@ -94,7 +97,7 @@ class FastEMA:
         model: Source,
         decay: float | Sequence[float] = 0.999,
         *,
-        decay_type: str = "constant",
+        decay_type: str | Sequence[str] = "threshold",
         total_steps: int | None = None,
         update_every: int = 1,
         update_after_step: int = 0,
@@ -112,7 +115,7 @@ class FastEMA:
         if nonfinite not in ("skip", "propagate"):
             raise ValueError(f'nonfinite must be "skip" or "propagate", got {nonfinite!r}')
         self._guard = nonfinite == "skip"
-        self._dtype = checked_shadow_dtype(dtype, max(self._decays.targets))
+        self._dtype = checked_shadow_dtype(dtype, self._decays.highest)
         self._device = checked_device(device)
         self._buffers = buffers
         self._policy = policy
@@ -125,6 +128,7 @@ class FastEMA:
         self._one_thread = OneThread()
         self._step = 0
         self._num_updates = 0
+        self._last_update = 0  # the optimizer step of the latest update
         self._nonfinite_before = 0  # counted by the FastEMA that this is a copy of
         self._warned_nonfinite = False
         self._own_references: list[int] = []  # to each of the named tensors that were given instead of a module
@@ -181,13 +185,14 @@ class FastEMA:
                     return
             step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
             if step % self._update_every == 0:
-                decays = self._decays.at(step) if decay is None else self._decays_once(decay)
+                decays = self._decays.at(step, self._last_update) if decay is None else self._decays_once(decay)
                 weights = [1.0 - each for each in decays]
                 # One call that looks and launches, where nobody's averages are in any model.
                 outcome = "moved" if swap.entered else self._shadow.update_watched(weights, self._guard, found_inf)
                 if outcome is not None:
                     self._update_moved(outcome, weights, found_inf)
                 self._num_updates += 1
+                self._last_update = step
             else:
                 self._refuse_while_applied("update()")
             self._step = step
@@ -242,8 +247,9 @@ class FastEMA:
             return
         step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
         if step % self._update_every == 0:
-            average([1.0 - decay for decay in self._decays.at(step)], self._guard, found_inf)
+            average([1.0 - decay for decay in self._decays.at(step, self._last_update)], self._guard, found_inf)
             self._num_updates += 1
+            self._last_update = step
         self._step = step
 
     def _compiled_handle(self) -> int:
@@ -385,8 +391,31 @@ class FastEMA:
 
     @property
     def decay(self) -> Any:
-        """The target decay, or the tuple of them."""
+        """The target decay, or the tuple of them; schedules without a target, such as "power", ignore it."""
         return self._decays.one_or_all(self._decays.targets)
+
+    @one_thread
+    def set_decay(self, decay: float | Sequence[float]) -> None:
+        """Set the target decay from the next update on. It is kept in the state.
+
+        With `capturable=True` the table on the device is rewritten in place, for graphs that were captured.
+
+        Args:
+            decay: in [0, 1]; one for all averages, or one for each.
+
+        Raises:
+            ValueError: out of range, another number of them; a schedule without a target ("power", the half-lives); or
+                `capturable=True` and the table is too short for a schedule that takes longer to settle.
+
+        Example:
+            >>> ema = FastEMA(torch.nn.Linear(2, 1), decay=0.99)
+            >>> ema.set_decay(0.999)
+            >>> ema.decay
+            0.999
+        """
+        decays = self._decays.with_targets(self._decays.checked(decay, "set_decay()"))
+        checked_shadow_dtype(self._dtype, decays.highest)
+        run_uncut(self._replacing_decays(decays))
 
     @property
     def num_updates(self) -> int:
@@ -404,11 +433,14 @@ class FastEMA:
         Raises:
             ValueError: a schedule of your own returned a decay outside [0, 1].
         """
-        return self._decays.one_or_all(self._decays.at(step))
+        return self._decays.one_or_all(self._decays.at(step, (step - 1) // self._update_every * self._update_every))
 
     def window(self) -> Any:
-        """How many updates the average reaches back: 1 / (1 - decay), or the tuple of them."""
-        return self._decays.one_or_all(self._decays.windows())
+        """How many updates the average reaches back: 1 / (1 - decay), or the tuple of them.
+
+        Of a schedule without a target, such as "power", as it is now.
+        """
+        return self._decays.one_or_all(self._decays.windows(max(1, self._counted()[0])))
 
     def lag(self, updates_per_epoch: float) -> Any:
         """How many epochs the average reaches back, or the tuple of them.
@@ -419,7 +451,8 @@ class FastEMA:
         """
         if not updates_per_epoch > 0:
             raise ValueError(f"updates_per_epoch must be positive, got {updates_per_epoch}")
-        return self._decays.one_or_all([window / updates_per_epoch for window in self._decays.windows()])
+        windows = self._decays.windows(max(1, self._counted()[0]))
+        return self._decays.one_or_all([window / updates_per_epoch for window in windows])
 
     def nonfinite_count(self) -> int:
         """How many elements the guard has kept so far, because their live value was NaN or infinite.
@@ -447,24 +480,27 @@ class FastEMA:
         Tensors share memory with the EMA. Taken while applied, those in the model are copies, which stay right.
 
         Returns:
-            `step`, `num_updates`, `decay`, `decay_type`, and `shadow`: the averaged and copied tensors by name, without
-            buffers that `nn.Module.state_dict` leaves out and that are only copied anyway. With several decays `decay`
-            and `shadow` are lists. Of a sharded model they are DTensors as its own, for torch.distributed.checkpoint.
+            `step`, `num_updates`, `last_update` (its step), `decay`, `decay_type`, `decay_args`, and `shadow`: the
+            averaged and copied tensors by name, without buffers that `nn.Module.state_dict` leaves out and that are
+            only copied anyway. With several averages `decay` and `shadow` are lists. Of a sharded model they are
+            DTensors as its own, for torch.distributed.checkpoint.
         """
         self._warn_about_nonfinite()
         shadows = [state.averages_by_name(self._shadow, which, saved_only=True) for which in range(len(self._decays))]
         return {**self._counters(), "shadow": shadows if self._decays.several else shadows[0]}
 
     def _counters(self) -> dict[str, Any]:
+        step, num_updates, last_update = self._counted()
         return {
-            "step": self._step if self._clock is None else int(self._clock.step),
-            "num_updates": self.num_updates,
+            "step": step,
+            "num_updates": num_updates,
+            "last_update": last_update,
             **self._decays.config(),
         }
 
     @one_thread
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadResult:
-        """Loads what `state_dict()` returned, by value.
+        """Loads what `state_dict()` returned, by value. The state's decay and schedule go on, whatever this one's were.
 
         Args:
             state_dict: the state, of a FastEMA of the same model. A sharded one takes its part of whole tensors.
@@ -483,17 +519,24 @@ class FastEMA:
         saved = state_dict["shadow"] if isinstance(state_dict["shadow"], list) else [state_dict["shadow"]]
         if not all(isinstance(averages, dict) for averages in saved):
             raise ValueError("not a FastEMA state: its shadow does not hold tensors by name")
-        counters = [checked_count(key, int(state_dict[key]), at_least=0) for key in ("step", "num_updates")]
-        config = self._decays.config()
-        other = {key: value for key, value in config.items() if state_dict.get(key, value) != value}
+        # A state of 0.1.0 does not tell its last update.
+        last = int(state_dict["step"]) // self._update_every * self._update_every
+        counters = [
+            checked_count(key, int(state_dict.get(key, last)), at_least=0)
+            for key in ("step", "num_updates", "last_update")
+        ]
         self._ensure_current()
         missing, unexpected, steps = state.loading(self._shadow, saved, strict)
+        decays, own = self._decays.of_state(state_dict), self._decays.config()
+        checked_shadow_dtype(self._dtype, decays.highest)
         with torch.no_grad():
-            run_uncut([*steps, *self._counting(*counters)])
-        for key, value in other.items():
-            warnings.warn(
-                f"the loaded state was made with {key}={state_dict[key]!r}; updates go on with {value!r}", stacklevel=3
-            )
+            run_uncut([*steps, *self._counting(*counters), *self._replacing_decays(decays)])
+        for key, value in decays.config().items():
+            if value != own[key]:
+                warnings.warn(
+                    f"the loaded state was made with {key}={value!r} and goes on with it, not with {own[key]!r}",
+                    stacklevel=3,
+                )
         return LoadResult(missing, unexpected)
 
     def shadow_state_dict(self, which: int = 0) -> dict[str, Any]:
@@ -555,9 +598,7 @@ class FastEMA:
         left_out = ("_shadow", "_clock", "_attached", "_versions_at_attach", "_own_references")
         config = {key: value for key, value in self.__dict__.items() if key not in left_out}
         config["_nonfinite_before"] = self.nonfinite_count()
-        counters = (self._step, self._num_updates)
-        if self._clock is not None:
-            counters = (int(self._clock.step), int(self._clock.num_updates))
+        counters = self._counted()
         averages = [state.averages_by_name(self._shadow, which) for which in range(len(self._decays))]
         return {"config": config, "counters": counters, "averages": averages}
 
@@ -580,9 +621,12 @@ class FastEMA:
 
     def _build_from_pickle(self) -> None:
         pickled = self.__dict__["_pickled"]
+        counters = pickled["counters"]
+        if len(counters) == 2:  # pickled by 0.1.0
+            counters = (*counters, counters[0] // self._update_every * self._update_every)
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
-        run_uncut(self._counting(*pickled["counters"]))
+        run_uncut(self._counting(*counters))
         with torch.no_grad():
             for which, averages in enumerate(pickled["averages"]):
                 for name, average in state.averages_by_name(self._shadow, which).items():
@@ -630,13 +674,31 @@ class FastEMA:
             raise ValueError(f"which must be below {len(self._decays)}, the number of averages; got {which}")
         return which
 
-    def _counting(self, step: int, num_updates: int) -> list[Step]:
+    def _counted(self) -> tuple[int, int, int]:
+        """Return steps, updates, and the step of the latest update; waits for the device with `capturable=True`."""
+        if self._clock is None:
+            return self._step, self._num_updates, self._last_update
+        step = int(self._clock.step)
+        return step, int(self._clock.num_updates), step // self._update_every * self._update_every
+
+    def _counting(self, step: int, num_updates: int, last_update: int) -> list[Step]:
         """Steps that set the counters."""
-        steps: list[Step] = [partial(setattr, self, "_step", step), partial(setattr, self, "_num_updates", num_updates)]
+        steps: list[Step] = [
+            partial(setattr, self, "_step", step),
+            partial(setattr, self, "_num_updates", num_updates),
+            partial(setattr, self, "_last_update", last_update),
+        ]
         if self._clock is not None:
             counters = (self._clock.step, step), (self._clock.num_updates, num_updates)
             steps += [partial(Tensor.fill_, counter, value) for counter, value in counters]
         return steps
+
+    def _replacing_decays(self, decays: Decays) -> list[Step]:
+        """Steps that let updates go on with other decays; raises where the device's table does not fit."""
+        if decays is self._decays:
+            return []
+        on_device: list[Step] = [] if self._clock is None else [self._clock.replacing(decays)]
+        return [*on_device, partial(setattr, self, "_decays", decays)]
 
     def _ensure_current(self) -> None:
         """Rebuild the plan where tensors were replaced or moved in memory; the average goes on."""

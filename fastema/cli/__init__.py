@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from fastema.checkpoint import CheckpointError
-from fastema.cli import advise, distill, evaluate, info, predict, train
+from fastema.cli import advise, distill, evaluate, info, posthoc, predict, train
 from fastema.segmentation.errors import Terminated, UserError
 
 _COMMANDS = {
@@ -20,6 +20,7 @@ _COMMANDS = {
     "evaluate": evaluate,
     "predict": predict,
     "advise": advise,
+    "posthoc": posthoc,
     "info": info,
 }
 

@@ -104,7 +104,7 @@ def test_without_native_it_warns_once(no_native: None) -> None:
 @pytest.mark.filterwarnings("ignore:fastema runs its torch backend")
 def test_without_native_everything_works(no_native: None) -> None:
     model = small_model()
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     assert ema.backend_name == "torch"
     assert ema._shadow._host is plain_torch
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -119,7 +119,7 @@ def test_without_native_everything_works(no_native: None) -> None:
     optimizer.step()
     assert ema.num_updates == 1
     train(model)
-    twin = FastEMA(small_model(seed=4), decay=0.5)
+    twin = FastEMA(small_model(seed=4), decay=0.5, decay_type="constant")
     twin.load_state_dict(ema.state_dict())
     for name, tensor in ema.state_dict()["shadow"].items():
         assert raw(twin.state_dict()["shadow"][name]) == raw(tensor)
@@ -134,7 +134,7 @@ def test_a_torch_that_cannot_swap_storages_exchanges_contents(monkeypatch: pytes
     assert "cannot swap storages" in plain_torch.describe("cpu")
     for dtype in (torch.float32, torch.bfloat16):
         model = small_model(dtype)
-        ema = FastEMA(model, decay=0.5, backend="torch")
+        ema = FastEMA(model, decay=0.5, decay_type="constant", backend="torch")
         train(model)
         ema.update()
         train(model)

@@ -90,7 +90,10 @@ def test_matrix_is_bit_equal_to_the_cpu(
 def test_a_training_is_that_of_the_cpu(gpu_backend: str, dtype: torch.dtype) -> None:
     on_cpu = make_model(dtype)
     on_gpu = copy.deepcopy(on_cpu).cuda()
-    emas = [FastEMA(on_cpu, decay=[0.9, 0.99]), FastEMA(on_gpu, decay=[0.9, 0.99], backend=gpu_backend)]
+    emas = [
+        FastEMA(on_cpu, decay=[0.9, 0.99], decay_type="constant"),
+        FastEMA(on_gpu, decay=[0.9, 0.99], decay_type="constant", backend=gpu_backend),
+    ]
     for seed in range(10):
         for model, ema in zip((on_cpu, on_gpu), emas, strict=True):
             move(model, seed)
@@ -166,7 +169,7 @@ def test_a_captured_step_replays_with_the_right_decay(gpu_backend: str, decay_ty
 
 def test_an_exchange_in_place_keeps_addresses_and_bits(gpu_backend: str) -> None:
     model = make_model().cuda()
-    ema = FastEMA(model, decay=0.5, backend=gpu_backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=gpu_backend)
     move(model, 1)
     ema.update()
     live, average = copy.deepcopy(model.state_dict()), copy.deepcopy(ema.shadow_state_dict())
@@ -179,7 +182,7 @@ def test_an_exchange_in_place_keeps_addresses_and_bits(gpu_backend: str) -> None
 
 def test_it_runs_on_the_current_stream(gpu_backend: str) -> None:
     model = nn.Linear(4096, 4096).cuda()
-    ema = FastEMA(model, decay=0.0, backend=gpu_backend)
+    ema = FastEMA(model, decay=0.0, decay_type="constant", backend=gpu_backend)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side), torch.no_grad():
@@ -192,7 +195,7 @@ def test_it_runs_on_the_current_stream(gpu_backend: str) -> None:
 
 def test_found_inf_on_the_device_skips(gpu_backend: str) -> None:
     model = nn.Linear(3, 3).cuda()
-    ema = FastEMA(model, decay=0.5, backend=gpu_backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=gpu_backend)
     before = copy.deepcopy(ema.shadow_state_dict())
     move(model, 1)
     ema.update(found_inf=torch.ones(1, device="cuda"))
@@ -207,7 +210,7 @@ def test_more_elements_than_an_int_counts(gpu_backend: str) -> None:
     if free < 10 * count:
         pytest.skip(f"needs {10 * count >> 30} GiB of free GPU memory, there are {free >> 30}")
     live = torch.ones(count, dtype=torch.bfloat16, device="cuda")
-    ema = FastEMA([("w", live)], decay=0.75, backend=gpu_backend)
+    ema = FastEMA([("w", live)], decay=0.75, decay_type="constant", backend=gpu_backend)
     live.fill_(2.0)
     live[-1] = 4.0
     ema.update()
@@ -221,7 +224,7 @@ def test_a_model_over_two_devices(gpu_backend: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
     model = nn.Sequential(nn.Linear(3, 3).to("cuda:0"), nn.Linear(3, 3).to("cuda:1"))
-    ema = FastEMA(model, decay=0.5, backend=gpu_backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=gpu_backend)
     move(model, 1)
     ema.update()
     twin = copy.deepcopy(ema)
@@ -230,7 +233,7 @@ def test_a_model_over_two_devices(gpu_backend: str) -> None:
 
 def test_a_shadow_in_host_memory(gpu_backend: str) -> None:
     model = make_model().cuda()
-    ema = FastEMA(model, decay=0.5, device="cpu", backend=gpu_backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", device="cpu", backend=gpu_backend)
     move(model, 1)
     ema.update()
     assert ema.shadow_state_dict()["0.weight"].device.type == "cpu"

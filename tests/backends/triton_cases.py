@@ -352,7 +352,7 @@ def end_to_end() -> Iterator[Callable[[], None]]:
 
     def check_guard() -> None:
         model = small_model()
-        ema = FastEMA(model, decay=0.9, backend="triton")
+        ema = FastEMA(model, decay=0.9, decay_type="constant", backend="triton")
         views = [tensor for tensor in ema.shadow_state_dict().values() if tensor.is_floating_point()]
         versions = [view._version for view in views]
         with torch.no_grad():

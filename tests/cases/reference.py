@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,12 @@ def exponential(decay: float, step: int, total: int, beta: float = 15.0) -> floa
 
 
 def warmup(decay: float, step: int, total: int, inv_gamma: float = 1.0, power: float = 2 / 3) -> float:
-    return min(decay, 1 - (1 + step / inv_gamma) ** (-power))
+    return min(decay, 1 - (1 + max(0, step - 1) / inv_gamma) ** (-power))
+
+
+def debiased(decay: float, step: int, total: int) -> float:
+    exact = Fraction(decay)
+    return float(1 - (Fraction(1, step) if decay == 1.0 else (1 - exact) / (1 - exact**step)))
 
 
 #: decay_type -> (decay, step, total_steps) -> decay; written from the contract, not from the code.
@@ -102,4 +108,12 @@ SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
     "exp": exponential,
     "linear": lambda decay, step, total: decay * step / total,
     "warmup": warmup,
+    "debiased": debiased,
+    "power": lambda decay, step, total: (1 - 1 / step) ** (GAMMA + 1),
+    "half_life": lambda decay, step, total: 0.5 ** (1 / 7),
+    "half_life_fraction": lambda decay, step, total: 0.5 ** (1 / (0.05 * step)),
 }
+
+#: What the schedules above are built with.
+GAMMA = 6.94
+ARGUMENTS: dict[str, dict[str, Any]] = {"power": {"gamma": GAMMA}, "half_life": {"half_life": 7}}

@@ -48,7 +48,9 @@ class Twins:
         self.decays = list(decays)
         self.models: list[nn.Module] = [first, *(copy.deepcopy(first) for _ in BACKENDS[1:])]
         self.emas = [
-            FastEMA(model, self.decays if len(self.decays) > 1 else self.decays[0], backend=backend)
+            FastEMA(
+                model, self.decays if len(self.decays) > 1 else self.decays[0], decay_type="constant", backend=backend
+            )
             for model, backend in zip(self.models, BACKENDS, strict=True)
         ]
         self.averaged = [name for name, tensor in first.state_dict().items() if tensor.is_floating_point()]
@@ -205,7 +207,9 @@ class Twins:
             assert load_weights(fresh, content, prefer="net") == "net"
             assert _equal(fresh.state_dict(), model.state_dict())
             self.models[index] = fresh
-            self.emas[index] = FastEMA(fresh, self.decays if len(self.decays) > 1 else self.decays[0], backend=backend)
+            self.emas[index] = FastEMA(
+                fresh, self.decays if len(self.decays) > 1 else self.decays[0], decay_type="constant", backend=backend
+            )
             self.emas[index].load_state_dict(content["ema"])
         self.kept = 0  # what the guard kept is not part of a state
 

@@ -26,7 +26,7 @@ def model(seed: int = 0) -> nn.Sequential:
 
 def averaged(net: nn.Module) -> FastEMA:
     """An EMA that differs from its model."""
-    ema = FastEMA(net, decay=0.5)
+    ema = FastEMA(net, decay=0.5, decay_type="constant")
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(1.0)
@@ -62,7 +62,7 @@ def test_everything_comes_back(tmp_path: pathlib.Path) -> None:
     assert (loaded["epoch"], loaded["note"]) == (3, {"names": ["x"]})
 
     other = model(seed=1)
-    fresh = FastEMA(other, decay=0.5)
+    fresh = FastEMA(other, decay=0.5, decay_type="constant")
     fresh.load_state_dict(loaded["ema"])
     assert fresh.num_updates == ema.num_updates
     assert same(fresh.shadow_state_dict(), ema.shadow_state_dict())

@@ -35,12 +35,17 @@ class Halving(IDecayFunction):
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "constant": {"decay": 0.9},
+    "constant": {"decay": 0.9, "decay_type": "constant"},
     "threshold": {"decay": 0.9, "decay_type": "threshold"},
     "exp": {"decay": 0.99, "decay_type": "exp", "total_steps": 2 * N, "beta": 5},
     "linear": {"decay": 0.99, "decay_type": "linear", "total_steps": 2 * N},
     "warmup": {"decay": 0.9, "decay_type": "warmup", "inv_gamma": 2.0, "power": 0.75},
     "own": {"decay": 0.9, "decay_type": "halving", "base": 0.5},
+    "debiased": {"decay": 0.9, "decay_type": "debiased"},
+    "power": {"decay_type": "power", "sigma_rel": 0.1},
+    "power, every second step": {"decay_type": "power", "gamma": 2.5, "update_every": 2},
+    "half_life": {"decay_type": "half_life", "half_life": 60, "batch_size": 12, "rampup_ratio": 0.1},
+    "half_life_fraction": {"decay_type": "half_life_fraction", "half_life_fraction": 0.1},
     "every second step": {"decay": 0.9, "decay_type": "threshold", "update_every": 2},
     "after a step": {"decay": 0.9, "update_after_step": N + 2},
     "wider shadow": {"decay": 0.9, "dtype": torch.float64},
@@ -133,8 +138,8 @@ def test_resuming_in_a_new_process_is_exact(
 
 
 def test_every_registered_schedule_is_among_the_cases() -> None:
-    covered = {arguments.get("decay_type", "constant") for arguments in CASES.values()}
-    assert {"constant", "threshold", "exp", "linear", "warmup"} <= covered
+    covered = {arguments.get("decay_type", "threshold") for arguments in CASES.values()}
+    assert set(EMA_DECAY_FUNCTIONS) <= covered
 
 
 def test_a_state_of_one_backend_resumes_on_the_other() -> None:

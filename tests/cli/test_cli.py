@@ -49,7 +49,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err
 
 
-@pytest.mark.parametrize("command", ["", "train", "distill", "evaluate", "predict", "advise", "info"])
+@pytest.mark.parametrize("command", ["", "train", "distill", "evaluate", "predict", "advise", "posthoc", "info"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([*command.split(), "--help"])
@@ -134,7 +134,7 @@ def test_errors_of_the_user(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "no data set at" in error_of(capsys, *run, str(tmp_path / "gone"))
     assert "is not a data set that is understood" in error_of(capsys, *run, str(tmp_path / "empty"))
     assert "--ema-decay must be in [0, 1], got 2.0" in error_of(capsys, *run, "x", "--ema-decay", "2")
-    assert "one of constant, exp, linear" in error_of(capsys, *run, "x", "--ema-decay-type", "cosine")
+    assert "one of constant, debiased, exp" in error_of(capsys, *run, "x", "--ema-decay-type", "cosine")
     blocked = ["train", "--dataset-path", "x", "--checkpoint-dir", str(tmp_path / "file" / "run")]
     assert "Not a directory" in error_of(capsys, *blocked)
 

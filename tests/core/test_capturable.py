@@ -18,6 +18,10 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "exp": {"decay": 0.999, "total_steps": 7, "beta": 2},
     "linear": {"decay": 0.99, "total_steps": 7},
     "warmup": {"decay": 0.9},
+    "debiased": {"decay": 0.7},
+    "power": {"sigma_rel": 0.1, "total_steps": 100},
+    "half_life": {"half_life": 3, "rampup_ratio": 0.05, "total_steps": 100},
+    "half_life_fraction": {"total_steps": 100},
 }
 
 
@@ -144,5 +148,5 @@ def test_a_schedule_of_ones_own_needs_an_end(backend: str, monkeypatch: pytest.M
 
 def test_a_schedule_that_takes_too_long_to_settle_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastema.clock._MOST_ROWS", 50)
-    with pytest.raises(ValueError, match="has not reached its decay after 50 steps"):
+    with pytest.raises(ValueError, match="has not reached its decay after 50 updates"):
         FastEMA(make_model(), decay=0.999, decay_type="threshold", capturable=True)

@@ -59,7 +59,7 @@ def test_update_in_a_compiled_step(backend: str, compiler: str, capturable: bool
 @pytest.mark.slow
 def test_update_in_a_step_that_inductor_compiles() -> None:
     model = nn.Linear(3, 5)
-    ema = FastEMA(model, decay=[0.9, 0.5])
+    ema = FastEMA(model, decay=[0.9, 0.5], decay_type="constant")
     twin = copy.deepcopy(ema)
 
     def step(into: FastEMA, weight: Tensor, bias: Tensor) -> None:
@@ -143,7 +143,7 @@ def frames() -> int:
 
 
 def trained(model: nn.Module, dtype: torch.dtype = torch.float32) -> FastEMA:
-    ema = FastEMA(model, decay=0.5, dtype=dtype)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", dtype=dtype)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.add_(1)
@@ -162,7 +162,7 @@ def plain_output(state: dict[str, Tensor], features: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_swap_under_a_compiled_model(kind: Kind, contents: bool, backend: str) -> None:
     model = Net().eval()
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.add_(1)
@@ -208,9 +208,9 @@ def test_a_swap_under_a_model_that_inductor_compiles() -> None:
 
 def test_a_swap_between_steps_of_a_compiled_training() -> None:
     model = Net()
-    ema = FastEMA(model, decay=0.9)
+    ema = FastEMA(model, decay=0.9, decay_type="constant")
     twin_model = copy.deepcopy(model)
-    twin = FastEMA(twin_model, decay=0.9)
+    twin = FastEMA(twin_model, decay=0.9, decay_type="constant")
 
     def step(net: nn.Module, optimizer: torch.optim.Optimizer, into: FastEMA, features: Tensor) -> None:
         net(features).square().mean().backward()

@@ -85,7 +85,7 @@ NORM = ("norm.running", "norm.num")  # DDP lets each rank have its own between t
 def test_every_rank_has_the_same_shadow(rank: Rank) -> None:
     """100 steps, the last batch of every epoch of another size on every rank; against a twin in one process."""
     model = DistributedDataParallel(net())
-    ema = FastEMA(model, decay=0.9)
+    ema = FastEMA(model, decay=0.9, decay_type="constant")
     optimizer = adam(model)
     twin = {name: parameter.detach().clone() for name, parameter in model.module.named_parameters()}
     for step in range(STEPS):
@@ -103,7 +103,10 @@ def test_every_rank_has_the_same_shadow(rank: Rank) -> None:
 def test_wrapped_and_inner_module_have_the_same_state(rank: Rank) -> None:
     """And either loads into what it was built on."""
     model = DistributedDataParallel(net())
-    outer, inner = FastEMA(model, decay=0.5), FastEMA(model.module, decay=0.5)
+    outer, inner = (
+        FastEMA(model, decay=0.5, decay_type="constant"),
+        FastEMA(model.module, decay=0.5, decay_type="constant"),
+    )
     train_step(model, adam(model), batch(rank, 0))
     outer.update()
     inner.update()
@@ -125,7 +128,7 @@ def test_accumulation_without_synchronisation(rank: Rank) -> None:
     """`no_sync`: an update per optimizer step, not per backward."""
     model = DistributedDataParallel(net())
     optimizer = adam(model)
-    ema = FastEMA(model, decay=0.9)
+    ema = FastEMA(model, decay=0.9, decay_type="constant")
     ema.attach(optimizer)
     for step in range(20):
         optimizer.zero_grad()
@@ -141,7 +144,7 @@ def test_accumulation_without_synchronisation(rank: Rank) -> None:
 def test_unused_parameters(rank: Rank) -> None:
     model = DistributedDataParallel(net(), find_unused_parameters=True)
     optimizer = adam(model)
-    ema = FastEMA(model, decay=0.9)
+    ema = FastEMA(model, decay=0.9, decay_type="constant")
     for step in range(20):
         with ema.swapped():  # between the forwards that look for them
             model(batch(rank, step)[:2], branch="left")
@@ -154,7 +157,7 @@ def test_unused_parameters(rank: Rank) -> None:
 def test_a_static_graph(rank: Rank) -> None:
     model = DistributedDataParallel(net(), static_graph=True)
     optimizer = adam(model)
-    ema = FastEMA(model, decay=0.9)
+    ema = FastEMA(model, decay=0.9, decay_type="constant")
     for step in range(20):
         train_step(model, optimizer, batch(rank, step), branch="left")
         ema.update()
@@ -168,7 +171,7 @@ def test_training_after_swaps_is_unchanged_to_the_bit(rank: Rank) -> None:
     """With hooks and buckets as they were, in both ways to exchange."""
     models = [DistributedDataParallel(net(), gradient_as_bucket_view=True) for _ in range(2)]
     optimizers = [adam(model) for model in models]
-    emas = [FastEMA(model, decay=0.9) for model in models]
+    emas = [FastEMA(model, decay=0.9, decay_type="constant") for model in models]
     reduced = [0, 0]  # by each model's communication hook
 
     def hook(which, bucket):  # DDP would not understand annotations that are strings
@@ -201,7 +204,7 @@ def test_validation_through_the_wrapper(rank: Rank) -> None:
     """DDP sends rank 0's buffers around in a forward: of the average then, and the live ones stay."""
     model = DistributedDataParallel(net())
     optimizer = adam(model)
-    ema = FastEMA(model, decay=0.9)
+    ema = FastEMA(model, decay=0.9, decay_type="constant")
     for step in range(5):
         train_step(model, optimizer, batch(rank, step))
         ema.update()
@@ -219,7 +222,7 @@ def test_ranks_that_end_early_join(rank: Rank) -> None:
     """A rank without batches makes no steps; afterwards the last joiner's average goes to all, as its model did."""
     model = DistributedDataParallel(net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # has no state, which join() would leave apart
-    ema = FastEMA(model, decay=0.9)
+    ema = FastEMA(model, decay=0.9, decay_type="constant")
     with Join([model]):
         for step in range(5 + 3 * rank.rank):
             train_step(model, optimizer, batch(rank, step))

@@ -41,7 +41,7 @@ def value_of(ema: FastEMA, name: str = "w") -> float:
 
 def test_the_first_update_is_an_ordinary_one(backend: str) -> None:
     weight = one()
-    ema = FastEMA([("w", weight)], decay=0.75, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.75, decay_type="constant", backend=backend)
     add(weight, 1.0)
     ema.update()
     assert value_of(ema) == 0.25
@@ -70,7 +70,7 @@ def test_a_step_that_is_given_sets_the_position_in_the_schedule(backend: str) ->
 
 def test_update_every(backend: str) -> None:
     weight = one()
-    ema = FastEMA([("w", weight)], decay=0.5, update_every=3, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", update_every=3, backend=backend)
     seen = []
     for _ in range(7):
         add(weight, 1.0)
@@ -83,7 +83,7 @@ def test_update_every(backend: str) -> None:
 
 def test_update_after_step(backend: str) -> None:
     weight = one()
-    ema = FastEMA([("w", weight)], decay=0.5, update_after_step=2, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", update_after_step=2, backend=backend)
     seen = []
     for _ in range(4):
         add(weight, 1.0)
@@ -95,7 +95,7 @@ def test_update_after_step(backend: str) -> None:
 
 def test_found_inf_skips_the_step_and_the_count(backend: str) -> None:
     weight = one()
-    ema = FastEMA([("w", weight)], decay=0.5, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", backend=backend)
     add(weight, 1.0)
     ema.update(found_inf=torch.tensor(1.0))
     assert value_of(ema) == 0.0
@@ -108,8 +108,8 @@ def test_found_inf_skips_the_step_and_the_count(backend: str) -> None:
 def test_decay_0_follows_and_decay_1_stays(backend: str) -> None:
     first, last = small_model(), small_model()
     follow, stay = (
-        FastEMA(first, decay=0.0, backend=backend),
-        FastEMA(last, decay=1.0, backend=backend, buffers="average"),
+        FastEMA(first, decay=0.0, decay_type="constant", backend=backend),
+        FastEMA(last, decay=1.0, decay_type="constant", backend=backend, buffers="average"),
     )
     before = averages(stay)
     for seed in (1, 2):
@@ -128,11 +128,11 @@ def test_decay_0_follows_and_decay_1_stays(backend: str) -> None:
 
 
 def test_window_and_lag() -> None:
-    ema = FastEMA([("w", one())], decay=0.999)
+    ema = FastEMA([("w", one())], decay=0.999, decay_type="constant")
     assert ema.window() == pytest.approx(1000.0)
     assert ema.lag(updates_per_epoch=250) == pytest.approx(4.0)
-    assert FastEMA([("w", one())], decay=0.0).window() == 1.0
-    assert FastEMA([("w", one())], decay=1.0).window() == float("inf")
+    assert FastEMA([("w", one())], decay=0.0, decay_type="constant").window() == 1.0
+    assert FastEMA([("w", one())], decay=1.0, decay_type="constant").window() == float("inf")
 
 
 def test_from_params() -> None:
@@ -205,7 +205,7 @@ def test_buffers(backend: str, buffers: Any, statistics: float | None, others: f
     with torch.no_grad():
         for tensor in floats:
             tensor.zero_()
-    ema = FastEMA(model, decay=0.5, backend=backend, buffers=buffers)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend, buffers=buffers)
     with torch.no_grad():
         for tensor in floats:
             tensor.fill_(1)
@@ -241,7 +241,7 @@ def test_policy_decides_and_sees_name_tensor_and_module(backend: str) -> None:
             name
         )
 
-    ema = FastEMA(model, decay=0.5, backend=backend, policy=policy)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend, policy=policy)
     assert seen["0.weight"] == (model[0].weight, model[0])
     assert seen["1.running_mean"][1] is model[1]
     assert set(seen) == set(bits(model))
@@ -265,7 +265,7 @@ def test_a_policy_gets_no_module_for_named_tensors(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtype_of_the_shadow(backend: str, dtype: torch.dtype) -> None:
     model = small_model()
-    ema = FastEMA(model, decay=0.9, dtype=dtype, backend=backend)
+    ema = FastEMA(model, decay=0.9, decay_type="constant", dtype=dtype, backend=backend)
     shadow = ema.state_dict()["shadow"]
     names = [name for name in shadow if "num_batches" not in name]
     assert {shadow[name].dtype for name in names} == {dtype}
@@ -291,7 +291,7 @@ def test_device_cpu_is_where_it_is(backend: str) -> None:
 def test_the_default_device_is_nobodys_business(backend: str, device: str) -> None:
     model = small_model()
     with torch.device(device):
-        ema = FastEMA(model, decay=0.5, backend=backend)
+        ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
         train_values = [torch.ones(tensor.shape, device="cpu") for tensor in model.parameters()]
         with torch.no_grad():
             for parameter, ones in zip(model.parameters(), train_values, strict=True):
@@ -308,7 +308,7 @@ def test_the_default_device_is_nobodys_business(backend: str, device: str) -> No
 
 def test_nonfinite_skip_counts_and_warns_once(backend: str) -> None:
     model = nn.Linear(3, 2)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     before = copy.deepcopy(ema.state_dict()["shadow"])
     assert ema.nonfinite_count() == 0
     with warnings.catch_warnings():
@@ -351,7 +351,7 @@ def test_the_swap_warns_too(backend: str) -> None:
 
 def test_nonfinite_propagate(backend: str) -> None:
     weight = one()
-    ema = FastEMA([("w", weight)], decay=0.5, nonfinite="propagate", backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", nonfinite="propagate", backend=backend)
     add(weight, float("nan"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -378,7 +378,10 @@ def test_the_count_survives_a_rebuild_and_a_copy(backend: str) -> None:
 def test_attach_updates_after_every_step_until_removed(backend: str) -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    attached, called = FastEMA(model, decay=0.9, backend=backend), FastEMA(model, decay=0.9, backend=backend)
+    attached, called = (
+        FastEMA(model, decay=0.9, decay_type="constant", backend=backend),
+        FastEMA(model, decay=0.9, decay_type="constant", backend=backend),
+    )
     handle = attached.attach(optimizer)
     for step in range(4):
         model(values(5, 3, seed=step)).square().mean().backward()
@@ -445,7 +448,7 @@ def test_attach_does_not_count_a_step_that_the_gradient_scaler_skipped(backend: 
     """Of a plain optimizer the scaler leaves step() out; a fused one it calls, with its verdict as an attribute."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     ema.attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for overflow in (False, True, False, True):
@@ -466,7 +469,7 @@ def test_attach_does_not_count_a_step_that_the_gradient_scaler_skipped(backend: 
 
 def test_copy_to_makes_the_average_the_model(backend: str) -> None:
     model = small_model()
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     train(model)
     ema.update()
     train(model)
@@ -480,7 +483,7 @@ def test_copy_to_makes_the_average_the_model(backend: str) -> None:
 
 def test_copy_to_another_model(backend: str) -> None:
     model, other = small_model(), small_model(torch.float64, seed=5)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     train(model)
     ema.update()
     live = bits(model)
@@ -492,7 +495,7 @@ def test_copy_to_another_model(backend: str) -> None:
 
 def test_copy_to_named_tensors(backend: str) -> None:
     weight = one()
-    ema = FastEMA([("w", weight)], decay=0.5, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", backend=backend)
     add(weight, 1.0)
     ema.update()
     ema.copy_to()
@@ -502,7 +505,7 @@ def test_copy_to_named_tensors(backend: str) -> None:
 def test_copy_to_works_on_frozen_and_training_parameters(backend: str) -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     train(model)
     ema.copy_to()
     assert bits(model) == averages(ema)
@@ -580,7 +583,7 @@ def test_torch_save_of_the_whole_object(backend: str) -> None:
 
 def test_a_copy_of_named_tensors(backend: str) -> None:
     weight = one()
-    ema = FastEMA([("w", weight)], decay=0.5, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", backend=backend)
     add(weight, 1.0)
     ema.update()
     copied = copy.deepcopy(ema)
@@ -635,19 +638,20 @@ def test_load_state_dict_not_strict_takes_what_fits(backend: str) -> None:
 
 def test_load_state_dict_warns_about_another_decay(backend: str) -> None:
     _, ema = worked(backend)
-    twin = FastEMA(small_model(), decay=0.5, backend=backend)
+    twin = FastEMA(small_model(), decay=0.5, decay_type="constant", backend=backend)
     with pytest.warns(UserWarning) as seen:
         twin.load_state_dict(ema.state_dict())
     text = " ".join(str(warning.message) for warning in seen)
     assert "decay=0.9" in text
     assert "decay_type='threshold'" in text
-    assert twin.decay == 0.5
+    assert twin.decay == 0.9, "the state keeps its own"
+    assert [twin.decay_at(step) for step in (1, 500)] == [2 / 11, 0.9]
 
 
 def test_shadow_state_dict_loads_into_the_model(backend: str) -> None:
     model, ema = worked(backend)
     model.register_module("tied", model[0])
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     train(model)
     ema.update()
     state = ema.shadow_state_dict()
@@ -735,7 +739,7 @@ def strides_changed_in_place(model: nn.Sequential) -> None:
 def test_the_average_goes_on_when_tensors_are_replaced(backend: str, change: Any, then: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     train(model, seed=1)
     ema.update()
     reference = {name: tensor.clone() for name, tensor in ema.state_dict()["shadow"].items()}
@@ -780,7 +784,7 @@ def test_the_average_goes_on_when_tensors_are_replaced(backend: str, change: Any
 
 def test_replaced_tensors_are_current_in_the_swap_not_the_old_ones(backend: str) -> None:
     model = nn.Linear(2, 2)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     old = model.weight
     model.weight = nn.Parameter(torch.full((2, 2), 5.0))
     before = raw(old)
@@ -792,7 +796,7 @@ def test_replaced_tensors_are_current_in_the_swap_not_the_old_ones(backend: str)
 
 def test_a_weight_that_becomes_tied_is_averaged_once(backend: str) -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     model["b"].weight = model["a"].weight
     averages_before = [tensor.clone() for tensor in ema.state_dict()["shadow"].values()]
     add(model["a"].weight, 1.0)
@@ -805,7 +809,7 @@ def test_a_weight_that_becomes_tied_is_averaged_once(backend: str) -> None:
 
 def test_copied_tensors_may_come_and_go(backend: str) -> None:
     model = nn.Linear(2, 2)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     model.register_buffer("cache", torch.zeros(4))
     ema.update()
     model.cache = torch.ones(9)
@@ -824,7 +828,10 @@ def test_a_compiled_model(backend: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     compiled = torch.compile(model, backend="eager")
-    ema, plain = FastEMA(compiled, decay=0.5, backend=backend), FastEMA(model, decay=0.5, backend=backend)
+    ema, plain = (
+        FastEMA(compiled, decay=0.5, decay_type="constant", backend=backend),
+        FastEMA(model, decay=0.5, decay_type="constant", backend=backend),
+    )
     features = values(5, 3)
     compiled(features)
     train(model)
@@ -856,7 +863,7 @@ def test_a_swap_does_not_recompile() -> None:
         return graph.forward
 
     compiled = torch.compile(model, backend=counting)
-    ema = FastEMA(compiled, decay=0.5)
+    ema = FastEMA(compiled, decay=0.5, decay_type="constant")
     with torch.no_grad():
         compiled(values(4, 3))
         before = len(compilations)
@@ -873,7 +880,7 @@ def test_a_swap_does_not_recompile() -> None:
 def test_built_and_updated_under_inference_mode(backend: str) -> None:
     model = small_model()
     with torch.inference_mode():
-        ema = FastEMA(model, decay=0.5, backend=backend)
+        ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     train(model)
     ema.update()
     with torch.inference_mode():
@@ -892,7 +899,7 @@ def test_built_and_updated_under_inference_mode(backend: str) -> None:
 def test_a_model_built_under_inference_mode(backend: str) -> None:
     with torch.inference_mode():
         model = nn.Linear(3, 2)
-        ema = FastEMA(model, decay=0.5, backend=backend)
+        ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
         train(model)
         ema.update()
         live = bits(model)
@@ -903,7 +910,7 @@ def test_a_model_built_under_inference_mode(backend: str) -> None:
 
 def test_an_update_leaves_no_graph(backend: str) -> None:
     model = nn.Linear(3, 2)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     with torch.enable_grad():
         ema.update()
         state = ema.state_dict()["shadow"]
@@ -919,7 +926,7 @@ def test_iterables_of_named_tensors(backend: str) -> None:
         ((name, parameter) for name, parameter in model.named_parameters()),
         dict(model.named_parameters()).items(),
     ]
-    emas = [FastEMA(source, decay=0.5, backend=backend) for source in sources]
+    emas = [FastEMA(source, decay=0.5, decay_type="constant", backend=backend) for source in sources]
     train(model)
     for ema in emas:
         ema.update()
@@ -932,7 +939,7 @@ def test_iterables_of_named_tensors(backend: str) -> None:
 
 def test_tensors_that_are_no_parameters(backend: str) -> None:
     weight = torch.zeros(3)
-    ema = FastEMA([("w", weight)], decay=0.5, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", backend=backend)
     weight += 1
     ema.update()
     with ema.swapped():
@@ -941,7 +948,7 @@ def test_tensors_that_are_no_parameters(backend: str) -> None:
 
 def test_a_module_with_empty_slots(backend: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2, affine=False, track_running_stats=False))
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     train(model)
     ema.update()
     assert set(averages(ema)) == {"0.weight"}

@@ -33,7 +33,7 @@ def nothing_changes(model: nn.Module, ema: FastEMA) -> Iterator[None]:
 
 def worked() -> tuple[nn.Sequential, FastEMA]:
     model = small_model()
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     train(model)
     ema.update()
     return model, ema
@@ -45,13 +45,13 @@ def worked() -> tuple[nn.Sequential, FastEMA]:
 @pytest.mark.parametrize("decay", [1.5, -0.1, 1 + 1e-9, float("nan"), float("inf"), float("-inf")])
 def test_decay_outside_the_range(decay: float) -> None:
     with pytest.raises(ValueError, match=rf"decay must be in \[0, 1\], got {decay}"):
-        FastEMA(small_model(), decay=decay)
+        FastEMA(small_model(), decay=decay, decay_type="constant")
 
 
 @pytest.mark.parametrize("decay", ["0.9", None, True, 1j])
 def test_decay_that_is_no_number(decay: Any) -> None:
     with pytest.raises(ValueError, match="decay must be") as error:
-        FastEMA(small_model(), decay=decay)
+        FastEMA(small_model(), decay=decay, decay_type="constant")
     assert repr(decay) in str(error.value)
 
 
@@ -88,8 +88,8 @@ def test_dtype(dtype: Any) -> None:
 @pytest.mark.parametrize("decay", [0.99, 0.9999, 1.0])
 def test_a_shadow_that_would_stand_still(dtype: torch.dtype, decay: float) -> None:
     with pytest.raises(ValueError, match=f"{dtype} shadow stands still at decay {decay}.*dtype=None"):
-        FastEMA(small_model(), decay=decay, dtype=dtype)
-    FastEMA(small_model(), decay=0.9, dtype=dtype).update()
+        FastEMA(small_model(), decay=decay, decay_type="constant", dtype=dtype)
+    FastEMA(small_model(), decay=0.9, decay_type="constant", dtype=dtype).update()
 
 
 def test_device_meta() -> None:
@@ -227,7 +227,7 @@ def test_two_tensors_under_one_name() -> None:
 
 def test_one_tensor_twice_under_one_name_is_fine() -> None:
     weight = torch.zeros(2)
-    ema = FastEMA([("w", weight), ("w", weight)], decay=0.5)
+    ema = FastEMA([("w", weight), ("w", weight)], decay=0.5, decay_type="constant")
     weight.fill_(1)
     ema.update()
     assert ema.state_dict()["shadow"]["w"].tolist() == [0.5, 0.5]
@@ -290,7 +290,7 @@ def renamed(model: nn.Sequential) -> None:
 @pytest.mark.parametrize("then", ["update", "apply_shadow", "copy_to"])
 def test_a_model_that_changed(backend: str, change: Callable[[nn.Module], None], words: list[str], then: str) -> None:
     model = small_model()
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     train(model)
     ema.update()
     backup = copy.deepcopy(model)

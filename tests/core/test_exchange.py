@@ -171,7 +171,7 @@ def test_training_goes_on_exactly_after_a_block(backend: str, in_place: bool) ->
     results = []
     for validate in (False, True):
         model = small_model()
-        ema = FastEMA(model, decay=0.9, backend=backend)
+        ema = FastEMA(model, decay=0.9, decay_type="constant", backend=backend)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         for step in range(5):
             optimizer.zero_grad()
@@ -245,7 +245,7 @@ def test_bytes_that_nothing_manages_are_carried_along(backend: str) -> None:
     """The rest of a storage is the live one's throughout, also when it is written during the swap."""
     room = torch.arange(10.0)
     weight = nn.Parameter(room[3:7])
-    ema = FastEMA([("w", weight)], decay=0.5, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", backend=backend)
     with torch.no_grad():
         weight.add_(10)
     ema.update()
@@ -300,7 +300,12 @@ def test_a_graph_from_before_works_after_the_block_for_slices_of_one_buffer(back
     """Slices of one buffer share one version counter: it must come back as it was, however many share it."""
     buffer = values(30)
     weights = [nn.Parameter(buffer[begin : begin + 5]) for begin in range(0, 30, 5)]
-    ema = FastEMA([(str(index), weight) for index, weight in enumerate(weights)], decay=0.5, backend=backend)
+    ema = FastEMA(
+        [(str(index), weight) for index, weight in enumerate(weights)],
+        decay=0.5,
+        decay_type="constant",
+        backend=backend,
+    )
     loss = sum((weight.square().sum() for weight in weights), torch.zeros(()))
     versions = [weight._version for weight in weights]
     for _ in range(3):
@@ -323,7 +328,7 @@ def test_a_graph_from_inside_raises_outside(model: nn.Sequential, ema: FastEMA, 
 def test_a_graph_from_inside_raises_after_any_number_of_steps(backend: str, in_place: bool) -> None:
     """A version counter that came back and then counted on must not arrive at the number seen inside."""
     weight = nn.Parameter(values(5))  # nothing else is in the graph whose version could tell
-    ema = FastEMA([("w", weight)], decay=0.5, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", backend=backend)
     for _ in range(3):
         with ema.swapped(in_place):
             losses = [weight.square().sum() for _ in range(50)]
@@ -337,7 +342,7 @@ def test_a_graph_from_inside_raises_after_any_number_of_steps(backend: str, in_p
 def test_a_graph_from_one_block_raises_in_the_next(backend: str, in_place: bool) -> None:
     """Between the two the average moved on, and the live weight, whose counter is all autograd sees, did not."""
     weight = nn.Parameter(values(5))
-    ema = FastEMA([("w", weight)], decay=0.5, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", backend=backend)
     with torch.no_grad():
         weight.add_(1.0)
     with ema.swapped(in_place):
@@ -362,7 +367,7 @@ def test_forward_and_backward_inside_one_block_use_the_average(
 def test_a_graph_through_the_average_raises_after_an_update(backend: str) -> None:
     """A student that learns from the average as a teacher, and updates it before the backward."""
     model = nn.Linear(3, 2)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     features = values(4, 3).requires_grad_()
     out = torch.func.functional_call(model, ema.shadow_state_dict(), (features,))
     train(model)

@@ -147,7 +147,7 @@ def test_a_swap_changes_what_the_forward_computes(rank: Rank) -> None:
         for in_place in (False, True):
             model, twin = shard(net(), **options), shard(net(), **options)
             optimizer, twin_optimizer = sgd(model), sgd(twin)
-            ema = FastEMA(model, decay=0.5)
+            ema = FastEMA(model, decay=0.5, decay_type="constant")
             reference = by_hand(model, optimizer, 3, 0.5, ema.update)
             for step in range(3):
                 train_step(twin, twin_optimizer, step)
@@ -183,7 +183,7 @@ def test_an_update_communicates_nothing(rank: Rank) -> None:
     """Nor do an exchange and a state."""
     model = shard(net(), reshard_after_forward=False)
     optimizer = sgd(model)
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     train_step(model, optimizer, 0)
     model.eval()(batch(0))  # leaves gathered parameters in the modules
     before = {name: tensor.clone() for name, tensor in local(averages(ema)).items()}
@@ -211,7 +211,7 @@ def full_of(ema: FastEMA) -> Averages:
 def test_shards_as_they_lie_in_memory(rank: Rank) -> None:
     """Averages are DTensors as the model's own are, over memory of the EMA; also of uneven and of empty shards."""
     model = shard(net())
-    ema = FastEMA(model, decay=0.5, device="cpu")
+    ema = FastEMA(model, decay=0.5, decay_type="constant", device="cpu")
     for name, parameter in model.named_parameters():
         average = averages(ema)[name]
         assert isinstance(average, DTensor) and type(average) is DTensor
@@ -238,7 +238,7 @@ def test_the_shadow_of_low_precision(rank: Rank) -> None:
     """bfloat16 weights get a float32 shadow; several decays, and the torch backend, do the same."""
     for backend in ("auto", "torch"):
         model = shard(net().bfloat16())
-        ema = FastEMA(model, decay=(0.5, 0.75), backend=backend)
+        ema = FastEMA(model, decay=(0.5, 0.75), decay_type="constant", backend=backend)
         optimizer = sgd(model)
         reference = {name: tensor.float() for name, tensor in full(dict(model.named_parameters())).items()}
         x = batch(0).bfloat16()
@@ -279,7 +279,7 @@ def test_a_model_that_began_on_the_meta_device(rank: Rank) -> None:
                 if isinstance(tensor, DTensor)
                 else whole
             )
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     x = batch(0)
     assert_same(full(averages(ema)), weights)
     halved = {name: tensor / 2 if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
@@ -300,12 +300,12 @@ def test_an_update_in_the_midst(rank: Rank) -> None:
     model = shard(net())
     model.set_reshard_after_backward(False)
     optimizer = sgd(model)
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     train_step(model, optimizer, 0)
     assert not isinstance(model.enter.weight, DTensor)
     ema.update()
     assert not isinstance(model.enter.weight, DTensor)
-    built_now = FastEMA(model, decay=0.5)
+    built_now = FastEMA(model, decay=0.5, decay_type="constant")
     built_now.update()
     assert not isinstance(model.enter.weight, DTensor)
     assert averages(built_now).keys() == averages(ema).keys()
@@ -339,7 +339,7 @@ def test_a_swap_between_accumulated_gradients(rank: Rank) -> None:
     for swaps in (False, True):
         for reshards in (False, True):
             model = shard(net())
-            ema = FastEMA(model, decay=0.5)
+            ema = FastEMA(model, decay=0.5, decay_type="constant")
             for part in range(3):
                 model.set_requires_gradient_sync(part == 2)
                 model.set_reshard_after_backward(reshards or part == 2)
@@ -357,7 +357,7 @@ def test_a_swap_between_accumulated_gradients(rank: Rank) -> None:
 def test_gathered_weights_never_outlive_an_exchange(rank: Rank) -> None:
     """Not after a forward that raised, nor where the next one's weights are under way; nor does a graph notice late."""
     model = shard(net(), reshard_after_forward=False)
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().mul_(3.0)
@@ -394,7 +394,7 @@ def test_gathered_weights_never_outlive_an_exchange(rank: Rank) -> None:
         model = shard(net(), reshard_after_forward=False)
         model.load_state_dict({name: distribute_like(model, name, value) for name, value in live.items()})
         model.eval()(x)
-        ema = FastEMA(model, decay=0.5)
+        ema = FastEMA(model, decay=0.5, decay_type="constant")
 
 
 def distribute_like(model: nn.Module, name: str, value: Tensor) -> Tensor:
@@ -407,7 +407,7 @@ def test_a_part_of_a_sharded_model(rank: Rank) -> None:
     """FSDP gathers a part with the module around it: where FastEMA cannot reach that one, it says so."""
     model = fully_shard(net())
     model(batch(0)).sum().backward()
-    ema = FastEMA(model.blocks, decay=0.5)
+    ema = FastEMA(model.blocks, decay=0.5, decay_type="constant")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().mul_(3.0)
@@ -429,7 +429,7 @@ def test_a_part_of_a_sharded_model(rank: Rank) -> None:
 def test_full_averages_on_rank_0(rank: Rank) -> None:
     """The two recipes of the README."""
     model = shard(net())
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     optimizer = sgd(model)
     for step in range(3):
         train_step(model, optimizer, step)
@@ -452,13 +452,13 @@ def test_full_averages_on_rank_0(rank: Rank) -> None:
 def test_whole_tensors_load_into_shards(rank: Rank) -> None:
     """A state of a model that is not sharded: each rank takes its part. The other way needs who gathers."""
     plain = net()
-    one = FastEMA(plain, decay=0.5)
+    one = FastEMA(plain, decay=0.5, decay_type="constant")
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(1.0)
     one.update()
     model = shard(net())
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     result = ema.load_state_dict(one.state_dict())
     assert result.missing_keys == result.unexpected_keys == [] and ema.num_updates == 1
     assert_same(full(averages(ema)), averages(one))
@@ -481,7 +481,7 @@ def test_whole_tensors_load_into_shards(rank: Rank) -> None:
 def test_a_sharded_model_moves(rank: Rank) -> None:
     """`load_state_dict(assign=True)` and `.data =` replace local tensors: the average follows."""
     model = shard(net())
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     before = {name: tensor.clone() for name, tensor in local(averages(ema)).items()}
     for step, assign in enumerate((True, False)):
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -496,7 +496,7 @@ def test_a_sharded_model_moves(rank: Rank) -> None:
         with ema.swapped(), torch.no_grad():
             torch.testing.assert_close(model.eval()(batch(0)), with_weights(full(averages(ema)), batch(0)))
     block = fully_shard(Block(7))  # has no buffers, which a move would replace
-    block_ema, parameters = FastEMA(block, decay=0.5), list(block.parameters())
+    block_ema, parameters = FastEMA(block, decay=0.5, decay_type="constant"), list(block.parameters())
     before = {name: tensor.clone() for name, tensor in local(averages(block_ema)).items()}
     block._apply(lambda tensor: tensor + 1.0)
     assert all(a is b for a, b in zip(parameters, block.parameters(), strict=True))  # with other local tensors inside
@@ -511,7 +511,7 @@ def test_a_sharded_model_moves(rank: Rank) -> None:
 @on_ranks(2)
 def test_what_a_sharded_model_cannot(rank: Rank) -> None:
     model = shard(net())
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     for copying in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match=r"torch.distributed.checkpoint.save\(\) its state_dict"):
             copying(ema)
@@ -543,7 +543,7 @@ def test_what_a_sharded_model_cannot(rank: Rank) -> None:
 @on_ranks(2)
 def test_a_compiled_update_runs_outside_the_graph(rank: Rank) -> None:
     model = shard(net())
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().add_(1.0)
@@ -634,7 +634,7 @@ def test_tensor_parallel_weights(rank: Rank) -> None:
     twin = copy.deepcopy(model)
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     assert model[0].weight.placements == (Shard(0),) and model[2].bias.placements == (Replicate(),)
-    emas = FastEMA(model, decay=0.5), FastEMA(twin, decay=0.5)
+    emas = FastEMA(model, decay=0.5, decay_type="constant"), FastEMA(twin, decay=0.5, decay_type="constant")
     x = torch.randn(3, 6)
     for each, ema in zip((model, twin), emas, strict=True):
         optimizer = sgd(each)
@@ -672,7 +672,7 @@ def test_sharded_twice_and_replicated(rank: Rank) -> None:
         else:
             parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
             fully_shard(model, mesh=mesh["data"])
-        emas = FastEMA(model, decay=0.5), FastEMA(twin, decay=0.5)
+        emas = FastEMA(model, decay=0.5, decay_type="constant"), FastEMA(twin, decay=0.5, decay_type="constant")
         x = torch.ones(3, 6)
         for each, ema in zip((model, twin), emas, strict=True):
             optimizer = sgd(each)

@@ -121,7 +121,7 @@ def pair(seam: Seam, model: nn.Module | None = None, **arguments: Any) -> tuple[
     """An offloaded average and an ordinary one, of equal models, on a device whose guard nobody asks unbidden."""
     model = small_model() if model is None else model
     twin = copy.deepcopy(model)
-    arguments = {"decay": 0.5, **arguments}
+    arguments = {"decay": 0.5, "decay_type": "constant", **arguments}
     offloaded = FastEMA(model, **arguments)
     with seam.off():
         ordinary = FastEMA(twin, **arguments)
@@ -243,7 +243,7 @@ def test_an_attached_step_waits_for_the_copy_and_nothing_before_it_does(seam: Se
 
 def test_only_what_attached_optimizers_step_is_left_to_their_hooks(seam: Seam) -> None:
     model = small_model()
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
     handle = ema.attach(optimizer)
     (plan,) = ema._shadow.offloaded
@@ -370,7 +370,7 @@ def test_weights_that_move_while_they_are_copied(seam: Seam) -> None:
 
 def test_stand_ins_of_another_dtype_are_swapped_in(seam: Seam) -> None:
     model = small_model(torch.bfloat16)
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     train(model)
     live = bits(model)
     ema.update()

@@ -70,7 +70,10 @@ def test_fifty_steps_without_a_wait_in_between(attached: bool) -> None:
     """Beside an average on the GPU, that nothing here waits for either."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    on_host, on_gpu = FastEMA(model, decay=0.9, device="cpu"), FastEMA(model, decay=0.9)
+    on_host, on_gpu = (
+        FastEMA(model, decay=0.9, decay_type="constant", device="cpu"),
+        FastEMA(model, decay=0.9, decay_type="constant"),
+    )
     if attached:
         on_gpu.attach(optimizer)
         on_host.attach(optimizer)
@@ -106,7 +109,7 @@ def test_an_update_does_not_wait_for_the_device() -> None:
 
 def test_what_is_being_copied_is_not_overwritten() -> None:
     model = make_model()
-    ema = FastEMA(model, decay=0.0, device="cpu")
+    ema = FastEMA(model, decay=0.0, decay_type="constant", device="cpu")
     expected = copy.deepcopy(model.state_dict())
     torch.cuda.synchronize()
     with torch.cuda.stream(side_stream(ema)):
@@ -120,7 +123,7 @@ def test_what_is_being_copied_is_not_overwritten() -> None:
 
 def test_an_attached_step_alone_waits_for_the_copy() -> None:
     model = nn.Linear(64, 64).cuda()
-    ema = FastEMA(model, decay=0.0, device="cpu")
+    ema = FastEMA(model, decay=0.0, decay_type="constant", device="cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ema.attach(optimizer)
     features = torch.randn(8, 64, device="cuda")
@@ -146,7 +149,7 @@ def test_an_attached_step_alone_waits_for_the_copy() -> None:
 
 def test_found_inf_on_the_device_skips() -> None:
     model = make_model()
-    ema = FastEMA(model, decay=0.5, device="cpu")
+    ema = FastEMA(model, decay=0.5, decay_type="constant", device="cpu")
     before = copy.deepcopy(ema.shadow_state_dict())
     with torch.no_grad():
         model[0].weight.add_(1.0)

@@ -34,7 +34,7 @@ def through_a_file(state: Any) -> Any:
 def test_weights_that_stand_still_stay_bit_for_bit(backend: str) -> None:
     """super-gradients (distillation): a teacher averaged with itself as d*t + (1-d)*t drifts, 15.6 % in 1,000 steps."""
     model = nn.Linear(64, 64)
-    ema = FastEMA(model, decay=0.9999, backend=backend)
+    ema = FastEMA(model, decay=0.9999, decay_type="constant", backend=backend)
     before = bits(model)
     for _ in range(1000):
         ema.update()
@@ -51,7 +51,7 @@ def test_tied_weights_are_averaged_once(backend: str, tie: str) -> None:
         model["b"] = model["a"]
     with torch.no_grad():
         model["a"].weight.zero_()
-    ema = FastEMA(model, decay=0.9, backend=backend)
+    ema = FastEMA(model, decay=0.9, decay_type="constant", backend=backend)
     with torch.no_grad():
         model["a"].weight.fill_(1.0)
     ema.update()
@@ -63,7 +63,7 @@ def test_tied_weights_are_averaged_once(backend: str, tie: str) -> None:
 def test_the_average_of_16_bit_weights_does_not_stall(backend: str, dtype: torch.dtype) -> None:
     """A bfloat16 shadow (diffusers, timm and others) rounds every step of (1 - 0.9999) * 0.01 away."""
     weight = nn.Parameter(torch.ones(4, dtype=dtype))
-    ema = FastEMA([("w", weight)], decay=0.9999, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.9999, decay_type="constant", backend=backend)
     with torch.no_grad():
         weight.add_(0.01)
     target = weight[0].item()
@@ -77,13 +77,13 @@ def test_the_average_of_16_bit_weights_does_not_stall(backend: str, dtype: torch
 def test_a_16_bit_shadow_that_would_stall_is_refused(backend: str) -> None:
     """The same, asked for by name."""
     with pytest.raises(ValueError, match=r"bfloat16 shadow stands still at decay 0.9999"):
-        FastEMA(nn.Linear(2, 2), decay=0.9999, dtype=torch.bfloat16, backend=backend)
+        FastEMA(nn.Linear(2, 2), decay=0.9999, decay_type="constant", dtype=torch.bfloat16, backend=backend)
 
 
 def test_one_nan_does_not_poison_the_average(backend: str) -> None:
     """ultralytics (six pull requests): one NaN weight, and the average is NaN for ever."""
     model = nn.Linear(8, 8)
-    ema = FastEMA(model, decay=0.9, backend=backend)
+    ema = FastEMA(model, decay=0.9, decay_type="constant", backend=backend)
     good = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         model.weight[3, 3] = float("nan")
@@ -101,7 +101,7 @@ def test_one_nan_does_not_poison_the_average(backend: str) -> None:
 def test_integer_buffers_go_along(backend: str) -> None:
     """num_batches_tracked froze at 1, 1, 1, ... (averaged in integers) or was never copied."""
     model = nn.BatchNorm1d(3)
-    ema = FastEMA(model, decay=0.999, backend=backend)
+    ema = FastEMA(model, decay=0.999, decay_type="constant", backend=backend)
     seen = []
     for step in range(4):
         model(values(5, 3, seed=step))
@@ -116,7 +116,7 @@ def test_spectral_norm_vectors_are_copied(backend: str) -> None:
         nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)),
         nn.utils.spectral_norm(nn.Linear(4, 3)),
     ):
-        ema = FastEMA(layer, decay=0.9, backend=backend)
+        ema = FastEMA(layer, decay=0.9, decay_type="constant", backend=backend)
         for step in range(3):
             layer(values(5, 4, seed=step))
             train(layer, seed=step)
@@ -157,12 +157,12 @@ def test_the_warm_up_does_not_restart_after_a_resume(backend: str, decay_type: s
 def test_an_ema_that_is_built_before_the_checkpoint_is_loaded(backend: str, order: str) -> None:
     """It went on averaging from the initial weights."""
     model = small_model()
-    ema = FastEMA(model, decay=0.9, backend=backend)
+    ema = FastEMA(model, decay=0.9, decay_type="constant", backend=backend)
     train(model)
     ema.update()
     saved = through_a_file({"net": model.state_dict(), "ema": ema.state_dict()})
     other = small_model(seed=7)
-    resumed = FastEMA(other, decay=0.9, backend=backend)
+    resumed = FastEMA(other, decay=0.9, decay_type="constant", backend=backend)
     if order == "model first":
         other.load_state_dict(saved["net"])
         resumed.load_state_dict(saved["ema"])
@@ -178,11 +178,11 @@ def test_an_ema_that_is_built_before_the_checkpoint_is_loaded(backend: str, orde
 def test_a_threshold_step_that_passed_before_a_resume_has_still_passed(backend: str) -> None:
     """`if epoch == trigger` never fires in a run that resumes behind the trigger."""
     weight = nn.Parameter(torch.zeros(1))
-    ema = FastEMA([("w", weight)], decay=0.5, update_after_step=3, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", update_after_step=3, backend=backend)
     for _ in range(5):
         ema.update()
     state = through_a_file(ema.state_dict())
-    resumed = FastEMA([("w", weight)], decay=0.5, update_after_step=3, backend=backend)
+    resumed = FastEMA([("w", weight)], decay=0.5, decay_type="constant", update_after_step=3, backend=backend)
     resumed.load_state_dict(state)
     with torch.no_grad():
         weight.fill_(1.0)
@@ -196,7 +196,7 @@ def test_a_threshold_step_that_passed_before_a_resume_has_still_passed(backend: 
 def test_a_checkpoint_that_is_saved_while_swapped_has_the_right_average(backend: str) -> None:
     """nequip #590, schnetpack #785: the average was saved as the weights and the weights as the average."""
     model = small_model()
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     train(model)
     ema.update()
     outside = through_a_file({"ema": ema.state_dict(), "ema_net": ema.shadow_state_dict()})
@@ -212,7 +212,7 @@ def test_a_checkpoint_that_is_saved_while_swapped_has_the_right_average(backend:
 def test_a_validation_that_raises_leaves_the_live_weights(backend: str) -> None:
     """Store / copy / validate / restore without `finally`: training went on with the average."""
     model = small_model()
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     train(model)
     live = bits(model)
     with pytest.raises(torch.OutOfMemoryError), ema.swapped():
@@ -225,7 +225,7 @@ def test_a_second_view_of_a_weight_sees_the_swap(backend: str) -> None:
     """FSDP2 gathers from a second view of each shard; a swap through `p.data` leaves that view live, silently."""
     shard = values(12)
     weight = nn.Parameter(shard.view(3, 4))
-    ema = FastEMA([("w", weight)], decay=0.5, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", backend=backend)
     with torch.no_grad():
         weight.add_(2.0)
     ema.update()
@@ -245,7 +245,7 @@ def test_a_model_that_cannot_be_copied_is_averaged(backend: str) -> None:
             raise TypeError("no")
 
     model = Uncopyable(2, 2)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     train(model)
     ema.update()
     with ema.swapped():
@@ -258,10 +258,10 @@ def test_a_model_that_cannot_be_copied_is_averaged(backend: str) -> None:
 def test_a_compiled_model_is_averaged_under_plain_names(backend: str) -> None:
     """senpai #2899: `_orig_mod.` in front of every name, none matched, nothing was averaged, silently."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     inner_compiled = nn.Sequential(torch.compile(model[0], backend="eager"), model[1])
     for wrapped in (torch.compile(model, backend="eager"), inner_compiled):
-        compiled = FastEMA(wrapped, decay=0.5, backend=backend)
+        compiled = FastEMA(wrapped, decay=0.5, decay_type="constant", backend=backend)
         assert set(shadow(compiled)) == set(shadow(ema)) == {"0.weight", "0.bias", "1.weight", "1.bias"}
         before = shadow(compiled)["0.weight"].clone()
         train(model)
@@ -279,7 +279,10 @@ def test_gradient_accumulation_updates_once_per_optimizer_step(backend: str) -> 
     short group, which steps without an update."""
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ema, by_hand = FastEMA(model, decay=0.5, backend=backend), FastEMA(model, decay=0.5, backend=backend)
+    ema, by_hand = (
+        FastEMA(model, decay=0.5, decay_type="constant", backend=backend),
+        FastEMA(model, decay=0.5, decay_type="constant", backend=backend),
+    )
     ema.attach(optimizer)
     batches, accumulate = 10, 4
     for index in range(batches):
@@ -310,7 +313,7 @@ def test_frozen_when_built_then_unfrozen(backend: str) -> None:
     """EMAs that register only what requires grad raise a KeyError, or leave the layer out for ever."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     ema.update()
     model[0].requires_grad_(True)
     before = shadow(ema)["0.weight"].clone()
@@ -326,7 +329,7 @@ def test_an_update_under_inference_mode_does_not_end_all_updates(backend: str) -
     """ultralytics #22372: the average became inference tensors, which nothing may update outside."""
     model = nn.Linear(2, 2)
     with torch.inference_mode():
-        ema = FastEMA(model, decay=0.5, backend=backend)
+        ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
         ema.update()
         with ema.swapped():
             pass

@@ -30,7 +30,7 @@ def test_plans_are_built_and_destroyed_without_a_leak(backend: str) -> None:
     model = nn.Linear(1000, 1)
 
     def cycle() -> None:
-        ema = FastEMA(model, decay=0.5, backend=backend)
+        ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
         ema.update()
         with ema.swapped():
             pass

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cases.reference import SCHEDULES, exponential, warmup
+from cases.reference import ARGUMENTS, SCHEDULES, exponential, warmup
 from fastema import EMA_DECAY_FUNCTIONS, FastEMA, IDecayFunction, schedules
 
 TOTAL = 200
@@ -31,7 +31,7 @@ def registry() -> Iterator[dict[str, type[IDecayFunction]]]:
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9999, 1.0])
 @pytest.mark.parametrize("decay_type", SCHEDULES)
 def test_formulas(decay_type: str, decay: float) -> None:
-    average = ema(decay_type, decay, total_steps=TOTAL)
+    average = ema(decay_type, decay, total_steps=TOTAL, **ARGUMENTS.get(decay_type, {}))
     for step in range(1, TOTAL + 1):
         expected = SCHEDULES[decay_type](decay, step, TOTAL)
         assert average.decay_at(step) == pytest.approx(expected, rel=1e-14, abs=1e-15)
@@ -43,7 +43,7 @@ def test_numbers_worked_by_hand() -> None:
     assert ema("threshold", 0.9).decay_at(80) == 0.9
     assert ema("linear", 0.8, total_steps=100).decay_at(25) == pytest.approx(0.2)
     assert ema("exp", 1.0, total_steps=15).decay_at(1) == pytest.approx(1 - 1 / math.e)
-    assert ema("warmup", 0.9999).decay_at(7) == pytest.approx(0.75)  # 1 - 8^(-2/3)
+    assert ema("warmup", 0.9999).decay_at(8) == pytest.approx(0.75)  # 1 - 8^(-2/3)
 
 
 def test_every_built_in_schedule_is_covered() -> None:
@@ -71,7 +71,8 @@ def test_training_on_past_total_steps_stays_in_range(decay_type: str) -> None:
 def test_update_uses_the_decay_of_its_step() -> None:
     for decay_type, formula in SCHEDULES.items():
         weight = torch.zeros(1, dtype=torch.float64)
-        average = FastEMA([("w", weight)], 0.9, decay_type=decay_type, total_steps=TOTAL)
+        arguments = ARGUMENTS.get(decay_type, {})
+        average = FastEMA([("w", weight)], 0.9, decay_type=decay_type, total_steps=TOTAL, **arguments)
         expected = 0.0
         for step in range(1, 20):
             weight.fill_(float(step))

@@ -38,8 +38,8 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
 def test_each_average_is_that_of_a_single_one(backend: str, count: int, dtype: torch.dtype) -> None:
     model = make_model(dtype)
-    several = FastEMA(model, decay=DECAYS[:count], backend=backend)
-    singles = [FastEMA(model, decay=decay, backend=backend) for decay in DECAYS[:count]]
+    several = FastEMA(model, decay=DECAYS[:count], decay_type="constant", backend=backend)
+    singles = [FastEMA(model, decay=decay, decay_type="constant", backend=backend) for decay in DECAYS[:count]]
     for seed in range(5):
         train_a_bit(model, seed)
         for ema in (several, *singles):
@@ -50,7 +50,7 @@ def test_each_average_is_that_of_a_single_one(backend: str, count: int, dtype: t
 
 def test_swapping_each_one_in(backend: str) -> None:
     model = make_model()
-    ema = FastEMA(model, decay=(0.5, 0.9), backend=backend)
+    ema = FastEMA(model, decay=(0.5, 0.9), decay_type="constant", backend=backend)
     train_a_bit(model, 1)
     ema.update()
     live = copy.deepcopy(model.state_dict())
@@ -73,7 +73,7 @@ def test_numbers_come_as_tuples() -> None:
     assert ema.decay_at(5) == pytest.approx((0.45, 0.495))
     assert ema.window() == pytest.approx((10, 100))
     assert ema.lag(50) == pytest.approx((0.2, 2))
-    one = FastEMA(make_model(), decay=[0.9])
+    one = FastEMA(make_model(), decay=[0.9], decay_type="constant")
     assert one.decay == (0.9,) and len(one.state_dict()["shadow"]) == 1
 
 
@@ -99,7 +99,7 @@ def test_state_resumes_all_of_them_exactly(backend: str) -> None:
 
 def test_an_element_is_counted_once_for_all(backend: str) -> None:
     model = nn.Linear(3, 1, bias=False)
-    ema = FastEMA(model, decay=DECAYS, backend=backend)
+    ema = FastEMA(model, decay=DECAYS, decay_type="constant", backend=backend)
     with torch.no_grad():
         model.weight[0, 1] = float("nan")
     ema.update()
@@ -109,7 +109,7 @@ def test_an_element_is_counted_once_for_all(backend: str) -> None:
 
 @pytest.mark.parametrize("which", [2, -1, True, "0"])
 def test_which_must_exist(which: object) -> None:
-    ema = FastEMA(make_model(), decay=[0.9, 0.99])
+    ema = FastEMA(make_model(), decay=[0.9, 0.99], decay_type="constant")
     for call in (ema.apply_shadow, ema.shadow_state_dict, ema.copy_to):
         with pytest.raises(ValueError, match="which must be"):
             call(which=which)  # type: ignore[arg-type]
@@ -118,15 +118,15 @@ def test_which_must_exist(which: object) -> None:
 
 def test_a_state_with_another_number_of_averages_is_refused() -> None:
     model = make_model()
-    state = FastEMA(model, decay=[0.9, 0.99]).state_dict()
+    state = FastEMA(model, decay=[0.9, 0.99], decay_type="constant").state_dict()
     with pytest.raises(ValueError, match="the state has 2 averages, this FastEMA has 1"):
-        FastEMA(model, decay=0.9).load_state_dict(state)
+        FastEMA(model, decay=0.9, decay_type="constant").load_state_dict(state)
 
 
 @pytest.mark.parametrize("decay", [[], [0.9, 1.5], [0.9, float("nan")], "0.9", [0.9, "x"]])
 def test_bad_sequences_are_refused(decay: object) -> None:
     with pytest.raises(ValueError, match="decay must be"):
-        FastEMA(make_model(), decay=decay)  # type: ignore[arg-type]
+        FastEMA(make_model(), decay=decay, decay_type="constant")  # type: ignore[arg-type]
 
 
 def test_a_plan_wants_one_dtype_and_as_many_weights_as_shadows(backend: str) -> None:

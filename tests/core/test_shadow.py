@@ -30,7 +30,7 @@ def check(
         moves: what changes the weights at step 1, 2, 3; None: every tensor gets other values.
     """
     named = named_of(source)
-    ema = FastEMA(source, decay=0.75, backend=backend, **arguments)  # type: ignore[arg-type]
+    ema = FastEMA(source, decay=0.75, decay_type="constant", backend=backend, **arguments)  # type: ignore[arg-type]
     shadow = ema.state_dict()["shadow"]
     assert set(shadow) == set(named)
     floats = {name: t for name, t in named.items() if t.is_floating_point() or t.is_complex()}
@@ -104,6 +104,7 @@ def test_an_averaged_view_wins_over_a_copied_one(backend: str) -> None:
     ema = FastEMA(
         [("copied", room[:12]), ("averaged", room[8:])],
         decay=0.5,
+        decay_type="constant",
         backend=backend,
         policy=lambda name, *_: "copy" if name == "copied" else "average",
     )
@@ -120,7 +121,7 @@ def test_an_averaged_view_wins_over_a_copied_one(backend: str) -> None:
 def test_a_view_of_another_dtype_follows(backend: str) -> None:
     """An integer view of an averaged weight: the average is taken of the floats, once."""
     weight = values(6)
-    ema = FastEMA([("f", weight), ("i", weight.view(torch.int32))], decay=0.5, backend=backend)
+    ema = FastEMA([("f", weight), ("i", weight.view(torch.int32))], decay=0.5, decay_type="constant", backend=backend)
     old = weight.clone()
     weight.add_(1)
     ema.update()
@@ -343,7 +344,13 @@ def test_a_copied_neighbour_in_a_storage_that_is_widened(backend: str) -> None:
     """One bfloat16 buffer holds a weight, a copied mask and bytes of nobody; its shadow is float32."""
     room = values(30, dtype=torch.bfloat16)
     named = [("w", room[1:12]), ("mask", room[15:22])]
-    ema = FastEMA(named, decay=0.5, backend=backend, policy=lambda name, *_: "copy" if name == "mask" else None)
+    ema = FastEMA(
+        named,
+        decay=0.5,
+        decay_type="constant",
+        backend=backend,
+        policy=lambda name, *_: "copy" if name == "mask" else None,
+    )
     before, mask = room.clone(), values(7, dtype=torch.bfloat16, seed=5)
     room[15:22] = mask
     ema.update()
@@ -397,7 +404,7 @@ def test_copy_on_write_weights(backend: str) -> None:
     source = values(16)
     weight = torch._lazy_clone(source)
     before = raw(source)
-    ema = FastEMA([("w", weight)], decay=0.5, backend=backend)
+    ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", backend=backend)
     with ema.swapped():
         weight.add_(100)  # writes the average; neither the source nor the live weight
     assert raw(source) == before
@@ -416,7 +423,7 @@ def test_shared_memory_weights(backend: str) -> None:
 def test_spectral_norm_and_parametrised_weights(backend: str) -> None:
     spectral_norm, weight_norm = nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm
     model = nn.Sequential(spectral_norm(nn.Linear(4, 3)), weight_norm(nn.Linear(3, 2)))
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     model(values(5, 4)).sum().backward()
     train(model)
     ema.update()

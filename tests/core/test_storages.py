@@ -180,7 +180,7 @@ def test_every_element_is_averaged_or_copied_once_and_nothing_else_is_touched(
     for _, view, rule in views:
         (averaged if rule == "average" else copied).update(covered(view))
     named = [(name, view) for name, view, _ in views]
-    ema = FastEMA(named, decay=0.5, backend=backend, policy=lambda name, *_: rules[name])  # type: ignore[arg-type, return-value]
+    ema = FastEMA(named, decay=0.5, decay_type="constant", backend=backend, policy=lambda name, *_: rules[name])  # type: ignore[arg-type, return-value]
     wide = torch.float32 if room.dtype == torch.bfloat16 else room.dtype
     old = room.to(wide).clone()
     room.copy_(values(room.numel(), dtype=room.dtype, seed=5))

@@ -69,7 +69,8 @@ def values_of(tensors: list[Tensor]) -> set[float]:
 def test_validating_and_updating_at_once_is_an_error_or_right(backend: str) -> None:
     """The live weights are all 1, the average all 0: a bit in the wrong place would be seen."""
     model = constant_model(0.0)
-    ema = FastEMA(model, decay=1.0, backend=backend)  # the average stays 0, so every outcome is known
+    # The average stays 0, so every outcome is known.
+    ema = FastEMA(model, decay=1.0, decay_type="constant", backend=backend)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
@@ -90,7 +91,7 @@ def test_validating_and_updating_at_once_is_an_error_or_right(backend: str) -> N
 
 def test_two_threads_updating_count_and_average_exactly_what_was_not_refused(backend: str) -> None:
     model = constant_model(0.0)
-    ema = FastEMA(model, decay=0.5, backend=backend, nonfinite="propagate")
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend, nonfinite="propagate")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
@@ -102,7 +103,7 @@ def test_two_threads_updating_count_and_average_exactly_what_was_not_refused(bac
 
 def test_two_threads_swapping_never_mix(backend: str) -> None:
     model = constant_model(0.0)
-    ema = FastEMA(model, decay=1.0, backend=backend)
+    ema = FastEMA(model, decay=1.0, decay_type="constant", backend=backend)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
@@ -150,7 +151,7 @@ class WeightsInWorkers(Dataset[float]):
 @needs_fork
 def test_workers_forked_while_applied_see_the_average_and_the_parent_restores(backend: str) -> None:
     model = constant_model(0.0)
-    ema = FastEMA(model, decay=1.0, backend=backend)
+    ema = FastEMA(model, decay=1.0, decay_type="constant", backend=backend)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
@@ -168,7 +169,7 @@ from fastema import FastEMA
 
 torch.set_num_threads(2)
 model = torch.nn.Linear(2000, 2000)
-ema = FastEMA(model, decay=[0.5, 0.9], backend=sys.argv[1])
+ema = FastEMA(model, decay=[0.5, 0.9], decay_type="constant", backend=sys.argv[1])
 ema.update()
 model(torch.randn(500, 2000))  # torch's own threads run too
 with ema.swapped(in_place=True):  # entered in the parent, left in the child

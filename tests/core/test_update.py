@@ -314,7 +314,7 @@ def test_every_layout_through_fastema(
 ) -> None:
     live = LAYOUTS[layout](live_dtype)
     around = torch.empty(0, dtype=live_dtype).set_(live.untyped_storage()).clone()
-    ema = FastEMA([("w", live)], decay=0.75, dtype=shadow_dtype, backend=backend)
+    ema = FastEMA([("w", live)], decay=0.75, decay_type="constant", dtype=shadow_dtype, backend=backend)
     shadow = ema.state_dict()["shadow"]["w"]
     assert shadow.dtype == shadow_dtype
     assert shadow.stride() == live.stride()

@@ -205,11 +205,14 @@ TestCalls.settings = settings(quiet, max_examples=max(1, CASES // 8), stateful_s
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
+TYPES = ["constant", "threshold", "exp", "linear", "warmup", "debiased", "power", "half_life", "half_life_fraction"]
 junk = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just([]), st.just({}))
 numbers = st.one_of(st.floats(), st.floats(0, 1), st.integers(-2, 40), junk)
 choices = {
     "decay": st.one_of(numbers, st.lists(numbers, max_size=4), st.tuples(st.floats(0, 1))),
-    "decay_type": st.one_of(st.sampled_from(["constant", "threshold", "exp", "linear", "warmup"]), junk),
+    "decay_type": st.one_of(st.sampled_from(TYPES), st.lists(st.sampled_from(TYPES), max_size=3), junk),
+    "sigma_rel": st.one_of(numbers, st.lists(numbers, max_size=3)),
+    "half_life": numbers,
     "total_steps": numbers,
     "update_every": numbers,
     "update_after_step": numbers,

@@ -48,7 +48,7 @@ class Lerp:
 def test_accumulated_batches_count_once(backend: str) -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ema, expected = FastEMA(model, 0.5, backend=backend), Lerp(model, 0.5)
+    ema, expected = FastEMA(model, 0.5, decay_type="constant", backend=backend), Lerp(model, 0.5)
     ema.attach(optimizer)
     for batch in range(9):
         loss_of(model).backward()
@@ -89,7 +89,7 @@ def test_skipped_steps_with_a_schedule_and_a_scheduler(backend: str, fused: bool
 def test_a_closure_counts_once_and_is_averaged_at_its_end(backend: str) -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=5)
-    ema, expected = FastEMA(model, 0.5, backend=backend), Lerp(model, 0.5)
+    ema, expected = FastEMA(model, 0.5, decay_type="constant", backend=backend), Lerp(model, 0.5)
     ema.attach(optimizer)
     calls = 0
 
@@ -117,7 +117,7 @@ def two_optimizers() -> tuple[nn.Sequential, torch.optim.Optimizer, torch.optim.
 
 def test_optimizers_attached_together_update_once_a_round(backend: str) -> None:
     model, first, second = two_optimizers()
-    ema, expected = FastEMA(model, 0.5, backend=backend), Lerp(model, 0.5)
+    ema, expected = FastEMA(model, 0.5, decay_type="constant", backend=backend), Lerp(model, 0.5)
     handle = ema.attach(first, second)
     for _ in range(3):
         loss_of(model).backward()
@@ -144,7 +144,7 @@ def test_optimizers_attached_together_update_once_a_round(backend: str) -> None:
 
 def test_optimizers_attached_one_by_one_update_each(backend: str) -> None:
     model, first, second = two_optimizers()
-    ema, expected = FastEMA(model, 0.5, backend=backend), Lerp(model, 0.5)
+    ema, expected = FastEMA(model, 0.5, decay_type="constant", backend=backend), Lerp(model, 0.5)
     ema.attach(first)
     ema.attach(second)
     for _ in range(3):
@@ -184,7 +184,7 @@ def test_accelerate_with_accumulation(accelerate: Any, prepared: bool, backend: 
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=3)
     plain = torch.optim.SGD((model := nn.Linear(3, 2)).parameters(), lr=0.1)
     model, optimizer = accelerator.prepare(model, plain)
-    ema, expected = FastEMA(model, 0.5, backend=backend), Lerp(model, 0.5)
+    ema, expected = FastEMA(model, 0.5, decay_type="constant", backend=backend), Lerp(model, 0.5)
     handle = ema.attach(optimizer if prepared else plain)
     for batch in range(9):
         with accelerator.accumulate(model):
@@ -212,7 +212,7 @@ def test_accelerate_with_skipped_steps(accelerate: Any, fused: bool, backend: st
     optimizer = accelerate.optimizer.AcceleratedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1, fused=fused), scaler=scaler
     )
-    ema, expected = FastEMA(model, 0.5, backend=backend), Lerp(model, 0.5)
+    ema, expected = FastEMA(model, 0.5, decay_type="constant", backend=backend), Lerp(model, 0.5)
     ema.attach(optimizer)
     for overflow in (False, True, False, True, True, False):
         optimizer.zero_grad()

@@ -214,7 +214,7 @@ def test_the_usual_script() -> None:
     ema = EMAModel(start.parameters(), decay=0.5, min_decay=0.5)
     del start
     ema.to(torch.device("cpu"))
-    expected = FastEMA(model, 0.5, buffers="skip")
+    expected = FastEMA(model, 0.5, decay_type="constant", buffers="skip")
     for step in range(4):
         train(model, seed=step)
         ema.step(model.parameters())

@@ -336,7 +336,7 @@ def test_an_averaged_model_and_a_fastema_of_one_model_do_not_mix(backend: str, m
     model = torch.nn.Linear(3, 2)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     averaged.update_parameters(model)
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     with torch.no_grad():
         model.weight.add_(1.0)
     live = model.weight.detach().clone()

@@ -120,8 +120,9 @@ class Averages:
         shadow = saved if isinstance(own["shadow"], list) else saved[0]
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of another decay, which the run prints with all other changes
-                self.ema.load_state_dict({**state, "shadow": shadow})
+                warnings.simplefilter("ignore")  # another decay: said already, with all that changed
+                configured = {key: own[key] for key in ("decay", "decay_type", "decay_args")}
+                self.ema.load_state_dict({**state, **configured, "shadow": shadow})
         except ValueError as error:
             raise UserError(f"the EMA cannot be set up: {error}") from error
         return fresh

@@ -320,7 +320,7 @@ def test_a_backbone_with_its_channels_last() -> None:
 
 def test_fast_ema_averages_and_swaps_it() -> None:
     net = small_net(num_experts=3)
-    ema = FastEMA(net, decay=0.75)
+    ema = FastEMA(net, decay=0.75, decay_type="constant")
     expected = {name: weight.detach().clone() for name, weight in net.named_parameters()}
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
     for step in range(3):

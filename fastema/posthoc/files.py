@@ -1,0 +1,317 @@
+"""Snapshot files: written atomically, read with every checksum compared.
+
+A snapshot is a safetensors file: `0/NAME`, `1/NAME`, ... are the averages, `copy/NAME` what is not averaged, and its
+metadata holds the manifest: run, step, profiles, names, checksums. Of a sharded model it is a folder that
+torch.distributed.checkpoint wrote, with the manifest beside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastema.checkpoint import _replacing, _sync_folder
+from fastema.posthoc.profiles import Profile
+
+FORMAT = 1
+COPY = "copy"
+_MANIFEST = "manifest.json"
+_SINGLE, _SHARDED = ".safetensors", ".dcp"
+
+
+class SnapshotError(RuntimeError):
+    """A snapshot cannot be written, read or used; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a snapshot is of.
+
+    Args:
+        run: tells one training from another.
+        step: the optimizer step of the averages' last update.
+        update_every: of the FastEMA.
+        profiles: of each average.
+        averaged: name to dtype and shape, as stored, of what is averaged; each tied weight once.
+        copied: the same of what is not.
+        names: every other name to the one under which the tensor is stored.
+        rounding: relative L2 error that storing has added: 0 where nothing was rounded.
+    """
+
+    run: str
+    step: int
+    update_every: int
+    profiles: list[Profile]
+    averaged: dict[str, tuple[str, tuple[int, ...]]]
+    copied: dict[str, tuple[str, tuple[int, ...]]]
+    names: dict[str, str]
+    rounding: float = 0.0
+
+    def difference(self, other: Manifest) -> str | None:
+        """Return how `other` is of another model or other averages, or None."""
+        if self.profiles != other.profiles:
+            theirs, ours = ("; ".join(map(str, each.profiles)) for each in (other, self))
+            return f"it has the averages {theirs}, expected {ours}"
+        for what, ours_, theirs_ in (
+            ("averages", self.averaged, other.averaged),
+            ("copies", self.copied, other.copied),
+        ):
+            for name in {**ours_, **theirs_}:
+                if ours_.get(name) != theirs_.get(name):
+                    return f"it {what} {_said(name, theirs_)}, expected {_said(name, ours_)}"
+        return None
+
+
+def _said(name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    return f"no {name!r}" if name not in tensors else f"{name!r} as {tensors[name][0]} {list(tensors[name][1])}"
+
+
+def tensor_key(which: int | str, name: str) -> str:
+    """Return where a tensor is in the file."""
+    return f"{which}/{name}"
+
+
+def path_of(folder: Path, step: int, sharded: bool) -> Path:
+    """Return where the snapshot of a step belongs."""
+    return folder / f"step-{step:012d}{_SHARDED if sharded else _SINGLE}"
+
+
+def paths_in(folder: Path) -> dict[int, Path]:
+    """Return the snapshots of a folder by step, ascending."""
+    found = {}
+    for path in sorted(folder.glob("step-*")):
+        number = path.name.removeprefix("step-").partition(".")[0]
+        if path.suffix in (_SINGLE, _SHARDED) and number.isdecimal():
+            found[int(number)] = path
+    return dict(sorted(found.items()))
+
+
+def remove(path: Path) -> None:
+    """Delete a snapshot."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+# ---- writing ----
+
+
+def write(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Write a snapshot file atomically, and read it back before it takes its place.
+
+    Raises:
+        SnapshotError: it cannot be written; what was there before is untouched.
+    """
+    save_file = require_safetensors().torch.save_file
+    sums = {key: checksum(tensor) for key, tensor in tensors.items()}
+    try:
+        with _replacing(path) as temporary:
+            save_file(dict(tensors), temporary, {"fastema": _dumped(manifest, sums)})
+            _flush(temporary)
+            with reading(temporary) as reader:
+                for key in tensors:
+                    reader.read([key])
+    except (OSError, ValueError) as error:
+        raise SnapshotError(f"cannot write the snapshot {path}: {error}") from error
+
+
+def write_sharded(path: Path, manifest: Manifest, tensors: Mapping[str, Any]) -> None:
+    """Write the shards of all processes; all must call it, with a folder that all of them see.
+
+    Raises:
+        SnapshotError: it cannot be written; on every process.
+    """
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    if dist.get_rank() == 0 and temporary.exists():
+        shutil.rmtree(temporary)
+    dist.barrier()
+    dcp.save(dict(tensors), checkpoint_id=temporary)
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            sums = {each.name: _file_checksum(each) for each in sorted(temporary.iterdir())}
+            (temporary / _MANIFEST).write_text(_dumped(manifest, sums))
+            _flush(temporary / _MANIFEST)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            failure = [f"cannot write the snapshot {path}: {error}"]
+    dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise SnapshotError(failure[0])
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _dumped(manifest: Manifest, sums: Mapping[str, int]) -> str:
+    plain = {**vars(manifest), "format": FORMAT, "checksums": dict(sums)}
+    plain["profiles"] = [profile.plain() for profile in manifest.profiles]
+    text = json.dumps(plain)
+    return json.dumps({"manifest": text, "checksum": zlib.crc32(text.encode())})
+
+
+# ---- reading ----
+
+
+class Reader:
+    """Reads tensors of one snapshot and compares their checksums."""
+
+    def __init__(self, path: Path, manifest: Manifest, sums: Mapping[str, int], file: Any) -> None:
+        self.path, self.manifest = path, manifest
+        self._sums, self._file = sums, file
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Return tensors by key.
+
+        Raises:
+            SnapshotError: one is missing or damaged.
+        """
+        keys = list(keys)
+        if self._file is None:
+            return self._read_sharded(keys)
+        found = {}
+        for key in keys:
+            try:
+                found[key] = self._file.get_tensor(key)
+            except Exception as error:  # safetensors raises an exception of its own
+                raise _damaged(self.path, str(error)) from error
+            if checksum(found[key]) != self._sums.get(key):
+                raise _damaged(self.path, f"the checksum of {key!r} does not agree with its content")
+        return found
+
+    def _read_sharded(self, keys: list[str]) -> dict[str, Tensor]:
+        import torch.distributed.checkpoint as dcp
+
+        tensors = {key: torch.empty(shape, dtype=dtype) for key, dtype, shape in map(self._described, keys)}
+        try:
+            dcp.load(tensors, checkpoint_id=self.path, no_dist=True)
+        except Exception as error:  # whatever the damage leads to
+            raise _damaged(self.path, str(error)) from error
+        return tensors
+
+    def _described(self, key: str) -> tuple[str, torch.dtype, tuple[int, ...]]:
+        which, _, name = key.partition("/")
+        dtype, shape = (self.manifest.copied if which == COPY else self.manifest.averaged)[name]
+        return key, getattr(torch, dtype), tuple(shape)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Reader]:
+    """Open a snapshot.
+
+    Raises:
+        SnapshotError: it is none, damaged, or of a later version of fastema.
+    """
+    if path.is_dir():
+        manifest, sums = _loaded(path, _text_of(path))
+        for name, expected in sums.items():
+            if not (path / name).is_file() or _file_checksum(path / name) != expected:
+                raise _damaged(path, f"{name} is missing, or its checksum does not agree with its content")
+        yield Reader(path, manifest, sums, None)
+        return
+    with _opened(path) as file:
+        manifest, sums = _loaded(path, (file.metadata() or {}).get("fastema"))
+        yield Reader(path, manifest, sums, file)
+
+
+def manifest_of(path: Path) -> Manifest:
+    """Return what a snapshot is of, without reading its tensors.
+
+    Raises:
+        SnapshotError: it is none, or damaged.
+    """
+    if path.is_dir():
+        return _loaded(path, _text_of(path))[0]
+    with _opened(path) as file:
+        return _loaded(path, (file.metadata() or {}).get("fastema"))[0]
+
+
+def _text_of(folder: Path) -> str | None:
+    try:
+        return (folder / _MANIFEST).read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    safetensors = require_safetensors()
+    try:
+        file = safetensors.safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise SnapshotError(f"there is no snapshot {path}") from error
+    except Exception as error:  # safetensors raises an exception of its own
+        raise _damaged(path, str(error)) from error
+    with file as opened:
+        yield opened
+
+
+def _loaded(path: Path, text: str | None) -> tuple[Manifest, dict[str, int]]:
+    if text is None:
+        raise SnapshotError(f"{path} is not a snapshot of fastema: it has no manifest")
+    try:
+        outer = json.loads(text)
+        if zlib.crc32(outer["manifest"].encode()) != outer["checksum"]:
+            raise ValueError("the manifest's checksum does not agree with its content")
+        plain = json.loads(outer["manifest"])
+        if plain.pop("format") != FORMAT:
+            raise SnapshotError(f"{path} was written by a later version of fastema: update it")
+        sums = plain.pop("checksums")
+        plain["profiles"] = [Profile.of_plain(profile) for profile in plain["profiles"]]
+        for kind in ("averaged", "copied"):
+            plain[kind] = {name: (dtype, tuple(shape)) for name, (dtype, shape) in plain[kind].items()}
+        return Manifest(**plain), sums
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, why: str) -> SnapshotError:
+    return SnapshotError(
+        f"{path} is damaged or cut short ({why}). Nothing was made of it; move it out of the folder to go on without it"
+    )
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of a contiguous CPU tensor's bytes."""
+    if tensor.numel() == 0:
+        return 0
+    size = tensor.numel() * tensor.element_size()
+    return zlib.crc32((ctypes.c_char * size).from_address(tensor.data_ptr()))
+
+
+def _file_checksum(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            found = zlib.crc32(block, found)
+    return found
+
+
+def require_safetensors() -> Any:
+    """Return the package, or raise SnapshotError that says how to install it."""
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise SnapshotError("snapshots need the package safetensors: pip install safetensors") from error
+    return safetensors

@@ -1,0 +1,275 @@
+"""Snapshots of all averages of a FastEMA, from which `synthesize` makes others."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastema import sharded, state
+from fastema.checks import checked_count
+from fastema.posthoc import files
+from fastema.posthoc.files import COPY, Manifest, SnapshotError, tensor_key
+from fastema.posthoc.profiles import profiles_of
+
+if TYPE_CHECKING:
+    from fastema.ema import FastEMA
+
+
+class Snapshots:
+    """Saves all averages of a FastEMA to a folder, each time in a file of their own.
+
+    Build it after a checkpoint is loaded, and call `save()` after every update. A run resumed at step t sets aside the
+    snapshots of later steps, which the run before it wrote.
+
+    Args:
+        folder: of one run; made if it is not there. All processes of a sharded model must see it.
+        ema: of schedules with a known profile: "power", "constant", "half_life".
+        every: save at every so many optimizer steps.
+        at: save at these optimizer steps, too. With neither, each `save()` saves.
+        total_steps: of the run, whose last step is saved, too; for the disk use that is printed.
+        limit: at most so many snapshots are kept: the one whose neighbours are closest to each other goes.
+        dtype: torch.float32 (float64 averages stay so), or torch.float16 for half the disk: its rounding error is
+            measured and told with every average that is made from it.
+        verbose: print `disk_use()` now.
+
+    Raises:
+        ValueError: an argument out of range, or a schedule whose profile is not known.
+        SnapshotError: the folder has snapshots of another model or of other averages; safetensors is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> model = torch.nn.Linear(2, 1)
+        >>> ema = FastEMA(model, decay_type="power", sigma_rel=[0.05, 0.10])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     snapshots = Snapshots(folder, ema, every=2, verbose=False)
+        ...     for step in range(4):
+        ...         ema.update()
+        ...         _ = snapshots.save()
+        ...     sorted(synthesize(folder, sigma_rel=0.1))
+        ['bias', 'weight']
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        ema: FastEMA,
+        *,
+        every: int | None = None,
+        at: Iterable[int] = (),
+        total_steps: int | None = None,
+        limit: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        verbose: bool = True,
+    ) -> None:
+        if dtype not in (torch.float32, torch.float16):
+            raise ValueError(f"dtype must be torch.float32 or torch.float16, got {dtype!r}")
+        self._folder, self._ema, self._dtype = Path(folder), ema, dtype
+        self._every = None if every is None else checked_count("every", every, at_least=1)
+        self._at = frozenset(checked_count("at", step, at_least=1) for step in at)
+        self._total_steps = None if total_steps is None else checked_count("total_steps", total_steps, at_least=1)
+        self._limit = None if limit is None else checked_count("limit", limit, at_least=2)
+        self._sharded = ema._shadow.is_sharded
+        if not self._sharded:
+            files.require_safetensors()
+        self._run: str | None = None
+        self._latest: Manifest | None = None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._refuse_others(self._manifest(0, self._tensors(), 0.0), files.paths_in(self._folder))
+        if verbose and _rank() == 0:
+            print(self.disk_use())
+
+    def save(self) -> Path | None:
+        """Save a snapshot, if one is due at the EMA's step. All processes must call it.
+
+        Returns:
+            Where it is; None if none was due, or on a process that writes nothing.
+
+        Raises:
+            SnapshotError: it cannot be written; what was there before is untouched.
+            ValueError: float16 cannot hold a value; or the schedule has changed in mid-run.
+        """
+        counted, _, step = self._ema._counted()
+        if step == 0 or not self._is_due(counted):
+            return None
+        if not self._sharded and _rank() != 0:
+            return None  # every process has the same averages
+        tensors, names = self._tensors()
+        stored, rounding = self._rounded(tensors)
+        before = files.paths_in(self._folder) if _rank() == 0 else {}
+        manifest = self._manifest(step, (stored, names), rounding)
+        changed = None if self._latest is None else self._latest.difference(manifest)
+        if changed is not None:
+            raise SnapshotError(f"the averages changed in mid-run: {changed}. Their profiles are not known any more")
+        if self._run is None:
+            last = self._refuse_others(manifest, {at: path for at, path in before.items() if at < step})
+            self._run = last.run if last is not None else uuid.uuid4().hex
+        manifest = self._latest = replace(manifest, run=self._run)
+        earlier = self._set_later_aside(before, step)
+        path = files.path_of(self._folder, step, self._sharded)
+        if self._sharded:
+            files.write_sharded(path, manifest, stored)
+        else:
+            files.write(path, manifest, stored)
+        if _rank() == 0:
+            self._thin({**earlier, step: path})
+        return path
+
+    def disk_use(self) -> str:
+        """Return a line that says what the snapshots will take."""
+        each = sum(
+            value.numel()
+            * (value.element_size() if key.startswith(COPY) else _stored_dtype(value.dtype, self._dtype).itemsize)
+            for key, value in self._tensors()[0].items()
+        )
+        counts = [len(self._at)] if self._at else []
+        if self._every is not None and self._total_steps is not None:
+            counts = [len({*range(self._every, self._total_steps + 1, self._every), *self._at, self._total_steps})]
+        most = min([*counts, *([self._limit] if self._limit is not None else [])], default=None)
+        free = shutil.disk_usage(self._folder).free
+        if most is not None and most * each > free:
+            warnings.warn(
+                f"{most} snapshots take {_bytes(most * each)}, but {self._folder} has {_bytes(free)} free", stacklevel=3
+            )
+        total = "" if most is None else f", {most} of them {_bytes(most * each)}"
+        name = str(self._dtype).removeprefix("torch.")
+        return (
+            f"fastema: a snapshot of {len(self._ema._decays)} averages in {name} takes {_bytes(each)}{total}, in "
+            f"{self._folder} ({_bytes(free)} free)"
+        )
+
+    # ---- inside ----
+
+    def _is_due(self, step: int) -> bool:
+        if self._every is None and not self._at:
+            return True
+        return (self._every is not None and step % self._every == 0) or step in self._at or step == self._total_steps
+
+    def _tensors(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the tensors by key, each once, and the other names of those that have several."""
+        shadow = self._ema._shadow
+        averaged_names = {name for entry in shadow.managed if entry.rule == "average" for name in entry.names}
+        own = state.averages_by_name(shadow, 0)
+        averaged = {_place(own[name]) for name in averaged_names if own[name].numel()}
+        tensors: dict[str, Any] = {}
+        names: dict[str, str] = {}
+        for which in range(len(self._ema._decays)):
+            first: dict[Any, str] = {}
+            for name, value in self._ema.shadow_state_dict(which).items():
+                if not isinstance(value, Tensor):
+                    continue
+                value, place = value.detach(), _place(value)
+                if which == 0 and value.numel() and first.setdefault(place, name) != name:
+                    names[name] = first[place]
+                if name in names:
+                    continue
+                if which == 0:
+                    is_averaged = place in averaged
+                    tensors[tensor_key(0 if is_averaged else COPY, name)] = value
+                elif tensor_key(0, name) in tensors:
+                    tensors[tensor_key(which, name)] = value
+        return tensors, names
+
+    def _rounded(self, tensors: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """Return contiguous tensors on the CPU in the dtype to store, and the relative L2 error of rounding."""
+        stored, squares = {}, torch.zeros(2, dtype=torch.float64)
+        for key, value in tensors.items():
+            dtype = value.dtype if key.startswith(f"{COPY}/") else _stored_dtype(value.dtype, self._dtype)
+            # A copy in any case: training goes on while a slow disk writes.
+            kept = value.to(dtype).clone() if self._sharded else value.to("cpu", dtype, copy=True).contiguous()
+            if dtype != value.dtype:
+                was, now = (sharded.local_part(each).to("cpu", torch.float64) for each in (value, kept))
+                if bool((now.isinf() & was.isfinite()).any()):
+                    raise ValueError(
+                        f"{key!r} has values beyond 65,504, the largest of float16: use dtype=torch.float32"
+                    )
+                finite = was.isfinite()
+                squares += torch.stack([(now - was)[finite].square().sum(), was[finite].square().sum()])
+            stored[key] = kept
+        if self._sharded:
+            import torch.distributed as dist
+
+            everywhere: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, squares)
+            squares = torch.stack(everywhere).sum(0)
+        return stored, float((squares[0] / squares[1]).sqrt()) if squares[1] else 0.0
+
+    def _manifest(self, step: int, tensors: tuple[dict[str, Any], dict[str, str]], rounding: float) -> Manifest:
+        values, names = tensors
+        described: dict[bool, dict[str, tuple[str, tuple[int, ...]]]] = {True: {}, False: {}}
+        for key, value in values.items():
+            which, _, name = key.partition("/")
+            if which in ("0", COPY):
+                dtype = value.dtype if which == COPY else _stored_dtype(value.dtype, self._dtype)
+                described[which == "0"][name] = (str(dtype).removeprefix("torch."), tuple(value.shape))
+        profiles = profiles_of(self._ema._decays, self._ema._update_every)
+        every = self._ema._update_every
+        return Manifest(self._run or "", step, every, profiles, described[True], described[False], names, rounding)
+
+    def _refuse_others(self, own: Manifest, paths: dict[int, Path]) -> Manifest | None:
+        """Return the manifest of the latest snapshot; raise where one is of another model."""
+        found = None
+        for path in paths.values():
+            found = files.manifest_of(path)
+            difference = own.difference(found)
+            if difference is not None:
+                raise SnapshotError(
+                    f"{path} is of another model or run: {difference}. Give each run a folder of its own"
+                )
+        return found
+
+    def _set_later_aside(self, paths: dict[int, Path], step: int) -> dict[int, Path]:
+        """Move snapshots of later steps away; return the earlier ones."""
+        later = {at: path for at, path in paths.items() if at > step}
+        earlier = {at: path for at, path in paths.items() if at < step}
+        if later:
+            aside = self._folder / f"set-aside-{uuid.uuid4().hex[:8]}"
+            aside.mkdir()
+            for path in later.values():
+                path.rename(aside / path.name)
+            warnings.warn(
+                f"{self._folder} had {len(later)} snapshots of steps {min(later):,} to {max(later):,}, later than this "
+                f"run's {step:,}: they are in {aside.name} now",
+                stacklevel=3,
+            )
+        return earlier
+
+    def _thin(self, paths: dict[int, Path]) -> None:
+        """Delete snapshots until the limit holds, those first whose neighbours are closest; the newest stays."""
+        steps = sorted(paths)
+        while self._limit is not None and len(steps) > self._limit:
+            gaps = [after - before for before, after in zip([0, *steps], steps[1:], strict=False)]
+            step = steps.pop(gaps.index(min(gaps)))
+            files.remove(paths[step])
+
+
+def _place(tensor: Any) -> tuple[int, torch.Size, tuple[int, ...]]:
+    local = sharded.local_part(tensor)
+    return local.data_ptr(), local.shape, local.stride()
+
+
+def _stored_dtype(dtype: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return dtype
+    return torch.float64 if dtype == torch.float64 and wanted == torch.float32 else wanted
+
+
+def _rank() -> int:
+    return (
+        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    )
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    raise AssertionError
