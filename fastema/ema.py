@@ -135,6 +135,7 @@ class FastEMA:
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
         self._handle = compiled.register(self._update_operands)
+        self._warm_up()
 
     @classmethod
     def from_params(cls, model: Source, ema_params: dict[str, Any], total_steps: int | None = None) -> FastEMA:
@@ -270,6 +271,7 @@ class FastEMA:
         modules = self._source.modules() if isinstance(self._source, nn.Module) else ()
         compiled.refuse_freezing((entry.whole for entry in self._shadow.managed), modules)
         self._warn_about_nonfinite()
+        torch.clear_autocast_cache()  # it holds casts of the live weights
         self._shadow.apply(which, in_place)
 
     @one_thread
@@ -281,6 +283,7 @@ class FastEMA:
         """
         if not self.is_applied:
             raise RuntimeError("restore() without apply_shadow(): the live weights are in place")
+        torch.clear_autocast_cache()  # it holds casts of the averages
         self._shadow.restore()
 
     @contextmanager
@@ -310,6 +313,7 @@ class FastEMA:
         self._refuse_while_applied("copy_to()")
         self._ensure_current()
         state.copy_averages(self._shadow, self._checked_which(which), self._source if model is None else model)
+        torch.clear_autocast_cache()
 
     # ---- numbers ----
 
@@ -464,6 +468,7 @@ class FastEMA:
             for which, averages in enumerate(pickled["averages"]):
                 for name, average in state.averages_by_name(self._shadow, which).items():
                     average.copy_(averages[name])
+        self._warm_up()
 
     def __repr__(self) -> str:
         return (
@@ -520,6 +525,13 @@ class FastEMA:
         if self._clock is not None and not self._shadow.is_on_cpu:
             self._captured.append(self._shadow)
         self._shadow = new
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile and load what a captured `update()` launches, by one that skips: in the capture it is too late."""
+        if self._clock is not None:
+            skip = torch.ones((), dtype=torch.float32, device=self._clock.step.device)
+            self._shadow.update([0.0] * len(self._decays), self._guard, skip, self._clock.weights)
 
     def _refuse_while_applied(self, what: str) -> None:
         if self._shadow.is_applied:

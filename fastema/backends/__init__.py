@@ -99,7 +99,7 @@ def _select_by_name(name: str, device: Device) -> ModuleType:
         raise ValueError(f"unknown backend {name!r} (argument or FASTEMA_BACKEND); known: {known}")
     reason = BACKENDS[name].why_unusable(device.type) or BACKENDS[name].probe(device)
     if reason is not None:
-        raise ValueError(f"backend {name!r} cannot run on {device.type}: {reason}")
+        raise ValueError(f"backend {name!r} cannot run on {device}: {reason}")
     return BACKENDS[name]
 
 
