@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent / "csrc/cuda_kernels.cu"
-NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 HIPCC_FLAGS = ["-x", "hip", "-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
 # Without a CUDA build of torch to follow: what its wheels of CUDA 13 are built for.
 DEFAULT_ARCHITECTURES = ("75", "80", "86", "90", "100", "120")

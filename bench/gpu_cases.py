@@ -104,6 +104,16 @@ def calls_of(case: Prediction, device: torch.device) -> dict[str, Callable[[], o
     return calls
 
 
+def _needed_bytes(case: Prediction) -> int:
+    """Weights, an average for each of three implementations, and the copy's two sides."""
+    elements = case.tensors * case.elements
+    return elements * (case.live.itemsize + 3 * case.shadows * case.shadow.itemsize) + case.total_bytes
+
+
+def _fits(case: Prediction, device: torch.device) -> bool:
+    return device.type == "cpu" or _needed_bytes(case) < 0.9 * torch.cuda.mem_get_info(device)[0]
+
+
 def _move(lives: list[Tensor]) -> None:
     """Change the weights: zeros and equal operands can run faster than real data."""
     torch._foreach_add_(lives, 0.25)
@@ -192,12 +202,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     cases = [replace(one, elements=max(1, int(one.elements * parsed.scale))) for one in PREDICTIONS]
     for case in cases:
-        if not any(row["case"] == case.name for row in rows):
+        if not _fits(case, device):
+            print(f"{case.name}: left out: {_needed_bytes(case) / 1e9:.1f} GB do not fit")
+        elif not any(row["case"] == case.name for row in rows):
             rows += measure(case, device, parsed.seconds)
             keep()
             print_rows([row for row in rows if row["case"] == case.name])
     for case in cases:  # last: see above
-        count_launches(case, [row for row in rows if row["case"] == case.name], device)
+        own = [row for row in rows if row["case"] == case.name and row["launches"] is None]
+        if own:
+            count_launches(case, own, device)
     keep()
     print_rows(rows)
     return 0

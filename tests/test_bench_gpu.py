@@ -153,10 +153,22 @@ def test_the_measurement_runs_on_a_cpu_and_is_resumed(
 
 def test_launches_are_counted_after_all_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(gpu_cases, "measure", lambda case, *_: calls.append("measure") or [])
+    row = {"impl": "native", "launches": None}
+    monkeypatch.setattr(gpu_cases, "measure", lambda case, *_: calls.append("measure") or [{**row, "case": case.name}])
+    monkeypatch.setattr(gpu_cases, "print_rows", lambda rows: None)
     monkeypatch.setattr(gpu_cases, "count_launches", lambda *_: calls.append("count"))
     gpu_cases.main(["--device", "cpu", "--scale", "1e-6"])
     assert calls == ["measure"] * len(gpu_cases.PREDICTIONS) + ["count"] * len(gpu_cases.PREDICTIONS)
+
+
+def test_a_stage_keeps_what_its_command_wrote(tmp_path: Path) -> None:
+    results = tmp_path / "chip.json"
+    part = {"sources": gpu.sources_digest(), "cases": [{"case": "one"}], "steps": {}}
+    code = f"from bench.gpu import *; write_part(Path({str(results)!r}), 'bench', {part!r})"
+    command = Step("cases", [PYTHON, "-c", code], 60)
+    assert gpu.run_stage("bench", [step("build", ""), command], results, fresh=False)
+    assert outcome(results, "bench") == {"build": True, "cases": True}
+    assert json.loads(results.read_text())["bench"]["cases"] == [{"case": "one"}]
 
 
 # ---- the binary ----

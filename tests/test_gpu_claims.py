@@ -299,12 +299,13 @@ def test_update_in_a_compiled_step(device: str, backend: str) -> None:
 # ---- streams ----
 
 
+@pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize(("device", "backend"), KERNELS)
-def test_built_on_one_stream_updated_on_another_and_dropped(device: str, backend: str) -> None:
+def test_built_on_one_stream_updated_on_another_and_dropped(device: str, backend: str, capturable: bool) -> None:
     """The late update writes into its own memory, although the allocator of the first stream was free to reuse it."""
     needs(backend, device)
     model = make_model(device, width=512)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, backend=backend, capturable=capturable)
     side = Side(device)
     side.follows_main()
     with side.entered():

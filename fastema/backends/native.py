@@ -56,7 +56,10 @@ def probe(device: torch.device) -> str | None:
     """Return why the kernels cannot run on this very device, or None: no machine code for it, or too old a driver."""
     if device.type != "cuda":
         return None
-    reason = _C.probe_cuda(device.index)
+    try:
+        reason = _C.probe_cuda(device.index)
+    except RuntimeError as error:  # torch's own, of a driver that is too old for either
+        reason = str(error).partition("\n")[0]
     if reason is None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
