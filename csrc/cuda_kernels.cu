@@ -37,7 +37,7 @@ struct alignas(sizeof(T) * kCount) Pack {
 // What is at `at` if `wanted`, else 0: were it left undefined, its registers would be kept from one tile to the next.
 template <class T>
 __device__ __forceinline__ T load_if(bool wanted, const T* at) {
-  T value;
+  T value{};
 #if defined(__CUDA_ARCH__)
   const uint64_t address = __cvta_generic_to_global(at);
   const int flag = wanted;
@@ -126,7 +126,7 @@ __device__ __forceinline__ Chunk load_chunk(const Chunk* row) {
 // ---- a tile: kDepth packs of kCount elements a thread, kThreads packs apart. `left` packs are inside from `at` on ----
 
 template <class T, int kCount, int kDepth>
-__device__ __forceinline__ void load_tile(Pack<T, kCount> (&tile)[kDepth], const T* at, uint32_t left) {
+__device__ __forceinline__ void load_tile(Pack<T, kCount> (&tile)[kDepth], const T* at, int left) {
 #pragma unroll
   for (int n = 0; n < kDepth; ++n) {
     tile[n] = load_if(n * kThreads < left, reinterpret_cast<const Pack<T, kCount>*>(at) + n * kThreads);
@@ -134,7 +134,7 @@ __device__ __forceinline__ void load_tile(Pack<T, kCount> (&tile)[kDepth], const
 }
 
 template <class T, int kCount, int kDepth>
-__device__ __forceinline__ void store_tile(const Pack<T, kCount> (&tile)[kDepth], T* at, uint32_t left) {
+__device__ __forceinline__ void store_tile(const Pack<T, kCount> (&tile)[kDepth], T* at, int left) {
 #pragma unroll
   for (int n = 0; n < kDepth; ++n) {
     store_if(n * kThreads < left, reinterpret_cast<Pack<T, kCount>*>(at) + n * kThreads, tile[n]);
@@ -173,7 +173,7 @@ struct Average {
 
   const UpdateArgs& args;
   bool converts;
-  unsigned int kept = 0;
+  unsigned int nonfinite = 0;  // live elements, once for each shadow; what lies beyond the chunk is 0, which is finite
 
   __device__ __forceinline__ Weight weight(int k) const {
     const double on_device = load_if(args.device_weights != nullptr, args.device_weights + k);
@@ -182,7 +182,7 @@ struct Average {
 
   template <int kCount, int kDepth>
   __device__ __forceinline__ void apply(Pack<Shadow, kCount> (&shadows)[kDepth], const Pack<Live, kCount> (&lives)[kDepth],
-                                        const Weight& weight, uint32_t counted) {
+                                        const Weight& weight) {
 #pragma unroll
     for (int n = 0; n < kDepth; ++n) {
 #pragma unroll
@@ -192,7 +192,7 @@ struct Average {
         const Shadow result = averaged_or_converted_element(shadow, live, weight, converts);
         const bool keep = kGuard && !converts && is_kept<Shadow>(live);
         shadow = keep ? shadow : result;
-        if constexpr (kGuard) kept += keep && n * kThreads < counted;
+        if constexpr (kGuard) nonfinite += count_kept<Shadow>(live);
       }
     }
   }
@@ -205,7 +205,7 @@ struct CopyBytes {
   __device__ Weight weight(int) const { return {}; }
   template <int kCount, int kDepth>
   __device__ __forceinline__ void apply(Pack<uint8_t, kCount> (&shadows)[kDepth],
-                                        const Pack<uint8_t, kCount> (&lives)[kDepth], Weight, uint32_t) {
+                                        const Pack<uint8_t, kCount> (&lives)[kDepth], Weight) {
 #pragma unroll
     for (int n = 0; n < kDepth; ++n) shadows[n] = lives[n];
   }
@@ -227,9 +227,10 @@ struct Rows {
 template <int kCount, int kDepth, class Shadow, class Live, class Rule>
 __device__ __forceinline__ void run_tiles(const Rows& rows, Shadow* first, const Live* live, uint32_t begin,
                                           uint32_t packs, Rule& rule) {
+  uint32_t offset = begin + threadIdx.x * kCount;
 #pragma unroll 1
-  for (uint32_t index = threadIdx.x; index < packs; index += kDepth * kThreads) {
-    const uint32_t left = packs - index, offset = begin + index * kCount;
+  for (int all = static_cast<int>(packs); all > 0; all -= kDepth * kThreads) {
+    const int left = all - static_cast<int>(threadIdx.x);
     Shadow* shadow = first;
 #pragma unroll 1
     for (int k = 0; k < rows.shadows; ++k) {
@@ -239,20 +240,29 @@ __device__ __forceinline__ void run_tiles(const Rows& rows, Shadow* first, const
       Pack<Shadow, kCount> tile[kDepth];
       load_tile(lives, live + offset, left);
       if constexpr (Rule::kReadsShadow) load_tile(tile, shadow + offset, left);
-      rule.apply(tile, lives, weight, k == 0 ? left : 0);  // an element is counted once for all shadows
-      store_tile(tile, shadow + offset, left);
+      if (left > 0) {  // and a place that the compiler moves no arithmetic across, up between the loads
+        rule.apply(tile, lives, weight);
+        store_tile(tile, shadow + offset, left);
+      }
       shadow = next;
     }
+    offset += kDepth * kThreads * kCount;
   }
 }
 
+// Packs of a tile: at least 128 bytes in flight a thread. Less where that would spill, in pairs that are rare: 80 or 96
+// bytes of a double and something narrower, 64 of one 16-bit format and the other.
+template <class Shadow, class Live>
+constexpr int kTilePacks = sizeof(Shadow) == sizeof(Live) ? (sizeof(Live) == 2 && !std::is_same_v<Shadow, Live> ? 2 : 4)
+                           : sizeof(Shadow) == 8 || sizeof(Live) == 8 ? 4
+                                                                      : 8;
+
 // A pack is 16 bytes of the wider operand and as many elements of the narrower, so that every store fills its sectors.
-// kDepth of them are at least 128 bytes in flight a thread (120 where a double meets 16 bits: more would spill).
 template <class Shadow, class Live, class Rule>
 __device__ __forceinline__ void run_chunk(const Rows& rows, const Chunk& chunk, Rule& rule) {
   constexpr bool kShadowIsWider = sizeof(Shadow) >= sizeof(Live);
   constexpr uint32_t kCount = 16 / (kShadowIsWider ? sizeof(Shadow) : sizeof(Live));
-  constexpr int kDepth = sizeof(Shadow) == sizeof(Live) ? 4 : kCount == 2 ? 6 : 8;
+  constexpr int kDepth = kTilePacks<Shadow, Live>;
   constexpr int kScalarDepth = 8;
   const uint32_t elements = chunk.count;
   const Live* live = static_cast<const Live*>(chunk.live);
@@ -267,13 +277,13 @@ __device__ __forceinline__ void run_chunk(const Rows& rows, const Chunk& chunk, 
   }
   if (!aligned) head = elements;  // a chunk of scalars
   const uint32_t packs = (elements - head) / kCount;
-  run_tiles<kCount, kDepth>(rows, first, live, head, packs, rule);
-  uint32_t begin = 0, end = head;
+  uint32_t begin = 0, end = head;  // the scalars first: then the tiles need not hold the rest of the row in registers
 #pragma unroll 1
   for (int part = 0; part < 2; ++part) {
     run_tiles<1, kScalarDepth>(rows, first, live, begin, end - begin, rule);
     begin = head + packs * kCount, end = elements;
   }
+  run_tiles<kCount, kDepth>(rows, first, live, head, packs, rule);
 }
 
 // One atomic a warp, so that a model of nothing but NaN does not wait for 2^30 of them. All threads of the block call it.
@@ -293,7 +303,7 @@ __device__ __forceinline__ void average(const Rows& rows, const Chunk& chunk, co
   Average<kGuard, Shadow, Live> rule{args, chunk.kind >= kConvert};
   run_chunk<Shadow, Live>(rows, chunk, rule);
   if constexpr (kGuard) {
-    if (args.count_kept) add_kept(kept, rule.kept);
+    if (args.count_kept && !rule.converts) add_kept(kept, rule.nonfinite / args.shadows);  // counted once
   }
 }
 
@@ -356,14 +366,15 @@ __global__ void FASTEMA_LAUNCH_BOUNDS update_kernel(const Chunk* chunks, int64_t
 template <int kCount>
 __device__ __forceinline__ void exchange_tiles(uint8_t* shadow, uint8_t* live, uint32_t packs) {
   constexpr int kDepth = 4;
+  uint32_t offset = threadIdx.x * kCount;
 #pragma unroll 1
-  for (uint32_t index = threadIdx.x; index < packs; index += kDepth * kThreads) {
-    const uint32_t left = packs - index, offset = index * kCount;
+  for (int left = static_cast<int>(packs - threadIdx.x); left > 0; left -= kDepth * kThreads) {
     Pack<uint8_t, kCount> shadows[kDepth], lives[kDepth];
     load_tile(shadows, shadow + offset, left);
     load_tile(lives, live + offset, left);
     store_tile(lives, shadow + offset, left);
     store_tile(shadows, live + offset, left);
+    offset += kDepth * kThreads * kCount;
   }
 }
 

@@ -149,6 +149,17 @@ EMA_FN bool is_kept(Live live) {
   return !is_finite(load_as<Opmath<Shadow>>(live));
 }
 
+// 1 for such an element, else 0: computed, because a comparison would hold a predicate register of the GPU.
+template <class Shadow, class Live>
+EMA_FN uint32_t count_kept(Live live) {
+  const Opmath<Shadow> value = load_as<Opmath<Shadow>>(live);
+  if constexpr (std::is_same_v<Shadow, double>) {
+    return !is_finite(value);
+  } else {
+    return ((float_bits(value) & 0x7f800000u) + 0x00800000u) >> 31;  // only the exponent of all ones carries
+  }
+}
+
 // One element: the new shadow.
 template <class Shadow, class Live>
 EMA_FN Shadow averaged_element(Shadow shadow, Live live, Weight<Opmath<Shadow>> weight) {
