@@ -64,6 +64,7 @@ __device__ __forceinline__ T load_if(bool wanted, const T* at) {
                  : "r"(flag), "l"(address));
     memcpy(&value, &half, 2);
   } else {
+    static_assert(sizeof(T) == 1, "no access is wider than 16 bytes");
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %1, 0; mov.b16 %0, 0; @p ld.global.u8 %0, [%2]; }"
                  : "=h"(half)
                  : "r"(flag), "l"(address));
@@ -78,37 +79,33 @@ __device__ __forceinline__ T load_if(bool wanted, const T* at) {
 }
 
 template <class T>
-__device__ __forceinline__ void store_if(bool wanted, T* at, const T& value) {
+__device__ __forceinline__ void store(T* at, const T& value) {
 #if defined(__CUDA_ARCH__)
   const uint64_t address = __cvta_generic_to_global(at);
-  const int flag = wanted;
   uint32_t words[4];
   uint16_t half = 0;
   if constexpr (sizeof(T) == 16) {
     memcpy(words, &value, 16);
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5}; }" ::"r"(flag),
-                 "l"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]));
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3]));
   } else if constexpr (sizeof(T) == 8) {
     memcpy(words, &value, 8);
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3}; }" ::"r"(flag),
-                 "l"(address), "r"(words[0]), "r"(words[1]));
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]));
   } else if constexpr (sizeof(T) == 4) {
     memcpy(words, &value, 4);
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.b32 [%1], %2; }" ::"r"(flag), "l"(address),
-                 "r"(words[0]));
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(address), "r"(words[0]));
   } else if constexpr (sizeof(T) == 2) {
     memcpy(&half, &value, 2);
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.b16 [%1], %2; }" ::"r"(flag), "l"(address),
-                 "h"(half));
+    asm volatile("st.global.b16 [%0], %1;" ::"l"(address), "h"(half));
   } else {
+    static_assert(sizeof(T) == 1, "no access is wider than 16 bytes");
     memcpy(&half, &value, 1);
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.u8 [%1], %2; }" ::"r"(flag), "l"(address),
-                 "h"(half));
+    asm volatile("st.global.u8 [%0], %1;" ::"l"(address), "h"(half));
   }
 #elif defined(__HIP_DEVICE_COMPILE__)
-  if (wanted) *(__attribute__((address_space(1))) T*)at = value;
+  *(__attribute__((address_space(1))) T*)at = value;
 #else
-  if (wanted) *at = value;
+  *at = value;
 #endif
 }
 
@@ -133,12 +130,9 @@ __device__ __forceinline__ void load_tile(Pack<T, kCount> (&tile)[kDepth], const
   }
 }
 
-template <class T, int kCount, int kDepth>
-__device__ __forceinline__ void store_tile(const Pack<T, kCount> (&tile)[kDepth], T* at, int left) {
-#pragma unroll
-  for (int n = 0; n < kDepth; ++n) {
-    store_if(n * kThreads < left, reinterpret_cast<Pack<T, kCount>*>(at) + n * kThreads, tile[n]);
-  }
+template <class T, int kCount>
+__device__ __forceinline__ void store_pack(const Pack<T, kCount>& pack, T* at, int n) {
+  store(reinterpret_cast<Pack<T, kCount>*>(at) + n * kThreads, pack);
 }
 
 // Elements from `pointer` on until it is a multiple of `bytes`.
@@ -180,20 +174,17 @@ struct Average {
     return Weight(args.device_weights != nullptr ? on_device : weight_argument(args, k));
   }
 
-  template <int kCount, int kDepth>
-  __device__ __forceinline__ void apply(Pack<Shadow, kCount> (&shadows)[kDepth], const Pack<Live, kCount> (&lives)[kDepth],
+  template <int kCount>
+  __device__ __forceinline__ void apply(Pack<Shadow, kCount>& shadows, const Pack<Live, kCount>& lives,
                                         const Weight& weight) {
 #pragma unroll
-    for (int n = 0; n < kDepth; ++n) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        Shadow& shadow = shadows[n].values[i];
-        const Live live = lives[n].values[i];
-        const Shadow result = averaged_or_converted_element(shadow, live, weight, converts);
-        const bool keep = kGuard && !converts && is_kept<Shadow>(live);
-        shadow = keep ? shadow : result;
-        if constexpr (kGuard) nonfinite += count_kept<Shadow>(live);
-      }
+    for (int i = 0; i < kCount; ++i) {
+      Shadow& shadow = shadows.values[i];
+      const Live live = lives.values[i];
+      const Shadow result = averaged_or_converted_element(shadow, live, weight, converts);
+      const bool keep = kGuard && !converts && is_kept<Shadow>(live);
+      shadow = keep ? shadow : result;
+      if constexpr (kGuard) nonfinite += count_kept<Shadow>(live);
     }
   }
 };
@@ -203,11 +194,9 @@ struct CopyBytes {
   struct Weight {};
 
   __device__ Weight weight(int) const { return {}; }
-  template <int kCount, int kDepth>
-  __device__ __forceinline__ void apply(Pack<uint8_t, kCount> (&shadows)[kDepth],
-                                        const Pack<uint8_t, kCount> (&lives)[kDepth], Weight) {
-#pragma unroll
-    for (int n = 0; n < kDepth; ++n) shadows[n] = lives[n];
+  template <int kCount>
+  __device__ __forceinline__ void apply(Pack<uint8_t, kCount>& shadows, const Pack<uint8_t, kCount>& lives, Weight) {
+    shadows = lives;
   }
 };
 
@@ -240,9 +229,14 @@ __device__ __forceinline__ void run_tiles(const Rows& rows, Shadow* first, const
       Pack<Shadow, kCount> tile[kDepth];
       load_tile(lives, live + offset, left);
       if constexpr (Rule::kReadsShadow) load_tile(tile, shadow + offset, left);
-      if (left > 0) {  // and a place that the compiler moves no arithmetic across, up between the loads
-        rule.apply(tile, lives, weight);
-        store_tile(tile, shadow + offset, left);
+#pragma unroll
+      for (int n = 0; n < kDepth; ++n) {
+        // A branch, which the compiler moves no arithmetic across: all loads stay in front of it, and no pack holds the
+        // registers of another.
+        if (n * kThreads < left) {
+          rule.apply(tile[n], lives[n], weight);
+          store_pack(tile[n], shadow + offset, n);
+        }
       }
       shadow = next;
     }
@@ -250,19 +244,13 @@ __device__ __forceinline__ void run_tiles(const Rows& rows, Shadow* first, const
   }
 }
 
-// Packs of a tile: at least 128 bytes in flight a thread. Less where that would spill, in pairs that are rare: 80 or 96
-// bytes of a double and something narrower, 64 of one 16-bit format and the other.
-template <class Shadow, class Live>
-constexpr int kTilePacks = sizeof(Shadow) == sizeof(Live) ? (sizeof(Live) == 2 && !std::is_same_v<Shadow, Live> ? 2 : 4)
-                           : sizeof(Shadow) == 8 || sizeof(Live) == 8 ? 4
-                                                                      : 8;
-
-// A pack is 16 bytes of the wider operand and as many elements of the narrower, so that every store fills its sectors.
+// A pack is 16 bytes of the wider operand and as many elements of the narrower, so that every store fills its sectors. kDepth of them are
+// 128 bytes or more in flight a thread.
 template <class Shadow, class Live, class Rule>
 __device__ __forceinline__ void run_chunk(const Rows& rows, const Chunk& chunk, Rule& rule) {
   constexpr bool kShadowIsWider = sizeof(Shadow) >= sizeof(Live);
   constexpr uint32_t kCount = 16 / (kShadowIsWider ? sizeof(Shadow) : sizeof(Live));
-  constexpr int kDepth = kTilePacks<Shadow, Live>;
+  constexpr int kDepth = sizeof(Shadow) == sizeof(Live) ? 4 : 8;
   constexpr int kScalarDepth = 8;
   const uint32_t elements = chunk.count;
   const Live* live = static_cast<const Live*>(chunk.live);
@@ -372,8 +360,13 @@ __device__ __forceinline__ void exchange_tiles(uint8_t* shadow, uint8_t* live, u
     Pack<uint8_t, kCount> shadows[kDepth], lives[kDepth];
     load_tile(shadows, shadow + offset, left);
     load_tile(lives, live + offset, left);
-    store_tile(lives, shadow + offset, left);
-    store_tile(shadows, live + offset, left);
+#pragma unroll
+    for (int n = 0; n < kDepth; ++n) {
+      if (n * kThreads < left) {
+        store_pack(lives[n], shadow + offset, n);
+        store_pack(shadows[n], live + offset, n);
+      }
+    }
     offset += kDepth * kThreads * kCount;
   }
 }
