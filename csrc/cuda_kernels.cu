@@ -169,9 +169,11 @@ struct Average {
   bool converts;
   unsigned int nonfinite = 0;  // live elements, once for each shadow; what lies beyond the chunk is 0, which is finite
 
-  __device__ __forceinline__ Weight weight(int k) const {
-    const double on_device = load_if(args.device_weights != nullptr, args.device_weights + k);
-    return Weight(args.device_weights != nullptr ? on_device : weight_argument(args, k));
+  __device__ __forceinline__ double load_weight(int k) const {
+    return load_if(args.device_weights != nullptr, args.device_weights + k);
+  }
+  __device__ __forceinline__ Weight weight(int k, double loaded) const {
+    return Weight(args.device_weights != nullptr ? loaded : weight_argument(args, k));
   }
 
   template <int kCount>
@@ -193,7 +195,8 @@ struct CopyBytes {
   static constexpr bool kReadsShadow = false;
   struct Weight {};
 
-  __device__ Weight weight(int) const { return {}; }
+  __device__ double load_weight(int) const { return 0.0; }
+  __device__ Weight weight(int, double) const { return {}; }
   template <int kCount>
   __device__ __forceinline__ void apply(Pack<uint8_t, kCount>& shadows, const Pack<uint8_t, kCount>& lives, Weight) {
     shadows = lives;
@@ -223,19 +226,23 @@ __device__ __forceinline__ void run_tiles(const Rows& rows, Shadow* first, const
     Shadow* shadow = first;
 #pragma unroll 1
     for (int k = 0; k < rows.shadows; ++k) {
-      const auto weight = rule.weight(k);
+      const double loaded_weight = rule.load_weight(k);
       Shadow* const next = static_cast<Shadow*>(rows.shadow(k + 1));
       Pack<Live, kCount> lives[kDepth];
       Pack<Shadow, kCount> tile[kDepth];
       load_tile(lives, live + offset, left);
       if constexpr (Rule::kReadsShadow) load_tile(tile, shadow + offset, left);
+      // Branches, which the compiler moves no arithmetic across: all loads stay in front of them, and no pack holds the
+      // registers of another. The outer one is for scalars, where the inner ones become predicates.
+      if (kCount > 1 || left > 0) {
+        typename Rule::Weight weight;
 #pragma unroll
-      for (int n = 0; n < kDepth; ++n) {
-        // A branch, which the compiler moves no arithmetic across: all loads stay in front of it, and no pack holds the
-        // registers of another.
-        if (n * kThreads < left) {
-          rule.apply(tile[n], lives[n], weight);
-          store_pack(tile[n], shadow + offset, n);
+        for (int n = 0; n < kDepth; ++n) {
+          if (n * kThreads < left) {
+            if (n == 0) weight = rule.weight(k, loaded_weight);
+            rule.apply(tile[n], lives[n], weight);
+            store_pack(tile[n], shadow + offset, n);
+          }
         }
       }
       shadow = next;
@@ -244,8 +251,8 @@ __device__ __forceinline__ void run_tiles(const Rows& rows, Shadow* first, const
   }
 }
 
-// A pack is 16 bytes of the wider operand and as many elements of the narrower, so that every store fills its sectors. kDepth of them are
-// 128 bytes or more in flight a thread.
+// A pack is 16 bytes of the wider operand and as many elements of the narrower, so that every store fills its sectors. A
+// tile has 128 bytes or more in flight a thread.
 template <class Shadow, class Live, class Rule>
 __device__ __forceinline__ void run_chunk(const Rows& rows, const Chunk& chunk, Rule& rule) {
   constexpr bool kShadowIsWider = sizeof(Shadow) >= sizeof(Live);
@@ -310,7 +317,7 @@ __global__ void FASTEMA_LAUNCH_BOUNDS update_kernel(const Chunk* chunks, int64_t
   const Chunk chunk = load_chunk(rows.table);
   const float skip = load_if(args.skip != nullptr, args.skip);  // beside the row, not before it
   if (args.skip != nullptr && skip != 0.0f) return;
-  // One line for each dtype pair, by which tests/sass.py tells their loops apart.
+  // A line for each dtype pair, by which tests/test_cuda_source.py tells their loops apart.
   switch (chunk.kind == kCopyBytes ? kCopyBytes : chunk.kind % 16) {
     case kPair<float, float>:
       return average<kGuard, float, float>(rows, chunk, args, kept);

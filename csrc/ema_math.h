@@ -131,6 +131,7 @@ struct Weight {
   Op coefficient;  // multiplies live - shadow
   bool from_live;  // what it is added to
 
+  Weight() = default;
   EMA_FN explicit Weight(double weight_of_live) {
     const Op weight = static_cast<Op>(weight_of_live);
     from_live = !(weight < Op(0.5));
