@@ -34,6 +34,14 @@ struct alignas(sizeof(T) * kCount) Pack {
   T values[kCount];
 };
 
+#if defined(__HIPCC__)
+template <int kBytes>
+using Word = std::conditional_t<kBytes == 1, uint8_t, std::conditional_t<kBytes == 2, uint16_t,
+    uint32_t __attribute__((ext_vector_type(kBytes >= 4 ? kBytes / 4 : 1)))>>;
+template <int kBytes>
+using GlobalWord = __attribute__((address_space(1))) Word<kBytes>;
+#endif
+
 // What is at `at` if `wanted`, else 0: were it left undefined, its registers would be kept from one tile to the next.
 template <class T>
 __device__ __forceinline__ T load_if(bool wanted, const T* at) {
@@ -71,7 +79,9 @@ __device__ __forceinline__ T load_if(bool wanted, const T* at) {
     memcpy(&value, &half, 1);
   }
 #elif defined(__HIP_DEVICE_COMPILE__)
-  if (wanted) value = *(const __attribute__((address_space(1))) T*)at;
+  Word<sizeof(T)> word{};
+  if (wanted) word = *(const GlobalWord<sizeof(T)>*)at;
+  memcpy(&value, &word, sizeof value);
 #else
   if (wanted) value = *at;
 #endif
@@ -103,7 +113,9 @@ __device__ __forceinline__ void store(T* at, const T& value) {
     asm volatile("st.global.u8 [%0], %1;" ::"l"(address), "h"(half));
   }
 #elif defined(__HIP_DEVICE_COMPILE__)
-  *(__attribute__((address_space(1))) T*)at = value;
+  Word<sizeof(T)> word;
+  memcpy(&word, &value, sizeof value);
+  *(GlobalWord<sizeof(T)>*)at = word;
 #else
   *at = value;
 #endif
