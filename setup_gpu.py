@@ -16,7 +16,16 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent / "csrc/cuda_kernels.cu"
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-HIPCC_FLAGS = ["-x", "hip", "-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
+HIPCC_FLAGS = [
+    "-x",
+    "hip",
+    f"-I{SOURCE.parent}/hip",
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-fvisibility=hidden",
+]
 # Without a CUDA build of torch to follow: what its wheels of CUDA 13 are built for.
 DEFAULT_ARCHITECTURES = ("75", "80", "86", "90", "100", "120")
 # As torch.utils.cpp_extension has them.
@@ -102,7 +111,9 @@ def _compile_cuda(target: Path) -> GpuCode:
         at_hand=[f"{major}{minor}" for major, minor in _capabilities()],
     )
     threads = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    options = [*NVCC_FLAGS, "-I", str(toolkit.include), "--threads", threads, *flags]
+    # nvcc knows its own folder; wheels of CUDA 12 and conda have the headers elsewhere.
+    own = toolkit.include in (toolkit.nvcc.parent.parent / "include", Path("/usr/include"))
+    options = [*NVCC_FLAGS, *([] if own else ["-I", str(toolkit.include)]), "--threads", threads, *flags]
     _run([str(toolkit.nvcc), "-c", str(SOURCE), "-o", str(target), *options])
     libraries = ["dl", "rt", "pthread"]
     return GpuCode([str(target), str(toolkit.runtime)], libraries, include_dirs=[str(toolkit.include)])
@@ -246,7 +257,8 @@ def _compile_hip(target: Path) -> GpuCode:
     home = find_rocm(os.environ)
     names = (os.environ.get("PYTORCH_ROCM_ARCH") or ";".join(_torch_architectures())).replace(" ", ";").split(";")
     architectures = [f"--offload-arch={name.split(':')[0]}" for name in dict.fromkeys(names) if name]
-    _run([str(home / "bin/hipcc"), *HIPCC_FLAGS, *architectures, "-c", str(SOURCE), "-o", str(target)])
+    command = [str(home / "bin/hipcc"), *HIPCC_FLAGS, *architectures, "-c", str(SOURCE), "-o", str(target)]
+    _run(command, {"HIP_PLATFORM": "amd"})  # beside an nvcc, hipcc takes that one
     return GpuCode([str(target)], ["amdhip64"], [str(home / "lib")])
 
 
@@ -268,9 +280,16 @@ def find_rocm(environment: Mapping[str, str]) -> Path:
 # ---- both ----
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], environment: Mapping[str, str] | None = None) -> None:
     print(" ".join(command), file=sys.stderr)
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    result = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env={**os.environ, **(environment or {})},
+    )
     print(result.stdout, end="", file=sys.stderr)
     if result.returncode != 0:
         errors = [line.strip() for line in result.stdout.splitlines() if "error" in line.lower()]

@@ -16,6 +16,11 @@ struct Index {
 };
 inline Index threadIdx{0}, blockIdx{0};
 
+// A warp of one thread.
+constexpr int warpSize = 1;
+inline bool __any_sync(unsigned int, bool value) { return value; }
+inline unsigned int __shfl_xor_sync(unsigned int, unsigned int value, int) { return value; }
+
 inline void atomicAdd(unsigned long long* target, unsigned long long value) { *target += value; }
 
 using cudaStream_t = void*;
