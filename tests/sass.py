@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 SPACES = {"LDG": "global", "STG": "global", "LD": "generic", "ST": "generic", "LDL": "local", "STL": "local"}
-_INSTRUCTION = re.compile(
-    r"\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<guard>@!?U?P\w+ )?\s*(?P<opcode>[A-Z]\S*)(?P<rest>.*);"
-)
+_INSTRUCTION = re.compile(r"\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<guard>@!?U?P\w+ )?\s*(?P<opcode>[A-Z]\S*)(?P<rest>.*);")
 _LABEL = re.compile(r"^(\.L_\w+):")
 _LINE = re.compile(r'//## File "[^"]*", line (\d+)( inlined at)?')
 _MEMORY = re.compile(r"\[(?:(?P<base>U?R\d+|U?RZ)(?:\.\w+)*)?(?:\+?(?P<offset>-?0x[0-9a-f]+))?")

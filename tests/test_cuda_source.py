@@ -58,9 +58,7 @@ class Compiled:
         command = ["nvcc", *FLAGS, f"-arch={architecture}", "-cubin", "-o", str(cubin), str(source)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        listing = subprocess.run(
-            [disassembler(), "-gi", "-c", cubin], capture_output=True, text=True, check=True
-        ).stdout
+        listing = subprocess.run([disassembler(), "-gi", "-c", cubin], capture_output=True, text=True, check=True).stdout
         self.report = result.stdout + result.stderr
         self.lines = source.read_text().splitlines()
         self.kernels = list(kernels(listing))
