@@ -14,7 +14,7 @@ from fastema.decays import Decays
 
 ROOT = Path(__file__).parent.parent
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-FLAGS = ["-std=c++17", "-O0", "-g", *SANITIZED, "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O1", "-g1", *SANITIZED, "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 FOLDERS = ["-I", str(ROOT / "tests/cuda_on_host/include"), "-I", str(ROOT / "csrc")]
 SHARED = ["csrc/cpu_kernels.cpp", "tests/cuda_on_host/matrix.cpp"]
 

@@ -92,7 +92,14 @@ def kernels() -> Iterator[ModuleType]:
         yield module
 
 
-def compiled(function: Any, signature: dict[str, str], constants: dict[str, Any], capability: int) -> Any:
+def compiled(
+    function: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    capability: int = 90,
+    target: Any = None,
+    **options: Any,
+) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
@@ -100,12 +107,14 @@ def compiled(function: Any, signature: dict[str, str], constants: dict[str, Any]
     for name in signature:
         signature[name] = "constexpr" if name in constants else signature[name]
     source = ASTSource(function, signature, constants, {(0,): [["tt.divisibility", 16]]})
-    return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=dict(backend._OPTIONS))
+    target = target or GPUTarget("cuda", capability, 32)
+    return compile_kernel(source, target=target, options={**backend._OPTIONS, **options})
 
 
-def compiled_update(
-    kernels: ModuleType, kinds: list[int], aligned: list[int], capability: int, shadows: int = 1, **constants: Any
-) -> Any:
+def update_source(
+    kernels: ModuleType, kinds: list[int], aligned: list[int], shadows: int = 1, **constants: Any
+) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """The update kernel with its signature and constants, as `compiled` takes them."""
     variants = tuple(2 * kind + flag for kind in kinds for flag in aligned)
     signature = {"table": "*i64", "kept_total": "*i64", "skip": "*fp32", "device_weights": "*fp64"}
     signature |= {f"bits{k}": "i64" for k in range(4)}
@@ -114,7 +123,13 @@ def compiled_update(
     given = {name: value for name, value in defaults.items() if value != "argument"}
     signature |= dict.fromkeys(given, "constexpr")
     order = kernels.update.arg_names
-    return compiled(kernels.update, {name: signature[name] for name in order}, given, capability)
+    return kernels.update, {name: signature[name] for name in order}, given
+
+
+def compiled_update(
+    kernels: ModuleType, kinds: list[int], aligned: list[int], capability: int, shadows: int = 1, **constants: Any
+) -> Any:
+    return compiled(*update_source(kernels, kinds, aligned, shadows, **constants), capability)
 
 
 def accesses(ptx: str) -> Counter[str]:

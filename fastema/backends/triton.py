@@ -31,7 +31,7 @@ _MAX_TILES = 8  # of a chunk
 _BLOCKS_PER_MULTIPROCESSOR = 5
 _CHUNKS_PER_BLOCK = 8  # at least, so that few mid-size tensors still fill the chip
 # Nothing is left to contract, and Triton asks to be told which default is meant.
-_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}  # 256 threads in warps of 32
 
 
 def _load_kernels() -> Any:
@@ -171,6 +171,7 @@ class _Launch:
     ) -> None:
         rows = _chunk_rows(shadows, lives, kinds, kernels.tile_elements, _workers(device))
         self._kernels = kernels
+        self._options = {**_OPTIONS, "num_warps": kernels.THREADS // _warp_size(device)}
         self._chunks = len(rows)
         self._shadows = len(shadows)
         self._first = first
@@ -198,12 +199,12 @@ class _Launch:
             K=self._shadows,
             GUARD=guard,
             COUNT_KEPT=self._first == 0,
-            **_OPTIONS,
+            **self._options,
         )
 
     def exchange(self, column: int) -> None:
         if self._chunks:
-            self._kernels.exchange[(self._chunks,)](self.table, column, K=self._shadows, **_OPTIONS)
+            self._kernels.exchange[(self._chunks,)](self.table, column, K=self._shadows, **self._options)
 
 
 # ---- the chunk table ----
@@ -287,6 +288,11 @@ def _workers(device: torch.device) -> int:
     properties = torch.get_device_module(device).get_device_properties(device)
     count = properties.multi_processor_count if device.type == "cuda" else properties.gpu_subslice_count
     return count * _BLOCKS_PER_MULTIPROCESSOR
+
+
+def _warp_size(device: torch.device) -> int:
+    """64 on AMD's CDNA, where 8 warps would leave 8-byte accesses to each thread; else 32."""
+    return getattr(torch.cuda.get_device_properties(device), "warp_size", 32) if device.type == "cuda" else 32
 
 
 # ---- a launch ----
