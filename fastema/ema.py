@@ -68,7 +68,10 @@ class FastEMA:
             host memory (one buffer of the weights' bytes) on a stream of its own, and a thread averages them there.
         nonfinite: "skip": an element whose live value is NaN or infinite keeps its shadow; "propagate". What is NaN
             already when FastEMA is built stays so.
-        capturable: keep step and weight in device memory, so that `update()` can be part of a captured CUDA graph.
+        capturable: keep step and weight in device memory, so that `update()` can be part of a captured CUDA graph. A
+            graph holds addresses of the FastEMA: keep that as long as the graph is replayed; a replay after its end
+            writes to freed memory. Where the model's tensors are replaced, graphs of before go on averaging the old
+            ones, which FastEMA therefore keeps: capture again.
         backend: "auto", "native", "triton" or "torch"; None: the environment variable FASTEMA_BACKEND, else "auto".
         **decay_args: for the schedule, e.g. `beta=15` for "exp". "power" takes `sigma_rel` or `gamma`, the half-lives
             `half_life` or `half_life_fraction`; a sequence of these keeps as many averages.
@@ -129,11 +132,13 @@ class FastEMA:
         self._step = 0
         self._num_updates = 0
         self._last_update = 0  # the optimizer step of the latest update
+        self._captured: list[Shadow] = []  # before a rebuild: graphs captured then hold their addresses
         self._nonfinite_before = 0  # counted by the FastEMA that this is a copy of
         self._warned_nonfinite = False
         self._own_references: list[int] = []  # to each of the named tensors that were given instead of a module
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
+        self._warm_up()
 
     @classmethod
     def from_params(cls, model: Source, ema_params: dict[str, Any], total_steps: int | None = None) -> FastEMA:
@@ -165,8 +170,8 @@ class FastEMA:
 
         Args:
             step: the number of optimizer steps so far, from 1, for the schedule; None: an own counter.
-            found_inf: float32 scalar on the model's device, as torch's gradient scaler keeps it; where it is not 0, the
-                optimizer skipped its step and nothing is averaged. On a GPU the kernel looks, and only with
+            found_inf: float32 scalar on a device of the model, as torch's gradient scaler keeps it; where it is not 0,
+                the optimizer skipped its step and nothing is averaged. On a GPU the kernel looks, and only with
                 `capturable=True` does the step not count either.
             decay: in [0, 1], for this update alone, instead of the schedule's; one number, or one per average. Not with
                 `capturable=True`.
@@ -595,7 +600,7 @@ class FastEMA:
                 "a FastEMA of a sharded model cannot be pickled or copied: torch.distributed.checkpoint.save() its "
                 "state_dict(), and build a new one"
             )
-        left_out = ("_shadow", "_clock", "_attached", "_versions_at_attach", "_own_references")
+        left_out = ("_shadow", "_clock", "_attached", "_versions_at_attach", "_own_references", "_captured")
         config = {key: value for key, value in self.__dict__.items() if key not in left_out}
         config["_nonfinite_before"] = self.nonfinite_count()
         counters = self._counted()
@@ -607,7 +612,7 @@ class FastEMA:
         self.__dict__.update(pickled["config"])
         self.__dict__.pop("_handle", None)  # of version 0.1.0
         self._attached, self._versions_at_attach = weakref.WeakKeyDictionary(), None
-        self._own_references = []
+        self._own_references, self._captured = [], []
         self._pickled = pickled
         if state.is_complete(self._source):
             self._build_from_pickle()
@@ -632,6 +637,7 @@ class FastEMA:
                 for name, average in state.averages_by_name(self._shadow, which).items():
                     average.copy_(averages[name])
         del self._pickled
+        self._warm_up()
 
     def __repr__(self) -> str:
         return (
@@ -712,7 +718,16 @@ class FastEMA:
         self._replaced |= state.replaced_buffers(self._shadow)
         new = self._build_shadow()
         state.carry_over(self._shadow, new)
+        if self._clock is not None and not self._shadow.is_on_cpu:
+            self._captured.append(self._shadow)
         self._shadow = new
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile and load what a captured `update()` launches, by one that skips: in the capture it is too late."""
+        if self._clock is not None:
+            skip = torch.ones((), dtype=torch.float32, device=self._clock.step.device)
+            self._shadow.update([0.0] * len(self._decays), self._guard, skip, self._clock.weights)
 
     def _refuse_while_applied(self, what: str) -> None:
         if self._shadow.is_applied:

@@ -265,7 +265,7 @@ class Update:
     @staticmethod
     def _backend_for(device: torch.device) -> Any:
         """Whose plan to use; None: torch's foreach operations are what there is."""
-        module = backends.select(backends.default_name(), device.type)
+        module = backends.select(backends.default_name(), device)
         return None if module is plain_torch else module
 
     @staticmethod

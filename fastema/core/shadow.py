@@ -116,6 +116,7 @@ class Shadow:
             device = storage.live.device
             places.setdefault((device, device == storage.device), []).append(storage)
         self.plans: list[Any] = []
+        self._plan_devices = [device for device, _ in places]  # of the live weights
         self.offloaded: list[offload.OffloadedPlan] = []  # those of `plans` that run in a thread
         names: list[str] = []
         for (device, same_device), storages in places.items():
@@ -129,7 +130,7 @@ class Shadow:
                 self.offloaded.append(offload.OffloadedPlan(transfer, module.Plan, segments, lives, copies, views))
                 self.plans.append(self.offloaded[-1])
             else:  # only torch crosses devices
-                module = backends.select(self._backend if same_device else "torch", device.type)
+                module = backends.select(self._backend if same_device else "torch", device)
                 self.plans.append(module.Plan(segments, lives, copies, views))
             names.append(module.NAME)
         self.backend_name = "+".join(dict.fromkeys(names))
@@ -223,8 +224,9 @@ class Shadow:
             RuntimeError: an earlier average failed in its thread; nothing is averaged.
         """
         self.synchronize()
-        for plan in self.plans:
-            plan.update(weights, guard, skip, device_weights)
+        skips = backends.skips_on(self._plan_devices, skip)
+        for plan, own_skip in zip(self.plans, skips, strict=True):
+            plan.update(weights, guard, own_skip, device_weights)
         for index, entry in self._loose:
             self._copy_loose(index, entry.current(), skip)
 

@@ -93,7 +93,14 @@ def kernels() -> Iterator[ModuleType]:
         yield module
 
 
-def compiled(function: Any, signature: dict[str, str], constants: dict[str, Any], capability: int) -> Any:
+def compiled(
+    function: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    capability: int = 90,
+    target: Any = None,
+    **options: Any,
+) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
@@ -101,12 +108,14 @@ def compiled(function: Any, signature: dict[str, str], constants: dict[str, Any]
     for name in signature:
         signature[name] = "constexpr" if name in constants else signature[name]
     source = ASTSource(function, signature, constants, {(0,): [["tt.divisibility", 16]]})
-    return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=dict(backend._OPTIONS))
+    target = target or GPUTarget("cuda", capability, 32)
+    return compile_kernel(source, target=target, options={**backend._OPTIONS, **options})
 
 
-def compiled_update(
-    kernels: ModuleType, kinds: list[int], aligned: list[int], capability: int, shadows: int = 1, **constants: Any
-) -> Any:
+def update_source(
+    kernels: ModuleType, kinds: list[int], aligned: list[int], shadows: int = 1, **constants: Any
+) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """The update kernel with its signature and constants, as `compiled` takes them."""
     variants = tuple(2 * kind + flag for kind in kinds for flag in aligned)
     signature = {"table": "*i64", "kept_total": "*i64", "skip": "*fp32", "device_weights": "*fp64"}
     signature |= {f"bits{k}": "i64" for k in range(4)}
@@ -115,7 +124,13 @@ def compiled_update(
     given = {name: value for name, value in defaults.items() if value != "argument"}
     signature |= dict.fromkeys(given, "constexpr")
     order = kernels.update.arg_names
-    return compiled(kernels.update, {name: signature[name] for name in order}, given, capability)
+    return kernels.update, {name: signature[name] for name in order}, given
+
+
+def compiled_update(
+    kernels: ModuleType, kinds: list[int], aligned: list[int], capability: int, shadows: int = 1, **constants: Any
+) -> Any:
+    return compiled(*update_source(kernels, kinds, aligned, shadows, **constants), capability)
 
 
 def accesses(ptx: str) -> Counter[str]:
@@ -301,13 +316,44 @@ def test_on_cpu_tensors_the_reason_names_the_interpreter() -> None:
 def test_auto_takes_triton_on_cuda_where_the_cuda_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "why_unusable", lambda device_type: "not built")
     monkeypatch.setattr(backend, "why_unusable", lambda device_type: None)
+    monkeypatch.setattr(backend, "probe", lambda device: None)
     assert backends.select("auto", "cuda") is backend
     monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(UserWarning, match="torch backend on cpu"):  # the interpreter is no backend for users
         assert backends.select("auto", "cpu") is backends.BACKENDS["torch"]
     monkeypatch.setattr(backend, "why_unusable", lambda device_type: "no Triton")
-    with pytest.warns(UserWarning, match="torch backend on cuda.*not built; no Triton"):
+    with pytest.warns(UserWarning, match="torch backend on cuda.*native: not built; triton: no Triton"):
         assert backends.select("auto", "cuda") is backends.BACKENDS["torch"]
+
+
+def test_a_launch_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where Triton finds no C compiler for its launcher: the first launch raises, and FastEMA has its own words."""
+
+    class Failing:
+        def __init__(self, *arguments: object) -> None:
+            pass
+
+        def update(self, *arguments: object, **named: object) -> None:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    ones = torch.ones
+    monkeypatch.setattr(backend, "Plan", Failing)
+    monkeypatch.setattr(torch, "ones", lambda *sizes, device: ones(*sizes))
+    backend.probe.cache_clear()
+    reason = backend.probe(torch.device("cuda", 5))
+    assert reason == "a launch of its kernels fails (RuntimeError: Failed to find C compiler.)"
+    backend.probe.cache_clear()
+    assert backend.probe(torch.device("cpu")) is None
+
+
+def test_xpu_is_accepted_where_torch_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    assert backend.why_unusable("xpu") is None
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    assert backend.why_unusable("xpu") == "torch sees no XPU device"
+    assert "no kernels for mps" in str(backend.why_unusable("mps"))
 
 
 def test_a_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 // The CUDA kernels' own source, run on the host over the whole matrix and compared with the CPU kernels bit for bit.
 // Built with AddressSanitizer and UBSan: every buffer ends where its tensor ends, so an access beyond is caught, and so
 // is a 16-byte access at an address that is not a multiple of 16.
+#include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -35,10 +36,9 @@ struct Buffer {
 };
 
 void fill(Buffer& buffer, Dtype dtype, bool with_nonfinite) {
-  std::normal_distribution<float> normal;
   const int64_t count = buffer.bytes / dtype_bytes(dtype);
   for (int64_t i = 0; i < count; ++i) {
-    float value = normal(generator);
+    float value = static_cast<float>(static_cast<int32_t>(generator())) * 0x1p-29f;  // the same on every processor
     if (with_nonfinite && generator() % 7 == 0) value = generator() % 2 ? INFINITY : NAN;
     char* at = buffer.memory.get() + i * dtype_bytes(dtype);
     const auto put = [&](auto stored) { std::memcpy(at, &stored, sizeof stored); };
@@ -66,12 +66,16 @@ struct Case {
   double weight;
   const float* skip;
   bool weights_on_device;
+  int64_t chunk_elements = 1024;
 };
 
+constexpr int64_t kManyTiles = 20001;  // of every dtype pair, the last one ragged
+
 int64_t failures = 0, cases = 0, elements_checked = 0;
+uint64_t digest = 0xcbf29ce484222325;  // of all shadows, to compare processors: FNV-1a
 
 void run(const Case& c) {
-  const std::vector<int64_t> sizes = {0, 1, 3, 4, 5, 15, 16, 17, 63, 1023, 1024, 1025, 4097};
+  const std::vector<int64_t> sizes = {0, 1, 3, 4, 5, 15, 16, 17, 63, 1023, 1024, 1025, 4097, kManyTiles};
   std::vector<Buffer> lives;
   std::vector<std::vector<Buffer>> on_gpu(c.shadows), on_cpu(c.shadows);
   std::vector<std::vector<Segment>> gpu_segments(c.shadows), cpu_segments(c.shadows);
@@ -80,6 +84,7 @@ void run(const Case& c) {
   for (const int64_t size : sizes) {
     for (const int64_t shadow_offset : {0, 1, 3}) {
       for (const int64_t live_offset : {0, 1, 2}) {
+        if (size == kManyTiles && (shadow_offset == 3 || live_offset != shadow_offset)) continue;
         lives.emplace_back(size, live_offset, live_size);
         if (!bytes_only) fill(lives.back(), c.live, c.guard);
         for (int k = 0; k < c.shadows; ++k) {
@@ -97,7 +102,7 @@ void run(const Case& c) {
   }
   std::vector<Chunk> gpu_chunks, cpu_chunks;
   for (int k = 0; k < c.shadows; ++k) {
-    for (const Chunk& chunk : cut(gpu_segments[k], 1024)) gpu_chunks.push_back(chunk);
+    for (const Chunk& chunk : cut(gpu_segments[k], c.chunk_elements)) gpu_chunks.push_back(chunk);
     for (const Chunk& chunk : cut(cpu_segments[k], kCpuChunkElements)) cpu_chunks.push_back(chunk);
   }
   const CpuChunks work(cpu_chunks, c.shadows);
@@ -123,6 +128,9 @@ void run(const Case& c) {
     for (size_t i = 0; i < on_gpu[k].size(); ++i) {
       // The whole buffer: what lies before the segment is nobody's to touch.
       equal = equal && std::memcmp(on_gpu[k][i].memory.get(), on_cpu[k][i].memory.get(), on_gpu[k][i].bytes) == 0;
+      for (int64_t at = 0; at < on_cpu[k][i].bytes; ++at) {
+        digest = (digest ^ static_cast<unsigned char>(on_cpu[k][i].memory.get()[at])) * 0x100000001b3;
+      }
       elements_checked += on_gpu[k][i].bytes / shadow_size;
     }
   }
@@ -150,7 +158,32 @@ void run(const Case& c) {
 
 }  // namespace
 
-int main() {
+// Reads a clock from stdin and prints what each step leaves: step, updates, whether it is skipped, the bits of the
+// weights. Numbers: shadows, rows, update_every, the table, then one found_inf a step, "none" where there is none.
+int run_clock() {
+  ClockArgs args{};
+  if (std::scanf("%d %" SCNd64 " %" SCNd64, &args.shadows, &args.rows, &args.update_every) != 3) return 1;
+  std::vector<double> table(args.rows * args.shadows), weights(args.shadows);
+  for (double& weight : table) {
+    if (std::scanf("%la", &weight) != 1) return 1;
+  }
+  int64_t step = 0, num_updates = 0;
+  float skip = -1.0f, found_inf;
+  args.table = table.data(), args.weights = weights.data();
+  args.step = &step, args.num_updates = &num_updates, args.skip = &skip;
+  for (char word[64]; std::scanf("%63s", word) == 1;) {
+    found_inf = std::strtof(word, nullptr);
+    args.found_inf = std::strcmp(word, "none") == 0 ? nullptr : &found_inf;
+    if (launch_clock(args, 0, nullptr) != nullptr) return 1;
+    std::printf("%" PRId64 " %" PRId64 " %g", step, num_updates, skip);
+    for (const double weight : weights) std::printf(" %a", weight);
+    std::printf("\n");
+  }
+  return 0;
+}
+
+int main(int count, char** arguments) {
+  if (count > 1 && std::strcmp(arguments[1], "clock") == 0) return run_clock();
   const std::vector<Dtype> dtypes = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
   const float found_inf = 1.0f;
   for (const Dtype shadow : dtypes) {
@@ -163,13 +196,16 @@ int main() {
           }
         }
       }
+      for (const int shadows : {1, 3}) {
+        run({static_cast<Kind>(kAverage + pair), shadow, live, shadows, true, 0.1, nullptr, false, kChunkElements});
+      }
       run({static_cast<Kind>(kConvert + pair), shadow, live, 2, true, 0.1, nullptr, false});
       run({static_cast<Kind>(kAverage + pair), shadow, live, 1, true, 0.1, &found_inf, false});
     }
   }
   run({kCopyBytes, Dtype::kFloat32, Dtype::kFloat32, 1, true, 0.1, nullptr, false});
   run({kCopyBytes, Dtype::kFloat32, Dtype::kFloat32, 3, true, 0.1, nullptr, false});
-  std::printf("%lld cases, %lld elements compared, %lld differ\n", static_cast<long long>(cases),
-              static_cast<long long>(elements_checked), static_cast<long long>(failures));
+  std::printf("%lld cases, %lld elements compared, %lld differ, digest 0x%016" PRIx64 "\n", static_cast<long long>(cases),
+              static_cast<long long>(elements_checked), static_cast<long long>(failures), digest);
   return failures == 0 ? 0 : 1;
 }

@@ -16,6 +16,11 @@ struct Index {
 };
 inline Index threadIdx{0}, blockIdx{0};
 
+// A warp of one thread.
+constexpr int warpSize = 1;
+inline bool __any_sync(unsigned int, bool value) { return value; }
+inline unsigned int __shfl_xor_sync(unsigned int, unsigned int value, int) { return value; }
+
 inline void atomicAdd(unsigned long long* target, unsigned long long value) { *target += value; }
 
 using cudaStream_t = void*;
@@ -24,6 +29,8 @@ constexpr int cudaDevAttrMultiProcessorCount = 16;
 inline const char* cudaGetErrorString(cudaError_t) { return "error"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+struct cudaFuncAttributes {};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 2, cudaSuccess; }
 
