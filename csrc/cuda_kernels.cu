@@ -36,8 +36,9 @@ struct alignas(sizeof(T) * kCount) Pack {
 
 #if defined(__HIPCC__)
 template <int kBytes>
-using Word = std::conditional_t<kBytes == 1, uint8_t, std::conditional_t<kBytes == 2, uint16_t,
-    uint32_t __attribute__((ext_vector_type(kBytes >= 4 ? kBytes / 4 : 1)))>>;
+using Word = std::conditional_t<
+    kBytes == 1, uint8_t,
+    std::conditional_t<kBytes == 2, uint16_t, uint32_t __attribute__((ext_vector_type(kBytes >= 4 ? kBytes / 4 : 1)))>>;
 template <int kBytes>
 using GlobalWord = __attribute__((address_space(1))) Word<kBytes>;
 #endif
@@ -52,14 +53,17 @@ __device__ __forceinline__ T load_if(bool wanted, const T* at) {
   uint32_t words[4];
   uint16_t half;
   if constexpr (sizeof(T) == 16) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %4, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; @p ld.global.v4.b32 {%0, %1, %2, %3}, [%5]; }"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(flag), "l"(address));
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %4, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; @p "
+        "ld.global.v4.b32 {%0, %1, %2, %3}, [%5]; }"
+        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+        : "r"(flag), "l"(address));
     memcpy(&value, words, 16);
   } else if constexpr (sizeof(T) == 8) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.global.v2.b32 {%0, %1}, [%3]; }"
-                 : "=r"(words[0]), "=r"(words[1])
-                 : "r"(flag), "l"(address));
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.global.v2.b32 {%0, %1}, [%3]; }"
+        : "=r"(words[0]), "=r"(words[1])
+        : "r"(flag), "l"(address));
     memcpy(&value, words, 8);
   } else if constexpr (sizeof(T) == 4) {
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %1, 0; mov.b32 %0, 0; @p ld.global.b32 %0, [%2]; }"
@@ -132,7 +136,8 @@ __device__ __forceinline__ Chunk load_chunk(const Chunk* row) {
   return chunk;
 }
 
-// ---- a tile: kDepth packs of kCount elements a thread, kThreads packs apart. `left` packs are inside from `at` on ----
+// ---- a tile: kDepth packs of kCount elements a thread, kThreads packs apart. `left` packs are inside from `at` on
+// ----
 
 template <class T, int kCount, int kDepth>
 __device__ __forceinline__ void load_tile(Pack<T, kCount> (&tile)[kDepth], const T* at, int left) {
@@ -226,8 +231,8 @@ struct Rows {
   __device__ void* shadow(int k) const { return load_if(k < shadows, &table[k * count].shadow); }
 };
 
-// `packs` of kCount elements, tile by tile, each under all shadows in turn: live comes from memory for the first of them
-// and from the cache for the others. The pointer of the next shadow is on its way while the tile of this one is.
+// `packs` of kCount elements, tile by tile, each under all shadows in turn: live comes from memory for the first of
+// them and from the cache for the others. The pointer of the next shadow is on its way while the tile of this one is.
 template <int kCount, int kDepth, class Shadow, class Live, class Rule>
 __device__ __forceinline__ void run_tiles(const Rows& rows, Shadow* first, const Live* live, uint32_t begin,
                                           uint32_t packs, Rule& rule) {
@@ -263,8 +268,8 @@ __device__ __forceinline__ void run_tiles(const Rows& rows, Shadow* first, const
   }
 }
 
-// A pack is 16 bytes of the wider operand and as many elements of the narrower, so that every store fills its sectors. A
-// tile has 128 bytes or more in flight a thread.
+// A pack is 16 bytes of the wider operand and as many elements of the narrower, so that every store fills its sectors.
+// A tile has 128 bytes or more in flight a thread.
 template <class Shadow, class Live, class Rule>
 __device__ __forceinline__ void run_chunk(const Rows& rows, const Chunk& chunk, Rule& rule) {
   constexpr bool kShadowIsWider = sizeof(Shadow) >= sizeof(Live);
@@ -293,7 +298,8 @@ __device__ __forceinline__ void run_chunk(const Rows& rows, const Chunk& chunk, 
   run_tiles<kCount, kDepth>(rows, first, live, head, packs, rule);
 }
 
-// One atomic a warp, so that a model of nothing but NaN does not wait for 2^30 of them. All threads of the block call it.
+// One atomic a warp, so that a model of nothing but NaN does not wait for 2^30 of them. All threads of the block call
+// it.
 __device__ __forceinline__ void add_kept(unsigned long long* total, unsigned int kept) {
 #if defined(__HIPCC__)
   for (int delta = warpSize / 2; delta > 0; delta /= 2) kept += __shfl_xor(kept, delta);
