@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := csrc/*.h csrc/*.cpp csrc/*.cu
 
-.PHONY: demo test lint format bench gpu sanitize fuzz faults soak clean
+.PHONY: demo test lint format bench gpu-test gpu-sanitize gpu-bench gpu-build sanitize fuzz faults soak clean
 
 demo: .venv/.ready  ## trains a small segmentation model, its EMA validated at no copy (three minutes)
 	$(BIN)/fastema train --dataset-path synthetic --checkpoint-dir runs/demo --backbone tf_efficientnet_lite0 \
@@ -27,8 +27,19 @@ format: .venv/.ready
 bench: .venv/.ready  ## every benchmark, ten minutes; ARGS=--quick: one minute. Peers: pip install -e ".[bench]"
 	$(BIN)/python -m bench.all $(ARGS)
 
-gpu:  ## on a machine with a GPU: build, GPU tests, memcheck and benchmarks, with the Python that has CUDA torch
-	PYTHON=$(PYTHON) bench/gpu.sh
+# On a machine with a GPU, with the Python that has CUDA torch; each at most 8 minutes, and goes on where it was cut short.
+# ARGS=--dry-run shows what would run.
+gpu-test:  ## builds for the GPU at hand, and runs the tests that need one
+	$(PYTHON) -m bench.gpu test $(ARGS)
+
+gpu-sanitize:  ## the kernels under compute-sanitizer
+	$(PYTHON) -m bench.gpu sanitize $(ARGS)
+
+gpu-bench:  ## updates and exchanges beside what was predicted of them, then beside the peers
+	$(PYTHON) -m bench.gpu bench $(ARGS)
+
+gpu-build: .venv-gpu/.ready  ## no GPU needed: builds against a CUDA torch (6 GB), tests it on the CPU, lists architectures
+	.venv-gpu/bin/python -m bench.gpu build $(ARGS)
 
 sanitize: .venv/.ready  ## the extension's tests under AddressSanitizer and UBSan, then under ThreadSanitizer
 	tests/sanitize.sh address,undefined
@@ -45,11 +56,16 @@ soak: .venv/.ready  ## 100,000 updates with everything in between, beside a floa
 	$(BIN)/python tests/soak.py --updates 100000
 
 clean:
-	rm -rf .venv build dist *.egg-info fastema/_C*.so fastema/_build_record.json
+	rm -rf .venv .venv-gpu build dist *.egg-info fastema/_C*.so fastema/_build_record.json
 
 # torch first and pinned: the build needs it there, and an unpinned one is gigabytes of CUDA packages.
 .venv/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt torch setuptools ninja
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,dev]"
+	touch $@
+
+.venv-gpu/.ready:
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip --disable-pip-version-check install -q torch==2.14.1 "setuptools>=70.1" ninja numpy pytest hypothesis
 	touch $@

@@ -17,6 +17,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 
   module.doc() = "fastema's kernels; use fastema.FastEMA.";
   module.def("has_cuda", &fastema::has_cuda, "Whether the CUDA kernels were compiled in.");
+  module.def("probe_cuda", &fastema::probe_cuda, py::arg("index"), py::call_guard<py::gil_scoped_release>(),
+             "Why the CUDA kernels cannot run on this device, or None.");
   module.def("cpu_isa", [] { return fastema::isa_name(fastema::best_isa()); }, "The instruction set in use.");
 
   py::enum_<Isa>(module, "Isa")
@@ -26,11 +28,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 
   py::class_<Plan>(module, "Plan")
       .def(py::init<std::vector<Tensors>, Tensors, const std::vector<bool>&, const Tensors&>(), py::arg("shadows"),
-           py::arg("lives"), py::arg("copies"), py::arg("views"))
+           py::arg("lives"), py::arg("copies"), py::arg("views"), py::call_guard<py::gil_scoped_release>())
       .def("update", &Plan::update, py::arg("weights"), py::arg("guard"), py::arg("skip") = py::none(),
            py::arg("device_weights") = py::none(), py::call_guard<py::gil_scoped_release>())
       .def("exchange", &Plan::exchange, py::arg("which"), py::call_guard<py::gil_scoped_release>())
-      .def("nonfinite_count", &Plan::nonfinite_count)
+      .def("nonfinite_count", &Plan::nonfinite_count, py::call_guard<py::gil_scoped_release>())
       .def("chunk_count", &Plan::chunk_count)
       .def("set_isa", &Plan::set_isa);
 

@@ -429,24 +429,13 @@ __global__ void clock_kernel(const ClockArgs args) {
 
 CudaError message(cudaError_t status) { return status == cudaSuccess ? nullptr : cudaGetErrorString(status); }
 
-// Makes `device` current for the launch and puts the previous one back.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int device) {
-    status_ = cudaGetDevice(&previous_);
-    if (status_ == cudaSuccess && previous_ != device) status_ = cudaSetDevice(device);
-  }
-  ~CurrentDevice() {
-    if (previous_ >= 0) cudaSetDevice(previous_);
-  }
-  CurrentDevice(const CurrentDevice&) = delete;
-  CurrentDevice& operator=(const CurrentDevice&) = delete;
-  cudaError_t status() const { return status_; }
-
- private:
-  int previous_ = -1;
-  cudaError_t status_;
-};
+// The caller has made `device` current in torch's copy of the CUDA runtime. This one is linked statically and follows
+// since CUDA 12; before, it is told.
+cudaError_t follow_torch_to(int device) {
+  int current = -1;
+  const cudaError_t status = cudaGetDevice(&current);
+  return status == cudaSuccess && current != device ? cudaSetDevice(device) : status;
+}
 
 }  // namespace
 
@@ -460,8 +449,8 @@ CudaError resident_blocks(int device, int64_t& blocks) {
 CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& args, unsigned long long* kept,
                         int device, void* stream) {
   if (count == 0) return nullptr;
-  const CurrentDevice current(device);
-  if (current.status() != cudaSuccess) return message(current.status());
+  const cudaError_t status = follow_torch_to(device);
+  if (status != cudaSuccess) return message(status);
   const auto kernel = args.guard ? update_kernel<true> : update_kernel<false>;
   FASTEMA_LAUNCH(kernel, static_cast<unsigned int>(count), kThreads, static_cast<cudaStream_t>(stream), chunks, count,
                  args, kept);
@@ -470,18 +459,31 @@ CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& ar
 
 CudaError launch_exchange(const Chunk* chunks, int64_t count, int device, void* stream) {
   if (count == 0) return nullptr;
-  const CurrentDevice current(device);
-  if (current.status() != cudaSuccess) return message(current.status());
+  const cudaError_t status = follow_torch_to(device);
+  if (status != cudaSuccess) return message(status);
   FASTEMA_LAUNCH(exchange_kernel, static_cast<unsigned int>(count), kThreads, static_cast<cudaStream_t>(stream),
                  chunks);
   return message(cudaGetLastError());
 }
 
 CudaError launch_clock(const ClockArgs& args, int device, void* stream) {
-  const CurrentDevice current(device);
-  if (current.status() != cudaSuccess) return message(current.status());
+  const cudaError_t status = follow_torch_to(device);
+  if (status != cudaSuccess) return message(status);
   FASTEMA_LAUNCH(clock_kernel, 1, 1, static_cast<cudaStream_t>(stream), args);
   return message(cudaGetLastError());
+}
+
+CudaError probe(int device) {
+  cudaError_t status = follow_torch_to(device);
+  const void* kernels[] = {reinterpret_cast<const void*>(update_kernel<false>),
+                           reinterpret_cast<const void*>(update_kernel<true>),
+                           reinterpret_cast<const void*>(exchange_kernel), reinterpret_cast<const void*>(clock_kernel)};
+  for (const void* kernel : kernels) {
+    cudaFuncAttributes attributes;
+    if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
+  }
+  if (status != cudaSuccess) (void)cudaGetLastError();  // else the next launch reports it once more
+  return message(status);
 }
 
 }  // namespace fastema

@@ -1,6 +1,6 @@
 // The CUDA kernels: one launch over a chunk table in device memory. No torch: raw pointers and a stream.
 //
-// Every function returns null, or CUDA's own words for what went wrong.
+// Every function returns null, or CUDA's own words for what went wrong. The caller has made `device` current in torch.
 #pragma once
 
 #include <cstdint>
@@ -36,5 +36,8 @@ struct ClockArgs {
 };
 
 CudaError launch_clock(const ClockArgs& args, int device, void* stream);
+
+// Whether `device` has machine code of every kernel and a driver for it. Loads them: a first launch may be captured.
+CudaError probe(int device);
 
 }  // namespace fastema

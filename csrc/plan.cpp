@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
@@ -112,6 +113,17 @@ bool has_cuda() {
 #endif
 }
 
+std::optional<std::string> probe_cuda(int index) {
+#ifdef FASTEMA_WITH_CUDA
+  const c10::DeviceGuard guard(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index)));
+  const CudaError error = probe(index);
+  return error == nullptr ? std::nullopt : std::optional<std::string>(error);
+#else
+  (void)index;
+  return "fastema._C was built without CUDA";
+#endif
+}
+
 Plan::Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor> lives, const std::vector<bool>& copies,
            const std::vector<at::Tensor>& views)
     : shadows_(std::move(shadows)), lives_(std::move(lives)), isa_(best_isa()), work_({}, 1) {
@@ -144,8 +156,20 @@ Plan::Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor>
 }
 
 #ifdef FASTEMA_WITH_CUDA
-void* Plan::current_stream() const {
-  const c10::Stream stream = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_);
+void* Plan::current_stream() {
+  const c10::impl::VirtualGuardImpl torch(device_.type());
+  const c10::Stream stream = torch.getStream(device_);
+  // The memory may be freed while another stream than its own still reads it: the allocator then waits for that one.
+  if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) {
+    const auto record = [&](const at::Tensor& tensor) {
+      torch.recordDataPtrOnStream(tensor.storage().data_ptr(), stream);
+    };
+    record(device_chunks_);
+    record(device_kept_);
+    for (const at::Tensor& live : lives_) record(live);
+    for (const std::vector<at::Tensor>& shadow : shadows_) std::for_each(shadow.begin(), shadow.end(), record);
+    streams_.push_back(stream);
+  }
 #ifdef FASTEMA_STREAM_FROM_C10_CUDA  // torch before 2.11
   return c10::cuda::CUDAStream(c10::cuda::CUDAStream::UNCHECKED, stream).stream();
 #else  // no CUDA header of torch, so that this compiles against CPU-only torch too
@@ -166,6 +190,7 @@ void Plan::update(const std::vector<double>& weights, bool guard, const std::opt
   args.skip = static_cast<const float*>(scalars(skip, at::kFloat, 1, device_, "skip"));
   const auto* device = static_cast<const double*>(scalars(device_weights, at::kDouble, shadows, device_, "weights"));
   if (device_.is_cpu() && args.skip != nullptr && *args.skip != 0.0f) return;
+  const c10::DeviceGuard on_device(device_);
   for (c10::VariableVersion& version : view_versions_) version.bump();
   for (int first = 0; first < shadows; first += kMaxShadows) {
     args.shadows = std::min(kMaxShadows, shadows - first);
@@ -192,6 +217,7 @@ void Plan::exchange(int which) {
   if (!same_dtypes_) throw std::invalid_argument("contents of different dtypes cannot be exchanged exactly");
   if (device_.is_cpu()) return exchange_on_cpu(work_, which, at::get_num_threads());
 #ifdef FASTEMA_WITH_CUDA
+  const c10::DeviceGuard on_device(device_);
   check(launch_exchange(static_cast<const Chunk*>(device_chunks_.const_data_ptr()) + which * work_.count, work_.count,
                         device_.index(), current_stream()),
         "exchange");

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "chunks.h"
@@ -39,7 +40,7 @@ class Plan {
   void set_isa(Isa isa) { isa_ = isa; }  // for tests: at most what the machine has
 
  private:
-  void* current_stream() const;
+  void* current_stream();
 
   std::vector<std::vector<at::Tensor>> shadows_;  // held, with lives_, so that the pointers in the chunks stay valid
   std::vector<at::Tensor> lives_;
@@ -50,9 +51,13 @@ class Plan {
   CpuChunks work_;
   int64_t kept_on_cpu_ = 0;
   at::Tensor device_chunks_, device_kept_;  // GPU only: bytes of the chunk table; int64 scalar
+  std::vector<c10::Stream> streams_;        // GPU only: that use this memory; the allocator knows of them
 };
 
 // Whether this build has the CUDA kernels.
 bool has_cuda();
+
+// Why they cannot run on CUDA device `index`, or none.
+std::optional<std::string> probe_cuda(int index);
 
 }  // namespace fastema

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastema.backends.streams import Streams
 from fastema.decays import Decays
 
 _MOST_ROWS = 1 << 22  # 32 MiB for one decay
@@ -46,6 +47,7 @@ class DeviceClock:
             self.num_updates = torch.zeros((), dtype=torch.int64, device=device)
             self.weights = torch.zeros(len(decays), dtype=torch.float64, device=device)
             self._skip = torch.zeros((), dtype=torch.float32, device=device)
+        self._streams = Streams(device, [self._table, self.step, self.num_updates, self.weights, self._skip])
 
     @torch.no_grad()
     def advance(self, found_inf: Tensor | None) -> Tensor:
@@ -54,6 +56,7 @@ class DeviceClock:
         Returns:
             The float32 scalar that is not 0 where nothing is averaged; `weights` are those of the step.
         """
+        self._streams.note_current()
         skipped = torch.zeros_like(self._skip) if found_inf is None else (found_inf.reshape(()) != 0).float()
         self.step.add_((skipped == 0).long())
         row = (self.step - 1).clamp_(0, self._table.shape[0] - 1)

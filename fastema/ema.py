@@ -69,7 +69,10 @@ class FastEMA:
             host memory (one buffer of the weights' bytes) on a stream of its own, and a thread averages them there.
         nonfinite: "skip": an element whose live value is NaN or infinite keeps its shadow; "propagate". What is NaN
             already when FastEMA is built stays so.
-        capturable: keep step and weight in device memory, so that `update()` can be part of a captured CUDA graph.
+        capturable: keep step and weight in device memory, so that `update()` can be part of a captured CUDA graph. A
+            graph holds addresses of the FastEMA: keep that as long as the graph is replayed; a replay after its end
+            writes to freed memory. Where the model's tensors are replaced, graphs of before go on averaging the old
+            ones, which FastEMA therefore keeps: capture again.
         backend: "auto", "native", "triton" or "torch"; None: the environment variable FASTEMA_BACKEND, else "auto".
         **decay_args: for the schedule, e.g. `beta=15` for "exp".
 
@@ -126,11 +129,13 @@ class FastEMA:
         self._one_thread = OneThread()
         self._step = 0
         self._num_updates = 0
+        self._captured: list[Shadow] = []  # before a rebuild: graphs captured then hold their addresses
         self._nonfinite_before = 0  # counted by the FastEMA that this is a copy of
         self._warned_nonfinite = False
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
         self._handle = compiled.register(self._update_operands)
+        self._warm_up()
 
     @classmethod
     def from_params(cls, model: Source, ema_params: dict[str, Any], total_steps: int | None = None) -> FastEMA:
@@ -149,8 +154,8 @@ class FastEMA:
 
         Args:
             step: the number of optimizer steps so far, from 1, for the schedule; None: an own counter.
-            found_inf: float32 scalar on the model's device, as torch's gradient scaler keeps it; where it is not 0, the
-                optimizer skipped its step and nothing is averaged. On a GPU the kernel looks, and only with
+            found_inf: float32 scalar on a device of the model, as torch's gradient scaler keeps it; where it is not 0,
+                the optimizer skipped its step and nothing is averaged. On a GPU the kernel looks, and only with
                 `capturable=True` does the step not count either.
 
         Raises:
@@ -266,6 +271,7 @@ class FastEMA:
         modules = self._source.modules() if isinstance(self._source, nn.Module) else ()
         compiled.refuse_freezing((entry.whole for entry in self._shadow.managed), modules)
         self._warn_about_nonfinite()
+        torch.clear_autocast_cache()  # it holds casts of the live weights
         self._shadow.apply(which, in_place)
 
     @one_thread
@@ -277,6 +283,7 @@ class FastEMA:
         """
         if not self.is_applied:
             raise RuntimeError("restore() without apply_shadow(): the live weights are in place")
+        torch.clear_autocast_cache()  # it holds casts of the averages
         self._shadow.restore()
 
     @contextmanager
@@ -306,6 +313,7 @@ class FastEMA:
         self._refuse_while_applied("copy_to()")
         self._ensure_current()
         state.copy_averages(self._shadow, self._checked_which(which), self._source if model is None else model)
+        torch.clear_autocast_cache()
 
     # ---- numbers ----
 
@@ -439,7 +447,7 @@ class FastEMA:
                 "a FastEMA of a sharded model cannot be pickled or copied: torch.distributed.checkpoint.save() its "
                 "state_dict(), and build a new one"
             )
-        left_out = ("_shadow", "_clock", "_handle", "_attached")
+        left_out = ("_shadow", "_clock", "_handle", "_attached", "_captured")
         config = {key: value for key, value in self.__dict__.items() if key not in left_out}
         config["_nonfinite_before"] = self.nonfinite_count()
         counters = (self._step, self._num_updates)
@@ -451,6 +459,7 @@ class FastEMA:
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.__dict__.update(pickled["config"])
         self._attached = weakref.WeakSet()
+        self._captured = []
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
         self._handle = compiled.register(self._update_operands)
@@ -459,6 +468,7 @@ class FastEMA:
             for which, averages in enumerate(pickled["averages"]):
                 for name, average in state.averages_by_name(self._shadow, which).items():
                     average.copy_(averages[name])
+        self._warm_up()
 
     def __repr__(self) -> str:
         return (
@@ -512,7 +522,16 @@ class FastEMA:
             return
         new = self._build_shadow()
         state.carry_over(self._shadow, new)
+        if self._clock is not None and not self._shadow.is_on_cpu:
+            self._captured.append(self._shadow)
         self._shadow = new
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile and load what a captured `update()` launches, by one that skips: in the capture it is too late."""
+        if self._clock is not None:
+            skip = torch.ones((), dtype=torch.float32, device=self._clock.step.device)
+            self._shadow.update([0.0] * len(self._decays), self._guard, skip, self._clock.weights)
 
     def _refuse_while_applied(self, what: str) -> None:
         if self._shadow.is_applied:

@@ -135,6 +135,9 @@ class StandIn:
         """After it came out: gives scratch memory back."""
         # numpy() marks a storage as fixed: an array taken in the block still reads the scratch memory.
         if self.casts and self.storage.resizable() and self.live.resizable():
+            scratch = self.casts[0][0]
+            if scratch.device.type != "cpu":  # what reads it was enqueued before on this stream, not the allocating one
+                scratch.record_stream(torch.get_device_module(scratch.device).current_stream(scratch.device))
             self.storage.resize_(0)
 
 

@@ -101,6 +101,7 @@ class Shadow:
             device = mirror.live.device
             places.setdefault((device, device == mirror.device), []).append(mirror)
         self.plans: list[Any] = []
+        self._plan_devices = [device for device, _ in places]  # of the live weights
         self.offloaded: list[offload.OffloadedPlan] = []  # those of `plans` that run in a thread
         names: list[str] = []
         for (device, same_device), mirrors in places.items():
@@ -116,7 +117,7 @@ class Shadow:
                 self.offloaded.append(offload.OffloadedPlan(transfer, module.Plan, shadows, lives, copies, views))
                 self.plans.append(self.offloaded[-1])
             else:
-                module = backends.select(backend if same_device else "torch", device.type)  # only torch crosses devices
+                module = backends.select(backend if same_device else "torch", device)  # only torch crosses devices
                 self.plans.append(module.Plan(shadows, lives, copies, views))
             names.append(module.NAME)
         self.backend_name = "+".join(dict.fromkeys(names))
@@ -146,8 +147,9 @@ class Shadow:
             RuntimeError: an earlier average failed in its thread; nothing is averaged.
         """
         self.synchronize()
-        for plan in self.plans:
-            plan.update(weights, guard, skip, device_weights)
+        skips = backends.skips_on(self._plan_devices, skip)
+        for plan, own_skip in zip(self.plans, skips, strict=True):
+            plan.update(weights, guard, own_skip, device_weights)
 
     def synchronize(self) -> None:
         """Waits for averages that run in a thread; their errors come out here."""

@@ -80,7 +80,7 @@ def test_the_cuda_source_compiles_for_gfx90a(tmp_path: Path) -> None:
     target = tmp_path / "kernels.s"
     command = [compiler, "-x", "hip", "--offload-arch=gfx90a", "--cuda-device-only", "--rocm-path=/usr", "-S"]
     command += [f"--rocm-device-lib-path={bitcode}", "-std=c++17", "-O3", "-ffp-contract=off", "-Wno-unused-result"]
-    command += ["-I", str(ROOT / "tests/cuda_on_hip/include"), str(ROOT / "csrc/cuda_kernels.cu"), "-o", str(target)]
+    command += ["-I", str(ROOT / "csrc/hip"), str(ROOT / "csrc/cuda_kernels.cu"), "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
     assembly = target.read_text()

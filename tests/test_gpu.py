@@ -1,4 +1,4 @@
-"""What only a GPU can show. `make gpu` runs these; elsewhere they are skipped."""
+"""What only a GPU can show. `make gpu-test` runs these; elsewhere they are skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from fastema.backends import native
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run `make gpu` on a machine with one"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device: run `make gpu-test` on a machine with one"
+    ),
 ]
 GPU_BACKENDS = ["native", "triton"]
 

@@ -601,3 +601,29 @@ def test_streams_and_events_are_used_in_this_order(monkeypatch: pytest.MonkeyPat
         transfer.start([(host, device)])
     with pytest.raises(RuntimeError, match="not attached"):
         copied.order_writes()
+
+
+# ---- the CUDA copy, as far as it goes without a device ----
+
+
+def test_the_thread_waits_with_its_device_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread starts on device 0: waiting there for another device's event makes a context on both."""
+    happened: list[str] = []
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            happened.append(f"set {self.device}")
+
+        def __exit__(self, *error: object) -> None:
+            happened.append("reset")
+
+    class Event:
+        def synchronize(self) -> None:
+            happened.append("wait")
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    offload.CudaCopy(torch.device("cuda", 1), Event()).wait()  # type: ignore[arg-type]
+    assert happened == ["set cuda:1", "wait", "reset"]

@@ -1,4 +1,4 @@
-"""A shadow in host memory of weights on a GPU, with real streams. `make gpu` runs these; elsewhere they are skipped."""
+"""A shadow in host memory of weights on a GPU, with real streams: `make gpu-test`. Elsewhere these are skipped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from fastema.backends import native
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run `make gpu` on a machine with one"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device: run `make gpu-test` on a machine with one"
+    ),
     pytest.mark.skipif(native.why_unusable("cpu") is not None, reason="fastema._C is not available"),
 ]
 LONG = 1_000_000_000  # cycles: about half a second

@@ -17,7 +17,9 @@ from fastema import swa_utils as ours
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run `make gpu` on a machine with one"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device: run `make gpu-test` on a machine with one"
+    ),
 ]
 FUNCTIONS = ["get_ema_multi_avg_fn", "get_swa_multi_avg_fn"]
 

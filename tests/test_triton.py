@@ -313,13 +313,44 @@ def test_on_cpu_tensors_the_reason_names_the_interpreter() -> None:
 def test_auto_takes_triton_on_cuda_where_the_cuda_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "why_unusable", lambda device_type: "not built")
     monkeypatch.setattr(backend, "why_unusable", lambda device_type: None)
+    monkeypatch.setattr(backend, "probe", lambda device: None)
     assert backends.select("auto", "cuda") is backend
     monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(UserWarning, match="torch backend on cpu"):  # the interpreter is no backend for users
         assert backends.select("auto", "cpu") is backends.BACKENDS["torch"]
     monkeypatch.setattr(backend, "why_unusable", lambda device_type: "no Triton")
-    with pytest.warns(UserWarning, match="torch backend on cuda.*not built; no Triton"):
+    with pytest.warns(UserWarning, match="torch backend on cuda.*native: not built; triton: no Triton"):
         assert backends.select("auto", "cuda") is backends.BACKENDS["torch"]
+
+
+def test_a_launch_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where Triton finds no C compiler for its launcher: the first launch raises, and FastEMA has its own words."""
+
+    class Failing:
+        def __init__(self, *arguments: object) -> None:
+            pass
+
+        def update(self, *arguments: object, **named: object) -> None:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    ones = torch.ones
+    monkeypatch.setattr(backend, "Plan", Failing)
+    monkeypatch.setattr(torch, "ones", lambda *sizes, device: ones(*sizes))
+    backend.probe.cache_clear()
+    reason = backend.probe(torch.device("cuda", 5))
+    assert reason == "a launch of its kernels fails (RuntimeError: Failed to find C compiler.)"
+    backend.probe.cache_clear()
+    assert backend.probe(torch.device("cpu")) is None
+
+
+def test_xpu_is_accepted_where_torch_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    assert backend.why_unusable("xpu") is None
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    assert backend.why_unusable("xpu") == "torch sees no XPU device"
+    assert "no kernels for mps" in str(backend.why_unusable("mps"))
 
 
 def test_a_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,24 @@ def why_unusable(device_type: str) -> str | None:
     if not torch.cuda.is_available():
         return "built, but torch sees no CUDA device"
     return None
+
+
+@cache
+def probe(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on this very device, or None: no machine code for it, or too old a driver."""
+    if device.type != "cuda":
+        return None
+    try:
+        reason = _C.probe_cuda(device.index)
+    except RuntimeError as error:  # torch's own, of a driver that is too old for either
+        reason = str(error).partition("\n")[0]
+    if reason is None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"its CUDA kernels cannot run on {torch.cuda.get_device_name(device)} ({reason}); reinstall on this machine or "
+        f'with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
+    )
 
 
 def describe(device_type: str) -> str:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fastema.backends.streams import Streams
 from fastema.uncut import Step, run_uncut
 
 NAME = "torch"
 
 Pair: TypeAlias = tuple[Tensor, Tensor]  # a shadow segment and its live one
-_BATCH = 1 << 18  # elements: the temporaries of a batch stay in a CPU's cache
+# Elements of a batch. On a CPU its temporaries stay in the cache; on a GPU a launch takes as long as many elements.
+_BATCH, _GPU_BATCH = 1 << 18, 1 << 22
 
 
 def why_unusable(device_type: str) -> str | None:
     """None if the backend runs on this kind of device, else the reason."""
-    if device_type == "cuda" and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+    if device_type in ("cuda", "xpu") and not torch.get_device_module(device_type).is_available():
+        return f"torch sees no {device_type.upper()} device"
     return None
+
+
+def probe(device: torch.device) -> None:
+    """Return None: where torch has a tensor, its operations run."""
 
 
 def describe(device_type: str) -> str:
@@ -47,6 +53,12 @@ class Plan:
         self._batches = [_batches(compress(pairs, averaged)) for pairs in self._pairs]
         self._views = list(views)
         self._kept: Tensor | int = 0
+        tensors = [*lives, *chain(*shadows)]
+        self._streams = [
+            Streams(device, (tensor for tensor in tensors if tensor.device == device))
+            for device in {tensor.device for tensor in tensors}
+            if device.type != "cpu"
+        ]
 
     @torch.no_grad()
     def update(
@@ -60,6 +72,8 @@ class Plan:
             return
         if device_weights is not None:
             weights = device_weights.tolist()
+        for streams in self._streams:
+            streams.note_current()
         for which, (copied, batches, weight) in enumerate(zip(self._copied, self._batches, weights, strict=True)):
             for shadow, live in copied:
                 shadow.copy_(live)
@@ -111,8 +125,9 @@ def _batches(pairs: Iterable[Pair]) -> list[list[Pair]]:
             batches.append([(shadow, live)])
             continue
         alike = shadow.dtype, shadow.device, live.dtype, live.device
-        batch, elements = open_batches.get(alike, ([], _BATCH))
-        if elements + shadow.numel() > _BATCH:
+        most = _BATCH if live.device.type == "cpu" else _GPU_BATCH
+        batch, elements = open_batches.get(alike, ([], most))
+        if elements + shadow.numel() > most:
             batch, elements = [], 0
             batches.append(batch)
         batch.append((shadow, live))

@@ -1,4 +1,4 @@
-// HIP under the names of CUDA that csrc/cuda_kernels.cu uses, to compile it for AMD. No part of the library.
+// HIP under the names of CUDA that cuda_kernels.cu uses: setup_gpu.py puts this folder first on a ROCm torch.
 #pragma once
 
 #include <hip/hip_runtime.h>
@@ -7,6 +7,8 @@
 #define cudaDevAttrMultiProcessorCount hipDeviceAttributeMultiprocessorCount
 #define cudaDeviceGetAttribute hipDeviceGetAttribute
 #define cudaError_t hipError_t
+#define cudaFuncAttributes hipFuncAttributes
+#define cudaFuncGetAttributes hipFuncGetAttributes
 #define cudaGetDevice hipGetDevice
 #define cudaGetErrorString hipGetErrorString
 #define cudaGetLastError hipGetLastError
