@@ -180,7 +180,8 @@ def test_what_is_sound_has_no_complaint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ([("shadow + offset, left", "shadow + offset, is_kept<Shadow>(lives[0].values[0]) ? 0 : left")], "before the first"),
+        ([("(tile, shadow + offset, left", "(tile, shadow + offset, is_kept<Shadow>(lives[0].values[0]) ? 0 : left")],
+         "before the first use"),
         ([("(at) + n * kThreads", "(at) + n / 2 * (2 * kThreads) + n % 2")], "stores of {16: 4} bytes, 32 apart"),
         ([("st.global.", "st.")], "accesses to ['generic', 'global'] memory"),
         ([("sizeof(Shadow) == sizeof(Live) ? 4 : 8", "2")], "64 bytes in flight"),
