@@ -48,7 +48,8 @@ struct alignas(16) Chunk {
 };
 static_assert(sizeof(Chunk) == 32, "the chunk table is read by host and device, there as two 16-byte loads");
 
-// On a GPU: the sizes are multiples of the tile of most dtype pairs (see cuda_kernels.cu), so that few tiles are ragged.
+// On a GPU: the sizes are multiples of the tile of most dtype pairs (see cuda_kernels.cu), so that few tiles are
+// ragged.
 constexpr int64_t kSmallestChunkElements = 4096;
 constexpr int64_t kChunkElements = 16384;
 // On a CPU: the live values of a chunk (16 KiB of floats) stay in the first-level cache while several shadows take

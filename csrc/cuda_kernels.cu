@@ -417,8 +417,9 @@ __global__ void FASTEMA_LAUNCH_BOUNDS exchange_kernel(const Chunk* chunks) {
 __global__ void clock_kernel(const ClockArgs args) {
   const bool skipped = args.found_inf != nullptr && *args.found_inf != 0.0f;
   const int64_t step = *args.step + (skipped ? 0 : 1);
-  int64_t row = step - 1 < args.rows - 1 ? step - 1 : args.rows - 1;
-  if (row < 0) row = 0;  // the first step was skipped
+  const int64_t update = step / args.update_every;  // from 1
+  int64_t row = update < args.rows ? update - 1 : args.rows - 1;
+  if (row < 0) row = 0;  // no update yet
 #pragma unroll 1
   for (int k = 0; k < args.shadows; ++k) args.weights[k] = args.table[row * args.shadows + k];
   const bool idle = skipped || step % args.update_every != 0;

@@ -24,7 +24,7 @@ CudaError launch_exchange(const Chunk* chunks, int64_t count, int device, void* 
 
 // One optimizer step of `capturable`, counted on the device; all pointers lie in the memory of `device`.
 struct ClockArgs {
-  const double* table;     // [rows, shadows], the weights of step 1, 2, ...; later steps take the last row
+  const double* table;     // [rows, shadows], the weights of update 1, 2, ...; later ones take the last row
   int64_t rows;            // 1 or more
   int shadows;             // 1 or more
   int64_t update_every;    // steps

@@ -60,4 +60,9 @@ bool has_cuda();
 // Why they cannot run on CUDA device `index`, or none.
 std::optional<std::string> probe_cuda(int index);
 
+// One optimizer step of fastema/clock.py in one launch, on the current stream; see ClockArgs for the arguments.
+void advance_clock(const at::Tensor& table, int64_t update_every, const std::optional<at::Tensor>& found_inf,
+                   const at::Tensor& step, const at::Tensor& num_updates, const at::Tensor& weights,
+                   const at::Tensor& skip);
+
 }  // namespace fastema

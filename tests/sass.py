@@ -11,9 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 SPACES = {"LDG": "global", "STG": "global", "LD": "generic", "ST": "generic", "LDL": "local", "STL": "local"}
-_INSTRUCTION = re.compile(r"\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<guard>@!?U?P\w+ )?\s*(?P<opcode>[A-Z]\S*)(?P<rest>.*);")
+_INSTRUCTION = re.compile(
+    r"\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<guard>@!?U?P\w+ )?\s*(?P<opcode>[A-Z]\S*)(?P<rest>.*);"
+)
 _LABEL = re.compile(r"^(\.L_\w+):")
 _LINE = re.compile(r'//## File "[^"]*", line (\d+)( inlined at)?')
 _MEMORY = re.compile(r"\[(?:(?P<base>U?R\d+|U?RZ)(?:\.\w+)*)?(?:\+?(?P<offset>-?0x[0-9a-f]+))?")
@@ -120,7 +123,7 @@ class Loop:
             offsets = sorted({access.offset for access in stores if access.base == base})
             width = max(access.bytes for access in stores if access.base == base)
             run = longest = 1
-            for before, after in zip(offsets, offsets[1:], strict=False):
+            for before, after in pairwise(offsets):
                 run = run + 1 if after - before == width else 1
                 longest = max(longest, run)
             widest = max(widest, longest * width)

@@ -26,7 +26,7 @@ WIDTHS = {"dwordx4": 16, "b128": 16, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 
 
 
 def accesses(assembly: str) -> dict[str, Counter[int]]:
-    """"load" and "store" -> bytes -> how many; the narrow ones of the last elements count as 0."""
+    """ "load" and "store" -> bytes -> how many; the narrow ones of the last elements count as 0."""
     found: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     for space, kind, width in ACCESS.findall(assembly):
         assert space in ("global", "buffer"), f"{space}_{kind}_{width}"  # neither local memory nor generic addresses

@@ -40,7 +40,9 @@ def output_of(*command: str | Path) -> str:
 def average_lines() -> range:
     """Where the averaging loop is in the source."""
     text = SOURCE.read_text()
-    begin, end = (text[: text.index(name)].count("\n") + 1 for name in ("int32_t average_block", "int64_t average_chunk"))
+    begin, end = (
+        text[: text.index(name)].count("\n") + 1 for name in ("int32_t average_block", "int64_t average_chunk")
+    )
     return range(begin, end)
 
 

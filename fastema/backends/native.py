@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,13 @@ def probe(device: torch.device) -> str | None:
         f"its CUDA kernels cannot run on {torch.cuda.get_device_name(device)} ({reason}); reinstall on this machine or "
         f'with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
     )
+
+
+def clock_launch(device: torch.device) -> Callable[..., None] | None:
+    """Return the kernel that does a step of a DeviceClock in one launch, or None where it cannot run."""
+    if device.type != "cuda" or why_unusable("cuda") is not None or probe(device) is not None:
+        return None
+    return _C.advance_clock
 
 
 def describe(device_type: str) -> str:

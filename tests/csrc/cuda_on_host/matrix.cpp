@@ -205,7 +205,8 @@ int main(int count, char** arguments) {
   }
   run({kCopyBytes, Dtype::kFloat32, Dtype::kFloat32, 1, true, 0.1, nullptr, false});
   run({kCopyBytes, Dtype::kFloat32, Dtype::kFloat32, 3, true, 0.1, nullptr, false});
-  std::printf("%lld cases, %lld elements compared, %lld differ, digest 0x%016" PRIx64 "\n", static_cast<long long>(cases),
-              static_cast<long long>(elements_checked), static_cast<long long>(failures), digest);
+  std::printf("%lld cases, %lld elements compared, %lld differ, digest 0x%016" PRIx64 "\n",
+              static_cast<long long>(cases), static_cast<long long>(elements_checked), static_cast<long long>(failures),
+              digest);
   return failures == 0 ? 0 : 1;
 }
