@@ -116,13 +116,14 @@ def build_arguments() -> dict:
     kinds = os.environ.get("FASTEMA_SANITIZE")
     # -O1: optimised fully, pybind11's templates take minutes to compile with the checks in them.
     sanitize = ["-g1", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={kinds}"] if kinds else []
-    sources = ["bindings.cpp", "cpu_kernels.cpp", "plan.cpp", "storage_exchange.cpp", "thread_pool.cpp", "watch.cpp"]
+    openmp = [] if kinds == "thread" or sys.platform == "darwin" else ["-fopenmp"]
+    sources = ["bindings.cpp", "cpu_kernels.cpp", "plan.cpp", "sharing.cpp", "storage_exchange.cpp", "watch.cpp"]
     extension = CppExtension(
         "fastema._C",
         [f"csrc/{name}" for name in sources],
         depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir())],
-        extra_compile_args=[*CPP_FLAGS, "-pthread", *sanitize],
-        extra_link_args=["-pthread", *sanitize],
+        extra_compile_args=[*CPP_FLAGS, *openmp, *sanitize],
+        extra_link_args=[*openmp, *sanitize],
     )
 
     class Build(BuildExtension):

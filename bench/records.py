@@ -21,6 +21,8 @@ class Timing:
     min_us: float
     samples: int
     host_us: float | None = None
+    mean_us: float | None = None
+    p95_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Record:
         bench: which table, e.g. "update", "swap", "memory: validation".
         impl: the implementation, in the words of the table; `backend`: whose kernels it runs.
         tensors, params: of the model; shadows: how many averages of it.
-        median_us, p10_us, p90_us, min_us, host_us: see `Timing`.
+        median_us, p10_us, p90_us, min_us, host_us, mean_us, p95_us: see `Timing`.
         bytes_floor: what must be read and written at least; gbps: that over the median, in 1e9 bytes a second.
         copy_share: gbps as a share of a plain copy's in the same table, taken in turns with it.
         launches: kernels and copies on a GPU.
@@ -61,6 +63,8 @@ class Record:
     min_us: float | None
     samples: int
     cache: Cache
+    mean_us: float | None = None
+    p95_us: float | None = None
 
     @property
     def is_ours(self) -> bool:

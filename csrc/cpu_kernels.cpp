@@ -12,7 +12,6 @@
 #include <utility>
 
 #include "ema_math.h"
-#include "thread_pool.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FASTEMA_X86_VARIANTS 1
@@ -197,16 +196,16 @@ void exchange_chunk(const Chunk& chunk) {
 
 // A grain is what one thread takes at a time: 3 us from the cache, 13 us from memory.
 constexpr int64_t kGrainBytes = 128 << 10;
-// A thread that has less to do than this is not worth waking.
-constexpr int64_t kGrainsPerThread = 2;
+// Below this, one thread: 32,768 floats, from where on torch's own operations share their work out as well.
+constexpr int64_t kSerialGrains = 3;
 
 // Calls run(begin, end) on all grains, ranges of chunks, and sums what it returns.
 template <class Run>
 int64_t share_out(const CpuChunks& work, int threads, Run run) {
   const int64_t grains = static_cast<int64_t>(work.grains.size()) - 1;
-  const int useful = static_cast<int>(std::min<int64_t>(threads, grains / kGrainsPerThread));
-  if (useful <= 1) return run(int64_t{0}, work.count);
-  return sum_in_parallel(grains, useful, [&](int64_t grain) { return run(work.grains[grain], work.grains[grain + 1]); });
+  if (threads <= 1 || grains < kSerialGrains) return run(int64_t{0}, work.count);
+  const auto run_grain = [&](int64_t grain) { return run(work.grains[grain], work.grains[grain + 1]); };
+  return work.sharing.sum(grains, threads, run_grain);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "chunks.h"
+#include "sharing.h"
 
 namespace fastema {
 
@@ -19,6 +20,7 @@ struct CpuChunks {
   std::vector<Chunk> chunks;    // [shadows * count]
   int64_t count;                // of one shadow
   std::vector<int64_t> grains;  // [grains + 1]: grain i is chunks grains[i] .. grains[i + 1] - 1 of every shadow
+  mutable Sharing sharing;      // of updates and exchanges among threads; one of them at a time
 
   CpuChunks(std::vector<Chunk> list, int shadows);
 };

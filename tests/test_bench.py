@@ -48,7 +48,7 @@ ISSUE_FIELDS = {
     *("median_us", "p10_us", "p90_us", "host_us", "bytes_floor", "gbps", "copy_share", "launches", "extra_bytes"),
     "versions",
 }
-MORE_FIELDS = {"min_us", "samples", "cache"}
+MORE_FIELDS = {"min_us", "samples", "cache", "mean_us", "p95_us"}
 
 
 @pytest.fixture(autouse=True)

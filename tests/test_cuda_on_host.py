@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FLAGS = ["-std=c++17", "-O0", "-g", *SANITIZED, "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 FOLDERS = ["-I", str(ROOT / "tests/cuda_on_host/include"), "-I", str(ROOT / "csrc")]
-SHARED = ["csrc/cpu_kernels.cpp", "csrc/thread_pool.cpp", "tests/cuda_on_host/matrix.cpp"]
+SHARED = ["csrc/cpu_kernels.cpp", "csrc/sharing.cpp", "tests/cuda_on_host/matrix.cpp"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to run the CUDA source on the host")
 
