@@ -61,15 +61,12 @@ def load(processes: int) -> Iterator[None]:
             process.wait()
 
 
-def blocks_in_turns(
-    calls: Mapping[str, tuple[int, Callable[[], object]]], budget: Budget, block_seconds: float = _BLOCK_SECONDS
-) -> dict[str, Timing]:
+def blocks_in_turns(calls: Mapping[str, tuple[int, Callable[[], object]]], budget: Budget) -> dict[str, Timing]:
     """Times blocks of calls in a row, the implementations in turns.
 
     Args:
         calls: threads and call, by implementation.
         budget: rounds of one block each.
-        block_seconds: how long a block takes at least.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     threads_before = torch.get_num_threads()
@@ -87,7 +84,7 @@ def blocks_in_turns(
                 threads, call = calls[name]
                 torch.set_num_threads(threads)
                 call()  # finds what the one before has left in the caches
-                end = time.perf_counter() + block_seconds
+                end = time.perf_counter() + _BLOCK_SECONDS
                 while True:
                     begin = time.perf_counter_ns()
                     call()
