@@ -71,7 +71,7 @@ def build_arguments() -> dict:
     # -O1: optimised fully, pybind11's templates take minutes to compile with the checks in them.
     sanitize = ["-g1", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={kinds}"] if kinds else []
     openmp = [] if kinds == "thread" or sys.platform == "darwin" else ["-fopenmp"]
-    sources = ["bindings.cpp", "cpu_kernels.cpp", "plan.cpp", "storage_exchange.cpp", "watch.cpp"]
+    sources = ["bindings.cpp", "cpu_kernels.cpp", "plan.cpp", "sharing.cpp", "storage_exchange.cpp", "watch.cpp"]
     extension = CppExtension(
         "fastema._C",
         [f"csrc/{name}" for name in sources],

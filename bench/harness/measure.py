@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ def timing_of(samples: Sequence[float], host: Sequence[float] = ()) -> Timing:
         min_us=ordered[0],
         samples=len(ordered),
         host_us=percentile(sorted(host), 50) if host else None,
+        mean_us=statistics.fmean(ordered),
+        p95_us=percentile(ordered, 95),
     )
 
 

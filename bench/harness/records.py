@@ -21,6 +21,8 @@ class Timing:
     min_us: float
     samples: int
     host_us: float | None = None
+    mean_us: float | None = None
+    p95_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Record:
         bench: the benchmark, e.g. "update", "swap", "memory: validation".
         impl: name of the implementation, as in the table; `backend`: whose kernels it runs.
         tensors, params: of the model; shadows: number of averages.
-        median_us, p10_us, p90_us, min_us, host_us: see `Timing`.
+        median_us, p10_us, p90_us, min_us, host_us, mean_us, p95_us: see `Timing`.
         bytes_floor: least bytes to read and write; gbps: that over the median, in 1e9 bytes a second.
         copy_share: gbps over that of a plain copy timed in the same rounds.
         launches: kernels and copies on a GPU.
@@ -61,6 +63,8 @@ class Record:
     min_us: float | None
     samples: int
     cache: Cache
+    mean_us: float | None = None
+    p95_us: float | None = None
 
     @property
     def is_ours(self) -> bool:

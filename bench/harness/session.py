@@ -88,6 +88,8 @@ class Session:
             min_us=timing.min_us if timing else None,
             samples=timing.samples if timing else 0,
             cache=cache,
+            mean_us=timing.mean_us if timing else None,
+            p95_us=timing.p95_us if timing else None,
         )
         self.run.records.append(record)
         return record

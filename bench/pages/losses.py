@@ -32,7 +32,7 @@ def losses(run: Run) -> list[Loss]:
     """Return all of them, in the order of the records."""
     tables: dict[tuple[object, ...], list[Record]] = {}
     for record in run.records:
-        if record.median_us is not None:
+        if record.median_us is not None and not record.bench.startswith("busy"):  # of those the means count
             tables.setdefault((record.bench, record.case, record.cache, record.shadows), []).append(record)
     found = []
     for table in tables.values():

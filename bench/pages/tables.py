@@ -179,6 +179,22 @@ def _train_steps(run: Run) -> str:
     return _markdown(["share of a step", *columns], rows)
 
 
+def _busy(run: Run) -> str:
+    """Return means beside busy processes, medians in brackets."""
+    found = [record for record in run.records if record.bench.startswith("busy") and record.mean_us is not None]
+    columns = list(dict.fromkeys((record.case, record.bench) for record in found))
+    cells = {
+        (record.impl, (record.case, record.bench)): f"{duration(record.mean_us or 0.0)} ({duration(record.time)})"
+        for record in found
+    }
+    rows = []
+    for name in dict.fromkeys(record.impl for record in found):
+        values = [cells.get((name, column), "") for column in columns]
+        rows.append([name, *(_bold(value) if name == OURS.name else value for value in values)])
+    heads = [f"{case}, {bench.removeprefix('busy: ')} busy" for case, bench in columns]
+    return _markdown(["update, mean (median)", *heads], rows)
+
+
 def _instructions(run: Run) -> str:
     rows = [[one.impl, one.case, f"{one.instructions:,}"] for one in run.instructions]
     return _markdown(["host, one thread, AVX2", "", "instructions"], rows)
@@ -212,6 +228,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "memory": _memory,
     "growth": _growth,
     "train_step": _train_steps,
+    "busy": _busy,
     "instructions": _instructions,
     "losses": _losses,
     "missing": _missing,

@@ -35,7 +35,7 @@ ISSUE_FIELDS = {
     *("median_us", "p10_us", "p90_us", "host_us", "bytes_floor", "gbps", "copy_share", "launches", "extra_bytes"),
     "versions",
 }
-MORE_FIELDS = {"min_us", "samples", "cache"}
+MORE_FIELDS = {"min_us", "samples", "cache", "mean_us", "p95_us"}
 
 
 @pytest.fixture(autouse=True)
@@ -306,6 +306,34 @@ def test_a_race_records_everybody_and_names_who_is_missing(capsys: pytest.Captur
     assert "not measured: AveragedModel, ema multi fn: RuntimeError" in capsys.readouterr().out
 
 
+def test_beside_busy_processes_ours_is_measured_on_one_thread_and_on_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(busy, "_BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(busy, "_SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(cases, "small_tensors", tiny)
+    one = tiny_session()
+    busy.run(one)
+    assert [(record.bench, record.impl) for record in one.run.records] == [
+        (f"busy: {processes}", impl)
+        for processes in (0, 4)
+        for impl in (peers.OURS.name, peers.FOREACH.name, peers.MULTI_FN.name, busy.ONE_THREAD)
+    ]
+    for record in one.run.records:
+        assert record.mean_us is not None and record.p95_us is not None and record.samples >= 2
+        assert record.time <= record.p95_us
+    assert "4 busy: median" in capsys.readouterr().out
+
+
+def test_the_load_spins_until_it_is_over() -> None:
+    with busy.load(2):
+        children = Path(f"/proc/self/task/{os.getpid()}/children")
+        if not children.exists():
+            pytest.skip("the system does not list a process's children")
+        during = children.read_text().split()
+    assert len(set(during) - set(children.read_text().split())) == 2
+
+
 def test_what_does_not_fit_into_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.harness.race.free_bytes", lambda device: 10**9)
     monkeypatch.setattr("bench.harness.race._SPARE_BYTES", 0)
@@ -367,7 +395,9 @@ def test_a_training_step_and_its_average(capsys: pytest.CaptureFixture[str]) -> 
     assert "swap, once a validation" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("module", "name"), [(update, "update"), (swap, "swap"), (scale, "scale"), (memory, "memory")])
+@pytest.mark.parametrize(
+    ("module", "name"), [(update, "update"), (swap, "swap"), (scale, "scale"), (memory, "memory"), (busy, "busy")]
+)
 def test_every_benchmark_has_the_same_command_line(
     module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -195,6 +195,10 @@ def full_run() -> Session:
         for index, peer in enumerate(everybody):
             for cache in ("warm", "cold"):
                 add(session, 100.0 + 10 * index, peer.name, case, cache=cache)
+    for processes in busy.LOADS:
+        timing = Timing(100.0, 90.0, 110.0, 90.0, 20, mean_us=120.0, p95_us=300.0)
+        for name in (OURS.name, busy.ONE_THREAD):
+            session.record(busy.bench_name(processes), RESNET, name, "native", timing, "warm")
     for count in (1, 4):
         add(session, 100.0 * count, peers.TOGETHER, bench="several", shadows=count)
         add(session, 150.0 * count, peers.APART, bench="several", shadows=count)

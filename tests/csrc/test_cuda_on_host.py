@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FLAGS = ["-std=c++17", "-O1", "-g1", *SANITIZED, "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 FOLDERS = ["-I", str(ROOT / "tests/csrc/cuda_on_host/include"), "-I", str(ROOT / "csrc")]
-SHARED = ["csrc/cpu_kernels.cpp", "tests/csrc/cuda_on_host/matrix.cpp"]
+SHARED = ["csrc/cpu_kernels.cpp", "csrc/sharing.cpp", "tests/csrc/cuda_on_host/matrix.cpp"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to run the CUDA source on the host")
 
