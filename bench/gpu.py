@@ -25,8 +25,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE_SECONDS = 480.0
-GPU_TESTS = ("test_gpu", "test_gpu_claims", "test_offload_gpu", "test_swa_utils_gpu")
-CORE_TESTS = ("test_ema", "test_exchange", "test_update", "test_swa_utils", "test_backends", "test_several_decays")
+GPU_TESTS = ("backends/test_gpu", "backends/test_gpu_claims", "core/test_offload_gpu", "swa_utils/test_swa_utils_gpu")
+CORE_TESTS = (
+    *(f"core/{name}" for name in ("test_ema", "test_exchange", "test_update", "test_several_decays")),
+    "swa_utils/test_swa_utils",
+    "backends/test_backends",
+)
 # Memory that is freed and then read by an update: a sanitizer that does not report it sees nothing.
 _PLANTED = (
     "import torch; from fastema.backends import native; a, b = torch.ones(2, 1 << 16, device='cuda').unbind(); "
@@ -88,7 +92,7 @@ def sanitize_steps(_: Path) -> list[Step]:
         ("memcheck triton", "memcheck", "matrix and triton and guarded"),
         ("initcheck native", "initcheck", "matrix and native and guarded"),
     ):
-        steps.append(check(name, kind, ["-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "-k", chosen]))
+        steps.append(check(name, kind, ["-m", "pytest", "-q", "-m", "gpu", "tests/backends/test_gpu.py", "-k", chosen]))
     return steps
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.clocks import clock_for
 from bench.gpu import read_results, sources_digest, write_part
-from bench.measure import Budget, sweeper, take_turns
+from bench.harness.clocks import clock_for
+from bench.harness.measure import Budget, sweeper, take_turns
 from fastema import FastEMA, backends
 
 ASSUMED_COPY_GBPS = 3000.0  # of an H100: for the floors of a dry run

@@ -335,7 +335,7 @@ __global__ void FASTEMA_LAUNCH_BOUNDS update_kernel(const Chunk* chunks, int64_t
   const Chunk chunk = load_chunk(rows.table);
   const float skip = load_if(args.skip != nullptr, args.skip);  // beside the row, not before it
   if (args.skip != nullptr && skip != 0.0f) return;
-  // A line for each dtype pair, by which tests/test_cuda_source.py tells their loops apart.
+  // A line for each dtype pair, by which tests/csrc/test_cuda_source.py tells their loops apart.
   switch (chunk.kind == kCopyBytes ? kCopyBytes : chunk.kind % 16) {
     case kPair<float, float>:
       return average<kGuard, float, float>(rows, chunk, args, kept);

@@ -1,4 +1,4 @@
-"""`fastema posthoc`: averages made after the training, from snapshots; a sweep over them; a plan before the training."""
+"""`fastema posthoc`: averages made after the training from snapshots, a sweep over them, a plan before the training."""
 
 from __future__ import annotations
 
@@ -129,7 +129,6 @@ def _list(folder: Path) -> None:
 
 def _run_sweep(arguments: argparse.Namespace) -> None:
     from fastema.posthoc import power, snapshots_in, synthesize_all
-    from fastema.posthoc.profiles import Profile
 
     start = snapshots_in(arguments.folder)[-1].profiles[0].start
     targets: list[Profile] = [power(sigma, start=start) for sigma in arguments.sweep]

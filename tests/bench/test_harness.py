@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import bench
-from bench import instructions, memory, scale, swap, train_step, update
+from bench import busy, instructions, memory, scale, swap, train_step, update
 from bench.contenders import libraries, peers
 from bench.harness import cases, console, contender, growth, measure, records, session
 from bench.harness.cases import Case, Unavailable, build_model

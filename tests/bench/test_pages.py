@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compare, report, scale
+from bench import busy, compare, report, scale
 from bench.contenders import libraries, peers
 from bench.contenders.peers import FOREACH, OURS
 from bench.harness import cases, growth, records

@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from sass import Kernel, Loop, kernels
 
 SOURCE = Path(__file__).parents[2] / "csrc/cuda_kernels.cu"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_cases import Net, loader, pl, snapshot, trainer
+from cases.lightning import Net, loader, pl, snapshot, trainer
 
 # isort: split
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint

@@ -15,7 +15,7 @@ import torch
 import setup_gpu
 from setup_gpu import NoGpuCode, find_toolkit, gencode_flags, toolkit_homes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CUDA_13 = ["75", "80", "86", "87", "88", "89", "90", "100", "103", "110", "120", "121"]  # nvcc --list-gpu-code
 TORCH = ["75", "80", "86", "90", "100", "120"]  # torch 2.14's wheels of CUDA 13.0
 

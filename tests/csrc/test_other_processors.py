@@ -12,7 +12,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from test_cpu_source import flags
 from test_cuda_on_host import FOLDERS, ROOT, SHARED
 

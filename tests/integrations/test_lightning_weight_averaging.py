@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from callback_cases import DECAY, assert_same
-from lightning_cases import Net, loader, snapshot, trainer
+from cases.callbacks import DECAY, assert_same
+from cases.lightning import Net, loader, snapshot, trainer
 
 theirs = pytest.importorskip("lightning.pytorch.callbacks", reason="lightning is not installed")
 if not hasattr(theirs, "EMAWeightAveraging"):

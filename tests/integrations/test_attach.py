@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Unavailable, import_timm
+from bench.harness.cases import Unavailable, import_timm
 from cases import values
 from fastema import FastEMA
 
@@ -38,7 +38,7 @@ def is_copy(ema: FastEMA, model: nn.Module) -> bool:
 
 
 def test_every_row_has_its_test() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "attach.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "attach.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     tests = [name for name in globals() if name.startswith("test_row_")]
     assert len(tests) == len(rows) == 11

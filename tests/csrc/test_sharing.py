@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SOURCES = [str(ROOT / "csrc/sharing.cpp"), str(ROOT / "tests/sharing_cases.cpp")]
+ROOT = Path(__file__).parents[2]
+SOURCES = [str(ROOT / "csrc/sharing.cpp"), str(ROOT / "tests/csrc/sharing_cases.cpp")]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the cases")
 

@@ -14,12 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-
 from test_triton import AVERAGE, CONVERT_F32_BF16, COPY_BYTES, compiled, kernels, update_source
 
 __all__ = ["kernels"]  # a fixture
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CHIPS = {"gfx942": 64, "gfx90a": 64, "gfx1100": 32}  # -> threads of a warp
 ACCESS = re.compile(r"\b(global|flat|scratch|buffer)_(load|store)_(\w+)")
 WIDTHS = {"dwordx4": 16, "b128": 16, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4}

@@ -404,7 +404,7 @@ def test_no_other_gpu_is_touched(device: str, backend: str) -> None:
     needs(backend, device.partition(":")[0])
     result = subprocess.run(
         [sys.executable, "-c", _ONE_DEVICE, device, backend],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )
