@@ -1,5 +1,6 @@
 """fastema: exponential moving averages of model weights, at the speed of memory."""
 
+import sys
 import warnings
 
 with warnings.catch_warnings():
@@ -7,8 +8,14 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     import torch  # noqa: F401
 
+from fastema.core import decays as _decays
+from fastema.core import threads as _threads
 from fastema.ema import FastEMA
 from fastema.schedules import EMA_DECAY_FUNCTIONS, IDecayFunction
+
+# Pickles of 0.1.0 name classes by these modules.
+sys.modules.setdefault("fastema.decays", _decays)
+sys.modules.setdefault("fastema.threads", _threads)
 
 __version__ = "0.1.0"
 __all__ = ["EMA_DECAY_FUNCTIONS", "FastEMA", "IDecayFunction", "__version__"]

@@ -19,8 +19,8 @@ from typing import IO, Any, Protocol, TypeAlias
 import torch
 from torch import nn
 
-from fastema import sharded
-from fastema.checks import listed
+from fastema.core import dtensor
+from fastema.core.checks import listed
 from fastema.ema import FastEMA
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -77,7 +77,7 @@ def save_checkpoint(
     if "ema_net" in extra:
         raise ValueError("'ema_net' is written from ema=...: pass the EMA itself, or another name")
     content: dict[str, Any] = {"net": ema.live_state_dict(net) if isinstance(ema, FastEMA) else _state_of(net)}
-    if any(map(sharded.is_dtensor, content["net"].values())):
+    if any(map(dtensor.is_dtensor, content["net"].values())):
         raise ValueError(
             "the model is sharded, and each process would write its own part to one file: save its state_dict() and "
             "the EMA's with torch.distributed.checkpoint, or gather both on one process first"

@@ -1,6 +1,6 @@
 """FastEMA: an exponential moving average of a model's weights, kept in one pass and swapped in by pointer.
 
-It keeps no second model. The average lives in shadow storages beside the model's own (`fastema.shadow`); an update is
+It keeps no second model. The average lives in shadow storages beside the model's own (`fastema.core.shadow`); an update is
 one kernel over all of them, and validation of the averaged model exchanges the two sides' data pointers.
 """
 
@@ -16,17 +16,26 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastema import backends, compiled
-from fastema.checks import checked_count, checked_decays, checked_device, checked_shadow_dtype
-from fastema.clock import DeviceClock
+from fastema import backends
+from fastema.backends.atomic import Step, run_atomically
+from fastema.core import compile as compiled
 from fastema.core import state, swap
+from fastema.core.checks import checked_count, checked_device, checked_shadow_dtype
+from fastema.core.decays import Decays
+from fastema.core.device_schedule import DeviceSchedule
 from fastema.core.hooks import StepGroup, checked_optimizer
+from fastema.core.policy import Buffers, Policy, Source, checked_source, collect, named_tensors
+from fastema.core.schedules import takes_argument
 from fastema.core.shadow import Shadow
-from fastema.decays import Decays
-from fastema.policy import Buffers, Policy, Source, checked_source, collect, named_tensors
-from fastema.schedules import takes_argument
-from fastema.threads import OneThread, one_thread
-from fastema.uncut import Step, run_uncut
+from fastema.core.threads import OneThread, one_thread
+
+# What a pickle or a copy has anew.
+_REBUILT = frozenset(
+    {
+        *("_shadow", "_clock", "_decays", "_one_thread", "_attached", "_versions_at_attach", "_own_references"),
+        *("_captured", "_handle"),
+    }
+)
 
 
 class LoadResult(NamedTuple):
@@ -190,7 +199,10 @@ class FastEMA:
                     return
             step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
             if step % self._update_every == 0:
-                decays = self._decays.at(step, self._last_update) if decay is None else self._decays_once(decay)
+                if decay is None:
+                    decays = self._decays.at(step, self._last_update)
+                else:
+                    decays = self._decays.checked(decay, "update(decay=...)")
                 weights = [1.0 - each for each in decays]
                 # One call that looks and launches, where nobody's averages are in any model.
                 outcome = "moved" if swap.entered else self._shadow.update_watched(weights, self._guard, found_inf)
@@ -230,17 +242,11 @@ class FastEMA:
             self._shadow.settle()
             self._shadow.follow_averages()
 
-    def _decays_once(self, decay: float | Sequence[float]) -> Sequence[float]:
-        decays, _ = checked_decays(decay)
-        if len(decays) not in (1, len(self._decays)):
-            raise ValueError(f"update() got {len(decays)} decays for {len(self._decays)} averages")
-        return decays if len(decays) == len(self._decays) else decays * len(self._decays)
-
     @one_thread
     def _update_operands(
         self, shadows: list[Tensor], lives: list[Tensor], step: int | None, found_inf: Tensor | None
     ) -> None:
-        """Update what stands in for the shadows and the weights in a compiled graph; see `fastema.compiled`."""
+        """Update what stands in for the shadows and the weights in a compiled graph; see `fastema.core.compile`."""
         self._refuse_while_applied("update()")
         average = partial(self._shadow.update_operands, shadows, lives)
         if self._clock is not None:
@@ -420,7 +426,7 @@ class FastEMA:
         """
         decays = self._decays.with_targets(self._decays.checked(decay, "set_decay()"))
         checked_shadow_dtype(self._dtype, decays.highest)
-        run_uncut(self._replacing_decays(decays))
+        run_atomically(self._replacing_decays(decays))
 
     @property
     def num_updates(self) -> int:
@@ -535,7 +541,7 @@ class FastEMA:
         decays, own = self._decays.of_state(state_dict), self._decays.config()
         checked_shadow_dtype(self._dtype, decays.highest)
         with torch.no_grad():
-            run_uncut([*steps, *self._counting(*counters), *self._replacing_decays(decays)])
+            run_atomically([*steps, *self._counting(*counters), *self._replacing_decays(decays)])
         for key, value in decays.config().items():
             if value != own[key]:
                 warnings.warn(
@@ -600,17 +606,18 @@ class FastEMA:
                 "a FastEMA of a sharded model cannot be pickled or copied: torch.distributed.checkpoint.save() its "
                 "state_dict(), and build a new one"
             )
-        left_out = ("_shadow", "_clock", "_attached", "_versions_at_attach", "_own_references", "_captured")
-        config = {key: value for key, value in self.__dict__.items() if key not in left_out}
+        config = {key: value for key, value in self.__dict__.items() if key not in _REBUILT}
         config["_nonfinite_before"] = self.nonfinite_count()
-        counters = self._counted()
         averages = [state.averages_by_name(self._shadow, which) for which in range(len(self._decays))]
-        return {"config": config, "counters": counters, "averages": averages}
+        # Plain values, no class of ours by its path.
+        return {"config": config, "decays": self._decays.arguments(), "counters": self._counted(), "averages": averages}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self._replaced = set()
-        self.__dict__.update(pickled["config"])
-        self.__dict__.pop("_handle", None)  # of version 0.1.0
+        self.__dict__.update(pickled["config"])  # of 0.1.0 it has `_decays` itself
+        if "decays" in pickled:
+            self._decays = Decays(**pickled["decays"])
+        self._one_thread = OneThread()
         self._attached, self._versions_at_attach = weakref.WeakKeyDictionary(), None
         self._own_references, self._captured = [], []
         self._pickled = pickled
@@ -631,7 +638,7 @@ class FastEMA:
             counters = (*counters, counters[0] // self._update_every * self._update_every)
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
-        run_uncut(self._counting(*counters))
+        run_atomically(self._counting(*counters))
         with torch.no_grad():
             for which, averages in enumerate(pickled["averages"]):
                 for name, average in state.averages_by_name(self._shadow, which).items():
@@ -662,7 +669,7 @@ class FastEMA:
         groups = [group for optimizer in self._attached for group in optimizer.param_groups]
         shadow.defer_copies_until_step(parameter for group in groups for parameter in group["params"])
 
-    def _build_clock(self) -> DeviceClock | None:
+    def _build_clock(self) -> DeviceSchedule | None:
         if not self._capturable:
             return None
         devices = {entry.tensor.device for entry in self._shadow.managed}
@@ -673,7 +680,7 @@ class FastEMA:
             raise ValueError(
                 "capturable=True needs fastema's own kernels on a GPU: the torch backend waits for the device"
             )
-        return DeviceClock(self._decays, self._update_every, device)
+        return DeviceSchedule(self._decays, self._update_every, device)
 
     def _checked_which(self, which: int) -> int:
         if checked_count("which", which, at_least=0) >= len(self._decays):

@@ -48,7 +48,7 @@ from torch.optim import swa_utils as _torch_swa_utils
 from torch.optim.swa_utils import SWALR
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
-from fastema.compiled import refuse_freezing
+from fastema.core.compile import refuse_freezing
 from fastema.core.paired_modules import PairedModules, Update, UseTorchFallback, tensors_by_name
 from fastema.core.swap import Swap
 

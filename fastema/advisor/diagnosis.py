@@ -11,8 +11,8 @@ from typing import Any, Literal
 from fastema.advisor.patterns import should_start
 from fastema.advisor.statistics import Shape, noise_of, oriented, shape_of, slope_of
 from fastema.advisor.windows import SETTLED, checked_rate, initial_share, settle_epochs, window
-from fastema.checks import checked_count, checked_decay
-from fastema.decays import Decays
+from fastema.core.checks import checked_count, checked_decay
+from fastema.core.decays import Decays
 
 Kind = Literal["too early", "lags", "unstable", "marginal", "fine", "unexplained"]
 

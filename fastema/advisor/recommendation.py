@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fastema.advisor.windows import checked_rate, lag, settle_epochs, window
-from fastema.checks import checked_count
+from fastema.core.checks import checked_count
 
 Stability = Literal["unstable", "stable", "very stable"]
 

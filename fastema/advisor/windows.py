@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
-from fastema.checks import checked_count, checked_decays
-from fastema.decays import Decays
+from fastema.core.checks import checked_count, checked_decays
+from fastema.core.decays import Decays
 
 #: Below this share of starting weights an average has settled: three windows of a constant decay (exp(-3) = 0.05).
 SETTLED = 0.05

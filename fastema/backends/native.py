@@ -72,7 +72,7 @@ def probe(device: torch.device) -> str | None:
 
 
 def clock_launch(device: torch.device) -> Callable[..., None] | None:
-    """Return the kernel that does a step of a DeviceClock in one launch, or None where it cannot run."""
+    """Return the kernel that does a step of a DeviceSchedule in one launch, or None where it cannot run."""
     if device.type != "cuda" or why_unusable("cuda") is not None or probe(device) is not None:
         return None
     return _C.advance_clock

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fastema.backends.atomic import Step, run_atomically
 from fastema.backends.streams import Streams
-from fastema.uncut import Step, run_uncut
 
 NAME = "torch"
 
@@ -103,10 +103,10 @@ class Plan:
     @torch.no_grad()
     def exchange(self, which: int) -> None:
         """Swaps the contents of live and of one shadow, a block at a time."""
-        run_uncut(self.exchange_steps(which))
+        run_atomically(self.exchange_steps(which))
 
     def exchange_steps(self, which: int) -> list[Step]:
-        """What `exchange()` does, for `run_uncut`."""
+        """What `exchange()` does, for `run_atomically`."""
         pairs = self._pairs[which]
         if any(shadow.dtype != live.dtype for shadow, live in pairs):
             raise ValueError("contents of different dtypes cannot be exchanged exactly")
@@ -180,7 +180,7 @@ class _Exchange:
         try:
             self.entered = True
             self._set_versions(tuple(version + version_step for version in self._versions))
-            run_uncut(self._swap, self._done)
+            run_atomically(self._swap, self._done)
             self._as_entered = list(map(self._memory, range(len(self._storages))))
         except BaseException:
             if self.entered:
@@ -210,7 +210,7 @@ class _Exchange:
 
     def _undo(self) -> None:
         if len(self._done) == len(self._swap):  # else enter() failed before, or this is called again after an error
-            run_uncut(self._swap, self._done)
+            run_atomically(self._swap, self._done)
         self._set_versions(self._versions)
         self.entered = False
 

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastema import backends
 from fastema.backends import torch as plain_torch
 from fastema.core import swap
+from fastema.core.policy import AVERAGED_DTYPES
 from fastema.core.storages import Run, SwapBuffer, allocate, element_runs, flat, gaps, merged, view_in, whole
 from fastema.core.swap import Swap, SwapEntry
-from fastema.policy import AVERAGED_DTYPES
 
 _PLAIN_FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _WALKS = ("parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "_named_members")

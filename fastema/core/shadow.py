@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastema import backends, offload, sharded
+from fastema import backends
 from fastema.backends import torch as plain_torch
-from fastema.core import swap
+from fastema.core import dtensor, offload, swap
+from fastema.core.policy import Managed
 from fastema.core.storages import ShadowStorage, whole
 from fastema.core.swap import Swap, SwapEntry
-from fastema.policy import Managed
 
 _OWNER = "another FastEMA is applied to the same model: the live weights are its average now; restore() that one first"
 _DROPPED = (
@@ -62,7 +62,7 @@ class Shadow:
         self._backend = backend
         self._tensors_now = tensors_now
         self._dicts = [slots for module in modules for slots in (module._parameters, module._buffers, module._modules)]
-        self._gathered = sharded.GatheredParameters(modules)
+        self._gathered = dtensor.GatheredParameters(modules)
         self._parts: list[tuple[Any, Tensor]] = [
             (entry.whole, entry.tensor) for entry in managed if entry.tensor is not entry.whole
         ]
@@ -162,7 +162,7 @@ class Shadow:
         now = self._tensors_now()
         for entry in self._bound:
             if entry.tensor is not entry.whole:
-                now.update({name: entry.whole for name in entry.names if not sharded.is_dtensor(now.get(name))})
+                now.update({name: entry.whole for name in entry.names if not dtensor.is_dtensor(now.get(name))})
         return now
 
     def _holds(self, watch: Callable[[], bool]) -> bool:
@@ -447,7 +447,7 @@ class Shadow:
         for entry, view in zip(self.managed, self._views[which], strict=True):
             if in_model and id(entry) in owner_of:
                 view = owner_of[id(entry)].in_model(view).clone()
-            result.append((entry, sharded.described_as(entry.whole, view.detach())))
+            result.append((entry, dtensor.described_as(entry.whole, view.detach())))
         return result
 
     def live_values(self) -> dict[str, Tensor]:

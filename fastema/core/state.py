@@ -15,12 +15,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastema import sharded
-from fastema.checks import difference, listed, refuse_differences
+from fastema.backends.atomic import Step, run_atomically
+from fastema.core import dtensor
+from fastema.core.checks import difference, listed, refuse_differences
+from fastema.core.policy import Managed, Source, named_tensors
 from fastema.core.shadow import Shadow
 from fastema.core.swap import place_of
-from fastema.policy import Managed, Source, named_tensors
-from fastema.uncut import Step, run_uncut
 
 Place: TypeAlias = tuple[Any, ...]
 
@@ -67,7 +67,7 @@ def live_state(model: Source, shadow: Shadow, restored: Callable[[], AbstractCon
     live = shadow.live_values()
     places = {_place(entry.current() if entry.loose else entry.tensor): live[entry.name] for entry in shadow.managed}
     described = {
-        _place(entry.tensor): sharded.described_as(entry.whole, live[entry.name].detach()) for entry in shadow.managed
+        _place(entry.tensor): dtensor.described_as(entry.whole, live[entry.name].detach()) for entry in shadow.managed
     }
     return _state_of_side(model, shadow, {**places, **described}, False, restored, "trained")
 
@@ -83,12 +83,12 @@ def _state_of_side(
     """Return `source.state_dict()` with the tensors of one side, found by their place in the model's memory."""
     state: dict[str, Any] = source.state_dict() if isinstance(source, nn.Module) else dict(source)
     managed = {place[0] for place in places} | shadow.live_storages
-    other = {_place(tensor)[0] for _, tensor in named_tensors(source) if sharded.has_storage(tensor)} - managed
+    other = {_place(tensor)[0] for _, tensor in named_tensors(source) if dtensor.has_storage(tensor)} - managed
     result: dict[str, Any] = {}
     made_anew: list[str] = []
     for key, value in state.items():
         result[key] = value
-        if not (isinstance(value, Tensor) and sharded.has_storage(value)):
+        if not (isinstance(value, Tensor) and dtensor.has_storage(value)):
             continue
         place = _place(value)
         if place in places:
@@ -111,7 +111,7 @@ def _state_of_side(
 
 
 def _place(tensor: Tensor) -> Place:
-    return place_of(sharded.local_part(tensor))
+    return place_of(dtensor.local_part(tensor))
 
 
 def is_complete(source: Source) -> bool:
@@ -125,7 +125,7 @@ def is_complete(source: Source) -> bool:
 def refuse_averages_as_weights(source: Source, shadow: Shadow) -> None:
     """Raise RuntimeError where tensors of the model are the averages' own memory."""
     own = shadow.storages - shadow.live_storages
-    names = [name for name, tensor in named_tensors(source) if sharded.has_storage(tensor) and _place(tensor)[0] in own]
+    names = [name for name, tensor in named_tensors(source) if dtensor.has_storage(tensor) and _place(tensor)[0] in own]
     if names:
         raise RuntimeError(
             f"{listed([repr(name) for name in names])} of the model are the memory of their own averages, as after "
@@ -190,11 +190,11 @@ def copy_averages(shadow: Shadow, which: int, target: Source) -> None:
             difference(name, average, targets[name], dtypes=False) if name in targets else f"{name!r} is missing"
             for name, average in averages.items()
         ]
-        + [sharded.difference(name, targets[name], averages[name]) for name in averages if name in targets],
+        + [dtensor.difference(name, targets[name], averages[name]) for name in averages if name in targets],
     )
     if isinstance(target, nn.Module):
-        sharded.GatheredParameters(target.modules()).drop()
-    run_uncut(_copies((targets[name], average) for name, average in averages.items()))
+        dtensor.GatheredParameters(target.modules()).drop()
+    run_atomically(_copies((targets[name], average) for name, average in averages.items()))
 
 
 @torch.no_grad()
@@ -202,7 +202,7 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
     """Prepare to load saved averages, one dictionary for each shadow, by value. Nothing is changed yet.
 
     Returns:
-        The names that are missing in the state, those that are only there, and the steps for `run_uncut`.
+        The names that are missing in the state, those that are only there, and the steps for `run_atomically`.
 
     Raises:
         ValueError: another number of shadows; shapes that differ; with `strict`, names or dtypes that differ.
@@ -219,7 +219,7 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
         unexpected = [name for name in values if name not in own]
         found = [name for name in own if name in values]
         differences += [difference(name, own[name], values[name], dtypes=strict) for name in found]
-        differences += [sharded.difference(name, own[name], values[name]) for name in found]
+        differences += [dtensor.difference(name, own[name], values[name]) for name in found]
         differences += [_unreadable(name, values[name]) for name in found]
         pairs += [(own[name], values[name]) for name in found]
         if strict:
@@ -250,7 +250,7 @@ def carry_over(old: Shadow, new: Shadow) -> None:
     refuse_differences("the model changed since FastEMA was built; build a new one", differences, RuntimeError)
     for which in range(old.count):
         before, after = averages_by_name(old, which), averages_by_name(new, which)
-        run_uncut(_copies((after[name], before[name]) for name in now))
+        run_atomically(_copies((after[name], before[name]) for name in now))
     new.nonfinite_elsewhere = old.nonfinite_count()
 
 
@@ -264,4 +264,4 @@ def _unreadable(name: str, value: Any) -> str | None:
 
 def _copies(pairs: Iterable[tuple[Any, Any]]) -> list[Step]:
     """Return steps that copy the second of every pair into the first."""
-    return [partial(Tensor.copy_, *sharded.assignment(target, value)) for target, value in pairs]
+    return [partial(Tensor.copy_, *dtensor.assignment(target, value)) for target, value in pairs]

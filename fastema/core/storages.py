@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastema.policy import Managed
+from fastema.core.policy import Managed
 
 _UNIT = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 _COMPLEX = {torch.float64: torch.complex128}

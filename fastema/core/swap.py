@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastema import sharded
 from fastema.backends.torch import ContentsExchange
-from fastema.checks import listed
+from fastema.core import dtensor
+from fastema.core.checks import listed
 from fastema.core.storages import SwapBuffer
 
 #: The swaps that are entered now, by id. Empty: nobody's averages are in any model.
@@ -203,7 +203,7 @@ class Swap:
         for entry in self._entries:
             home = entry.place[0]  # the live storage in which it was
             for name in entry.names:
-                tensor = sharded.local_part(now[name]) if name in now else None
+                tensor = dtensor.local_part(now[name]) if name in now else None
                 if tensor is not None and entry.is_in_place(tensor):
                     reason = damage[home]
                     if reason is None:

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastema.checks import difference, refuse_differences
+from fastema.core.checks import difference, refuse_differences
+from fastema.core.policy import AVERAGED_DTYPES, Rule
 from fastema.core.storages import shadow_dtype
-from fastema.integrations.bound import BoundEMA, shadow_like
-from fastema.policy import AVERAGED_DTYPES, Rule
+from fastema.integrations.external_average import ExternalAverage, shadow_like
 
 Parameters = Iterable[Tensor]
 
@@ -104,7 +104,7 @@ class EMAModel:
         self.foreach = foreach
         self.model_cls = model_cls
         self.model_config = model_config
-        self._bound: BoundEMA | None = None
+        self._bound: ExternalAverage | None = None
         self._lives: list[Tensor] = []  # the parameters of the last step
         self._trained: list[bool] = []  # which of them need a gradient
         self._views: list[Tensor] = []  # shadow_params, as the plan made them
@@ -273,7 +273,7 @@ class EMAModel:
 
     # ---- inside ----
 
-    def _bound_to(self, lives: list[Tensor]) -> BoundEMA:
+    def _bound_to(self, lives: list[Tensor]) -> ExternalAverage:
         """The plan for these parameters, built anew if they, their need of gradients, or the averages are others."""
         trained = [live.requires_grad for live in lives]
         bound = self._bound
@@ -308,7 +308,7 @@ class EMAModel:
 
         pairs = zip(lives, self.shadow_params, strict=True)
         dtype, device = shadow_like(pair for name, pair in zip(names, pairs, strict=True) if is_averaged[name])
-        bound = BoundEMA(list(zip(names, lives, strict=True)), self.decay, rule, dtype, device)
+        bound = ExternalAverage(list(zip(names, lives, strict=True)), self.decay, rule, dtype, device)
         averages = bound.averages()
         for name, old in zip(names, self.shadow_params, strict=True):
             averages[name].copy_(old)
@@ -316,7 +316,7 @@ class EMAModel:
         self._adopt(bound)
         return bound
 
-    def _adopt(self, bound: BoundEMA) -> None:
+    def _adopt(self, bound: ExternalAverage) -> None:
         """Let the tensors of `shadow_params`, which stay the same objects, be views of the shadow."""
         averages = bound.averages()
         for index, average in enumerate(self.shadow_params):

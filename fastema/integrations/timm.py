@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from fastema import backends
-from fastema.checks import difference, refuse_differences
+from fastema.core.checks import difference, refuse_differences
+from fastema.core.policy import AVERAGED_DTYPES, Policy, Rule, Source, named_tensors
 from fastema.core.storages import shadow_dtype
-from fastema.integrations.bound import BoundEMA, shadow_like
-from fastema.policy import AVERAGED_DTYPES, Policy, Rule, Source, named_tensors
+from fastema.integrations.external_average import ExternalAverage, shadow_like
 
 
 class ModelEmaV3(nn.Module):
@@ -90,8 +90,8 @@ class ModelEmaV3(nn.Module):
         self.stochastic_rounding_seed = stochastic_rounding_seed
         self.exclude_buffers = exclude_buffers
         self._excludes_now = exclude_buffers  # what the plan was built for
-        bound = BoundEMA(model, decay, _policy(exclude_buffers, dtype), _shadow_dtype(dtype), device)
-        self._bound: BoundEMA | None = bound
+        bound = ExternalAverage(model, decay, _policy(exclude_buffers, dtype), _shadow_dtype(dtype), device)
+        self._bound: ExternalAverage | None = bound
         self._rounded: list[tuple[Tensor, Tensor, Any]] = []  # of module, its float32 average, its state when rounded
         self.module = _copy_around(model, bound.averages(), dtype, device)
         self.module.eval()
@@ -164,7 +164,7 @@ class ModelEmaV3(nn.Module):
                 if name in self._by_hand:
                     average.copy_(live)
 
-    def _bound_to(self, model: nn.Module, exclude_buffers: bool) -> BoundEMA:
+    def _bound_to(self, model: nn.Module, exclude_buffers: bool) -> ExternalAverage:
         """The plan for this model, built anew if it is another one, or if the tensors of `module` were replaced."""
         bound = self._bound
         if (
@@ -184,7 +184,7 @@ class ModelEmaV3(nn.Module):
         dtype, device = shadow_like((live, average) for (_, live), average in pairs if isinstance(live, nn.Parameter))
         self._take_what_was_written()
         unrounded = {id(tensor): average for tensor, average, _ in self._rounded}
-        bound = BoundEMA(model, self.decay, _policy(exclude_buffers, self.dtype), dtype, device)
+        bound = ExternalAverage(model, self.decay, _policy(exclude_buffers, self.dtype), dtype, device)
         averages = bound.averages()
         for (name, _), average in pairs:
             if name in averages:
@@ -193,7 +193,7 @@ class ModelEmaV3(nn.Module):
         self._adopt(bound)
         return bound
 
-    def _adopt(self, bound: BoundEMA) -> None:
+    def _adopt(self, bound: ExternalAverage) -> None:
         """Let the module's tensors, which stay the same objects, be views of the shadow, or rounded from it."""
         averages = bound.averages()
         for (name, _), average in self._pairs(bound.source):
@@ -216,7 +216,7 @@ class ModelEmaV3(nn.Module):
             torch._foreach_copy_(tensors, averages)
             self._rounded = [(tensor, average, _written(tensor)) for tensor, average, _ in self._rounded]
 
-    def _look_after(self, bound: BoundEMA) -> None:
+    def _look_after(self, bound: ExternalAverage) -> None:
         """Note what the updates will have to know."""
         averages = bound.averages()
         names = [name for name, _ in named_tensors(bound.source) if name not in averages]

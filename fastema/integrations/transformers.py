@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from fastema.checks import checked_count
+from fastema.core.checks import checked_count
 from fastema.core.extras import require
 from fastema.ema import AttachedHandle, FastEMA
 from fastema.integrations.callbacks import HoldsAverage, ema_arguments, replaced

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastema.core.extras import require
+from fastema.core.policy import Rule
 from fastema.ema import FastEMA
-from fastema.policy import Rule
 
 if TYPE_CHECKING:
     import safetensors

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastema import sharded
-from fastema.checks import checked_count
-from fastema.core import state
+from fastema.core import dtensor, state
+from fastema.core.checks import checked_count
 from fastema.posthoc import files
 from fastema.posthoc.files import COPY, Manifest, SnapshotError, tensor_key
 from fastema.posthoc.profiles import profiles_of
@@ -186,7 +185,7 @@ class Snapshots:
             # A copy in any case: training goes on while a slow disk writes.
             kept = value.to(dtype).clone() if self._sharded else value.to("cpu", dtype, copy=True).contiguous()
             if dtype != value.dtype:
-                was, now = (sharded.local_part(each).to("cpu", torch.float64) for each in (value, kept))
+                was, now = (dtensor.local_part(each).to("cpu", torch.float64) for each in (value, kept))
                 if bool((now.isinf() & was.isfinite()).any()):
                     raise ValueError(
                         f"{key!r} has values beyond 65,504, the largest of float16: use dtype=torch.float32"
@@ -252,7 +251,7 @@ class Snapshots:
 
 
 def _place(tensor: Any) -> tuple[int, torch.Size, tuple[int, ...]]:
-    local = sharded.local_part(tensor)
+    local = dtensor.local_part(tensor)
     return local.data_ptr(), local.shape, local.stride()
 
 

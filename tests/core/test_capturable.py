@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastema import EMA_DECAY_FUNCTIONS, FastEMA, IDecayFunction
-from fastema.clock import DeviceClock
-from fastema.decays import Decays
+from fastema.core.decays import Decays
+from fastema.core.device_schedule import DeviceSchedule
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {},
@@ -149,7 +149,7 @@ def test_a_schedule_of_ones_own_needs_an_end(backend: str, monkeypatch: pytest.M
 
 
 def test_a_schedule_that_takes_too_long_to_settle_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastema.clock._MOST_ROWS", 50)
+    monkeypatch.setattr("fastema.core.device_schedule._MOST_ROWS", 50)
     with pytest.raises(ValueError, match="has not reached its decay after 50 updates"):
         FastEMA(make_model(), decay=0.999, decay_type="threshold", capturable=True)
 
@@ -157,7 +157,7 @@ def test_a_schedule_that_takes_too_long_to_settle_is_refused(monkeypatch: pytest
 FOUND_INF = [None, 1.0, 0.0, 0.0, float("nan"), *[None] * 30, 1.0, 0.0]
 
 
-def clock_states(clock: DeviceClock) -> list[list[float]]:
+def clock_states(clock: DeviceSchedule) -> list[list[float]]:
     """What each step leaves: step, updates, skip, weights."""
     states = []
     for value in FOUND_INF:
@@ -170,14 +170,14 @@ def clock_states(clock: DeviceClock) -> list[list[float]]:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_clock_kernel_has_the_bits_of_torchs_operations() -> None:
     decays = Decays([0.9, 0.999], "exp", 20, 2, {})
-    clock = DeviceClock(decays, 3, torch.device("cuda", torch.cuda.current_device()))
+    clock = DeviceSchedule(decays, 3, torch.device("cuda", torch.cuda.current_device()))
     if clock._launch is None:
         pytest.skip("the CUDA kernels cannot run here")
-    assert clock_states(clock) == clock_states(DeviceClock(decays, 3, torch.device("cpu")))
+    assert clock_states(clock) == clock_states(DeviceSchedule(decays, 3, torch.device("cpu")))
 
 
 def test_a_found_inf_that_the_clock_kernel_cannot_read_goes_to_torchs_operations() -> None:
-    clock = DeviceClock(Decays(0.9, "constant", None, 0, {}), 1, torch.device("cpu"))
+    clock = DeviceSchedule(Decays(0.9, "constant", None, 0, {}), 1, torch.device("cpu"))
     launched: list[Any] = []
     clock._launch = lambda *arguments: launched.append(arguments[2])
     found_inf = torch.ones(())

@@ -12,7 +12,8 @@ import torch
 import torch._inductor.config as inductor_config
 from torch import Tensor, nn
 
-from fastema import FastEMA, compiled
+from fastema import FastEMA
+from fastema.core import compile as compiled
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import fastema
-from fastema import FastEMA, compiled
+from fastema import FastEMA
+from fastema.core import compile as compiled
 from fastema.core import swap
 
 pytestmark = pytest.mark.usefixtures("one_thread")

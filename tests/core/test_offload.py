@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from cases import bits, raw, small_model, train, values
-from fastema import FastEMA, offload
+from fastema import FastEMA
+from fastema.core import offload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

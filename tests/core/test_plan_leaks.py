@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastema import FastEMA, compiled
+from fastema import FastEMA
+from fastema.core import compile as compiled
 from fastema.core import swap
 
 CYCLES = 4_000

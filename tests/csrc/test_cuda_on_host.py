@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastema.clock import DeviceClock
-from fastema.decays import Decays
+from fastema.core.decays import Decays
+from fastema.core.device_schedule import DeviceSchedule
 
 ROOT = Path(__file__).parents[2]
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -60,7 +60,7 @@ def test_a_planted_access_beyond_the_end_is_caught(tmp_path: Path) -> None:
     ids=["one decay", "three decays"],
 )
 def test_the_clock_is_bit_equal_to_the_one_in_torch(program: Path, decays: Decays, update_every: int) -> None:
-    clock = DeviceClock(decays, update_every, torch.device("cpu"))
+    clock = DeviceSchedule(decays, update_every, torch.device("cpu"))
     found = ["1", "none", "0", "0", "inf", "nan", "0", *["none"] * 20, "-1", *["0"] * 5]
     expected = []
     for word in found:

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from fastema.checks import checked_count
+from fastema.core.checks import checked_count
 from fastema.core.hooks import skipped_by_all
 from fastema.ema import FastEMA
 from fastema.integrations.callbacks import HoldsAverage, ema_arguments, replaced

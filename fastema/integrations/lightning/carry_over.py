@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from fastema.core.policy import named_tensors
 from fastema.ema import FastEMA
-from fastema.policy import named_tensors
 
 _ORIGINAL = "_orig"  # torch.nn.utils.prune: weight -> weight_orig
 _PARAMETRIZATIONS = "parametrizations."  # torch.nn.utils.parametrize: weight -> parametrizations.weight.original

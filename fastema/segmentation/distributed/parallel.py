@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from fastema.core.dtensor import is_dtensor, local_part
 from fastema.segmentation.distributed.process_group import Processes
 from fastema.segmentation.model.network import Decoded
-from fastema.sharded import is_dtensor, local_part
 
 _CPU = torch.device("cpu")
 

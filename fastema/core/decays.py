@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastema.checks import checked_count, checked_decays
-from fastema.schedules import EMA_DECAY_FUNCTIONS, IDecayFunction, make_schedule, schedule_class
+from fastema.core.checks import checked_count, checked_decays
+from fastema.core.schedules import EMA_DECAY_FUNCTIONS, IDecayFunction, make_schedule, schedule_class
 
 
 class Decays:
@@ -132,6 +132,11 @@ class Decays:
     def one_or_all(self, values: Sequence[float]) -> Any:
         """Return a tuple for a user who gave several, else the one value."""
         return tuple(values) if self.several else values[0]
+
+    def arguments(self) -> dict[str, Any]:
+        """Return plain values from which this can be built anew."""
+        rest = {"total_steps": self.total_steps, "update_after_step": self.update_after_step}
+        return {**self.config(), **rest}
 
     def config(self) -> dict[str, Any]:
         """Return plain values for a state, which tell one configuration from another."""

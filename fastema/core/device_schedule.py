@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fastema.backends import native
 from fastema.backends.streams import Streams
-from fastema.decays import Decays
+from fastema.core.decays import Decays
 
 _MOST_ROWS = 1 << 22  # 32 MiB for one decay
 
 
-class DeviceClock:
+class DeviceSchedule:
     """Counts optimizer steps on the device and looks their weights up.
 
     Args:

@@ -13,13 +13,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from fastema.core.policy import Policy, Source
 from fastema.core.state import averages_by_name
 from fastema.core.storages import shadow_dtype
 from fastema.ema import FastEMA
-from fastema.policy import Policy, Source
 
 
-class BoundEMA:
+class ExternalAverage:
     """A FastEMA of `source` that is given the decay with every update, and lets NaN through as its originals do.
 
     Args:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastema import sharded
-from fastema.uncut import run_uncut
+from fastema.backends.atomic import run_atomically
+from fastema.core import dtensor
 
 Rule = Literal["average", "copy", "skip"]
 Buffers = Literal["auto", "average", "copy", "skip"]
@@ -47,10 +47,10 @@ class Managed:
     layout: str = field(init=False)  # as it was found: `tensor.data = ...` changes it later
 
     def __post_init__(self) -> None:
-        self.tensor = sharded.local_part(self.whole)
+        self.tensor = dtensor.local_part(self.whole)
         lazy = nn.parameter.is_lazy(self.whole)  # has no shape, and is skipped or refused
         shape = "?" if lazy else tuple(self.whole.shape)
-        self.layout = f"{shape} {self.tensor.dtype} on {self.tensor.device}{sharded.placement(self.whole)}"
+        self.layout = f"{shape} {self.tensor.dtype} on {self.tensor.device}{dtensor.placement(self.whole)}"
 
     @property
     def name(self) -> str:
@@ -63,7 +63,7 @@ class Managed:
 
     def put(self, tensor: Tensor) -> None:
         """Put another tensor into every slot."""
-        run_uncut([partial(dict.__setitem__, slots, key, tensor) for slots, key in self.slots])
+        run_atomically([partial(dict.__setitem__, slots, key, tensor) for slots, key in self.slots])
 
     @property
     def is_saved(self) -> bool:
@@ -126,7 +126,7 @@ def _slots(source: Source) -> list[_Slot]:
     """Every named tensor; one that has several names comes several times."""
     if not isinstance(source, nn.Module):
         return [_Slot(name, tensor, None, False, True) for name, tensor in source]
-    with sharded.GatheredParameters(source.modules()).set_aside():
+    with dtensor.GatheredParameters(source.modules()).set_aside():
         return list(_slots_of(_without_wrappers(source)))
 
 
@@ -171,10 +171,10 @@ def _rule_for(slot: _Slot, buffers: Buffers, policy: Policy | None) -> Rule:
 
 
 def _refuse_unmanageable(slot: _Slot) -> None:
-    tensor, reason = sharded.local_part(slot.tensor), None
+    tensor, reason = dtensor.local_part(slot.tensor), None
     if tensor is not slot.tensor and slot.module is None:
         reason = "is a DTensor without its module, in which FSDP may keep copies of it: give FastEMA the model itself"
-    elif sharded.has_partial_sums(slot.tensor):
+    elif dtensor.has_partial_sums(slot.tensor):
         reason = f"holds sums that are not reduced yet, {slot.tensor.placements}: redistribute() it"  # type: ignore[attr-defined]
     elif nn.parameter.is_lazy(tensor):
         reason = "is not initialised yet: run the lazy module once before building FastEMA"
