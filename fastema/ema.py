@@ -1,7 +1,7 @@
 """FastEMA: an exponential moving average of a model's weights, kept in one pass and swapped in by pointer.
 
-It keeps no second model. The average lives in shadow storages beside the model's own (`fastema.core.shadow`); an update is
-one kernel over all of them, and validation of the averaged model exchanges the two sides' data pointers.
+It keeps no second model. The average lives in shadow storages beside the model's own (`fastema.core.shadow`); an update
+is one kernel over all of them, and validation of the averaged model exchanges the two sides' data pointers.
 """
 
 from __future__ import annotations

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastema.core.checks import checked_count, checked_decays
-from fastema.core.schedules import EMA_DECAY_FUNCTIONS, IDecayFunction, make_schedule, schedule_class
+from fastema.core.schedules import make_schedule, schedule_class, takes_argument
 
 
 class Decays:
@@ -55,7 +54,7 @@ class Decays:
             make_schedule(each, total_steps, _arguments_of(each, which, several_types, decay_args, sequences))
             for which, each in enumerate(self._types)
         )
-        untaken = [name for name in decay_args if not any(_takes(each, name) for each in classes)]
+        untaken = [name for name in decay_args if not any(takes_argument(each, name) for each in types)]
         if untaken:
             raise TypeError(f"FastEMA and decay_type {decay_type!r} do not take the arguments: {', '.join(untaken)}")
 
@@ -180,11 +179,6 @@ def _listed_types(decay_type: str | Sequence[str]) -> tuple[tuple[str, ...], boo
     return tuple(decay_type), True
 
 
-def _takes(kind: type[IDecayFunction], name: str) -> bool:
-    parameters = inspect.signature(kind.__init__).parameters
-    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-
-
 def _arguments_of(
     decay_type: str,
     which: int,
@@ -196,5 +190,5 @@ def _arguments_of(
     arguments = {name: sequences[name][which] if name in sequences else value for name, value in decay_args.items()}
     if not several_types:
         return arguments
-    takes = {name for name in arguments if _takes(EMA_DECAY_FUNCTIONS[decay_type], name)}
+    takes = {name for name in arguments if takes_argument(decay_type, name)}
     return {name: value for name, value in arguments.items() if name in takes and value is not None}

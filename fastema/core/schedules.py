@@ -250,7 +250,10 @@ def takes_argument(decay_type: str, name: str) -> bool:
     """Return whether a schedule's constructor takes an argument; True where the schedule is unknown."""
     if decay_type not in EMA_DECAY_FUNCTIONS:
         return True
-    parameters = inspect.signature(EMA_DECAY_FUNCTIONS[decay_type]).parameters.values()
+    constructor = EMA_DECAY_FUNCTIONS[decay_type].__init__
+    if constructor is object.__init__:
+        return False
+    parameters = inspect.signature(constructor).parameters.values()
     return any(each.name == name or each.kind is each.VAR_KEYWORD for each in parameters)
 
 

@@ -49,7 +49,7 @@ def swapped(request: pytest.FixtureRequest, model: nn.Sequential) -> Iterator[Sw
         yield lambda: averaged.swapped(model)
     else:
         in_place = request.param == "in_place"
-        ema = FastEMA(model, decay=0.5, backend="native" if in_place else request.param)
+        ema = FastEMA(model, decay=0.5, decay_type="constant", backend="native" if in_place else request.param)
         shift(model)
         ema.update()
         shift(model)
@@ -114,7 +114,7 @@ def test_another_dtype_takes_the_trained_values_rounded(model: nn.Sequential, sw
 
 
 def test_the_average_goes_on_after_it(model: nn.Sequential, backend: str) -> None:
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     before = ema.shadow_state_dict()["0.weight"].clone()
     shift(model)
     with pytest.warns(UserWarning, match="replaced or moved"), ema.swapped():
@@ -137,7 +137,7 @@ def test_unchanged_models_give_no_warning(model: nn.Sequential, swapped: Swapped
 def test_tied_weights_that_are_untied_all_get_their_value(backend: str) -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     shift(model)
     trained = values(model)
     with pytest.warns(UserWarning, match=r"'b\.weight' was replaced"), ema.swapped():
@@ -205,7 +205,7 @@ def test_what_cannot_take_its_value_is_named_and_nothing_is_lost(
 
 
 def test_restore_works_once_the_change_is_undone(model: nn.Sequential, backend: str) -> None:
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     shift(model)
     trained, weight = values(model), model[0].weight
     ema.apply_shadow()
@@ -220,7 +220,7 @@ def test_restore_works_once_the_change_is_undone(model: nn.Sequential, backend: 
 
 def test_a_copied_buffer_that_was_resized_keeps_the_blocks_value(model: nn.Sequential, backend: str) -> None:
     model.register_buffer("seen", torch.zeros(2))
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     shift(model)
     trained = values(model)
     with pytest.warns(UserWarning, match=r"'seen' has shape \(1000,\) now, was \(2,\) and keeps"), ema.swapped():
@@ -245,7 +245,7 @@ def test_storage_that_is_freed_and_filled_again(model: nn.Sequential, swapped: S
 
 
 def test_contents_that_were_exchanged_in_place_need_their_addresses(model: nn.Sequential) -> None:
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     shift(model)
     trained = values(model)
     with pytest.raises(SwapError, match="contents were exchanged in place") as caught, ema.swapped(in_place=True):
@@ -256,7 +256,7 @@ def test_contents_that_were_exchanged_in_place_need_their_addresses(model: nn.Se
 
 def test_a_lower_precision_model_gets_its_exact_bits_back(backend: str) -> None:
     model = network().to(torch.bfloat16)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     shift(model)
     trained = values(model)
     with pytest.warns(UserWarning, match="replaced or moved"), ema.swapped():
@@ -275,7 +275,7 @@ def autocast() -> Iterator[None]:
 
 def test_autocast_forgets_its_casts_on_the_way_in_and_out(backend: str) -> None:
     model = nn.Linear(4, 4)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     shift(model)
     x = torch.ones(1, 4)
     with autocast():

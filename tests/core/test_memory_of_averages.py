@@ -25,7 +25,7 @@ def shift(model: nn.Module, by: float = 1.0) -> None:
 @pytest.mark.parametrize("state", ["state_dict", "shadow_state_dict"])
 def test_the_average_goes_on_in_shared_memory(backend: str, state: str) -> None:
     model = nn.Linear(30, 30)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     tensors: dict[str, Any] = getattr(ema, state)()
     shared: Tensor = tensors.get("shadow", tensors)["weight"]
     shared.share_memory_()
@@ -55,7 +55,7 @@ def test_memory_that_is_replaced_during_an_update_is_not_freed_under_it() -> Non
     """A queue's feeder thread moves a tensor to shared memory after put() has returned."""
     pytest.importorskip("fastema._C")
     model = nn.Linear(1000, 1000)
-    ema = FastEMA(model, decay=0.5, backend="native")
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend="native")
     stop = threading.Event()
 
     def move() -> None:
@@ -100,7 +100,7 @@ def test_a_resized_average_is_refused(backend: str) -> None:
 
 def test_weights_that_are_their_own_average_are_refused(backend: str) -> None:
     model = nn.Linear(3, 3)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     model.load_state_dict(ema.shadow_state_dict(), assign=True)
     for call in (ema.update, ema.apply_shadow, ema.copy_to):
         with pytest.raises(RuntimeError, match=r"'weight', 'bias' .* memory of their own averages.*assign=True"):
@@ -109,9 +109,9 @@ def test_weights_that_are_their_own_average_are_refused(backend: str) -> None:
 
 def test_an_average_of_averages_is_not_swapped_while_the_first_is_updated(backend: str) -> None:
     model = nn.Linear(3, 3)
-    first = FastEMA(model, decay=0.5, backend=backend)
+    first = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     averages = [(name, tensor) for name, tensor in first.shadow_state_dict().items()]
-    second = FastEMA(averages, decay=0.5, backend=backend)
+    second = FastEMA(averages, decay=0.5, decay_type="constant", backend=backend)
     shift(model)
     first.update()
     for in_place in (False, True):
@@ -126,7 +126,7 @@ def test_an_average_of_averages_is_not_swapped_while_the_first_is_updated(backen
 def test_timms_average_is_not_updated_while_its_module_holds_another_average() -> None:
     model = nn.Linear(3, 3)
     timm_ema = ModelEmaV3(model, decay=0.5)
-    of_average = FastEMA(timm_ema.module, decay=0.5)
+    of_average = FastEMA(timm_ema.module, decay=0.5, decay_type="constant")
     with of_average.swapped(), pytest.raises(RuntimeError, match="another FastEMA is applied"):
         timm_ema.update(model)
 
@@ -136,7 +136,7 @@ def test_timms_average_is_not_updated_while_its_module_holds_another_average() -
 
 def test_named_tensors_that_the_model_dropped_are_refused(backend: str) -> None:
     model = nn.Linear(3, 3)
-    ema = FastEMA(model.named_parameters(), decay=0.5, backend=backend)
+    ema = FastEMA(model.named_parameters(), decay=0.5, decay_type="constant", backend=backend)
     for _ in range(2):
         with ema.swapped():
             pass
@@ -153,7 +153,7 @@ def test_a_slice_of_a_large_storage_costs_a_shadow_of_the_slice(backend: str, dt
     whole = torch.zeros(1_000_000, dtype=dtype)
     model = nn.Module()
     model.a, model.b = nn.Parameter(whole[1001:1501]), nn.Parameter(whole[1501:2001].view(20, 25).t())
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     storage_bytes = {tensor.untyped_storage().nbytes() for tensor in ema.state_dict()["shadow"].values()}
     assert max(storage_bytes) < 5000
     whole += 1
@@ -174,7 +174,7 @@ def test_a_slice_whose_storage_was_resized_is_refused(backend: str) -> None:
     whole = torch.zeros(100_000)
     model = nn.Module()
     model.a = nn.Parameter(whole[100:200])
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     whole += 1
     ema.apply_shadow()
     size = whole.untyped_storage().nbytes()
@@ -205,7 +205,7 @@ class Tracker(nn.Module):
 
 def test_a_buffer_that_every_forward_replaces_rebuilds_the_shadow_once(backend: str) -> None:
     model, x = Tracker(), torch.randn(3, 2)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     shadows = []
     for _ in range(4):
         model(x)
@@ -218,7 +218,7 @@ def test_a_buffer_that_every_forward_replaces_rebuilds_the_shadow_once(backend: 
 
 def test_a_replaced_buffer_is_swapped_and_comes_back(backend: str) -> None:
     model, x = Tracker(), torch.randn(3, 2)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     for _ in range(2):
         shift(model)
         model(x)
@@ -236,7 +236,7 @@ def test_a_replaced_buffer_is_swapped_and_comes_back(backend: str) -> None:
 
 def test_a_replaced_buffer_is_not_copied_in_a_skipped_step(backend: str) -> None:
     model, x = Tracker(), torch.randn(3, 2)
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     for _ in range(2):
         model(x)
         ema.update()
