@@ -1,4 +1,4 @@
-"""`fastema posthoc`: averages made after the training, from snapshots; a sweep over them; a plan before the training."""
+"""`fastema posthoc`: averages made after the training from snapshots, a sweep over them, a plan before the training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastema.segmentation.errors import UserError
 
 if TYPE_CHECKING:
-    from fastema.posthoc import Averaged, Profile
+    from fastema.posthoc import Averaged
 
 _PLANNED = (0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -124,10 +124,9 @@ def _list(folder: Path) -> None:
 
 def _run_sweep(arguments: argparse.Namespace) -> None:
     from fastema.posthoc import power, snapshots_in, synthesize_all
-    from fastema.posthoc.profiles import Profile
 
     start = snapshots_in(arguments.folder)[-1].profiles[0].start
-    targets: list[Profile] = [power(sigma, start=start) for sigma in arguments.sweep]
+    targets = [power(sigma, start=start) for sigma in arguments.sweep]
     results = synthesize_all(arguments.folder, targets, arguments.step, arguments.max_error)
     scores = []
     print(f"{'sigma_rel':>9}  {'error':>6}  score")

@@ -172,7 +172,7 @@ def test_an_average_is_the_one_that_was_kept_within_the_error(tmp_path: Path, ev
         ({"sigma_rel": 0.15}, {"decay_type": "power", "sigma_rel": 0.15}),
         ({"sigma_rel": 0.03}, {"decay_type": "power", "sigma_rel": 0.03}),
         ({"gamma": 4.0}, {"decay_type": "power", "gamma": 4.0}),
-        ({"decay": 0.97}, {"decay_type": "constant", "decay": 0.97}),
+        ({"decay": 0.97**every}, {"decay_type": "constant", "decay": 0.97**every}),
     ):
         found = synthesize(tmp_path, **arguments)  # type: ignore[arg-type]
         expected = direct(320, **kept, update_every=every)  # type: ignore[arg-type]
