@@ -3,15 +3,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := csrc/*.h csrc/*.cpp csrc/*.cu
+JOBS ?= 2
+CORE := $(addprefix tests/,core checkpoint swa_utils backends advisor)
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint format bench gpu sanitize fuzz faults soak clean
+.PHONY: help demo test check lint format bench gpu-test gpu-sanitize gpu-bench gpu-build sanitize fuzz faults soak clean
+
+help:  ## lists these targets
+	@sed -nE 's/^([a-z-]+):[^#]*## +(.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: .venv/.ready  ## trains a small segmentation model, its EMA validated at no copy (three minutes)
 	$(BIN)/fastema train --dataset-path synthetic --checkpoint-dir runs/demo --backbone tf_efficientnet_lite0 \
 		--img-size 96 --batch-size 16 --epochs 6 --lr 0.002 --use-ema --ema-decay 0.99
 
-test: .venv/.ready  ## the whole test suite
-	$(BIN)/python -m pytest
+test: .venv/.ready  ## the whole test suite, under five minutes on two cores; JOBS=8 for eight
+	$(PYTEST)
+
+check: lint  ## lint, types and the fast core of the tests, under a minute: for every edit
+	$(PYTEST) -m "not slow" $(CORE)
 
 lint: .venv/.ready  ## format, lint and types, as CI holds them
 	$(BIN)/ruff format --check .
@@ -19,7 +28,7 @@ lint: .venv/.ready  ## format, lint and types, as CI holds them
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
-format: .venv/.ready
+format: .venv/.ready  ## formats Python and C++
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP)
@@ -27,29 +36,45 @@ format: .venv/.ready
 bench: .venv/.ready  ## every benchmark, ten minutes; ARGS=--quick: one minute. Peers: pip install -e ".[bench]"
 	$(BIN)/python -m bench.all $(ARGS)
 
-gpu:  ## on a machine with a GPU: build, GPU tests, memcheck and benchmarks, with the Python that has CUDA torch
-	PYTHON=$(PYTHON) bench/gpu.sh
+# On a machine with a GPU, with the Python that has CUDA torch; each at most 8 minutes, and goes on where it was cut short.
+# ARGS=--dry-run shows what would run.
+gpu-test:  ## builds for the GPU at hand, and runs the tests that need one
+	$(PYTHON) -m bench.gpu test $(ARGS)
+
+gpu-sanitize:  ## the kernels under compute-sanitizer
+	$(PYTHON) -m bench.gpu sanitize $(ARGS)
+
+gpu-bench:  ## updates and exchanges beside what was predicted of them, then beside the peers
+	$(PYTHON) -m bench.gpu bench $(ARGS)
+
+gpu-build: .venv-gpu/.ready  ## no GPU needed: builds against a CUDA torch (6 GB), tests it on the CPU, lists architectures
+	.venv-gpu/bin/python -m bench.gpu build $(ARGS)
 
 sanitize: .venv/.ready  ## the extension's tests under AddressSanitizer and UBSan, then under ThreadSanitizer
-	tests/sanitize.sh address,undefined
-	tests/sanitize.sh thread
+	tests/csrc/sanitize.sh address,undefined
+	tests/csrc/sanitize.sh thread
 
 fuzz: .venv/.ready  ## 20,000 hostile inputs: the API, the checkpoint reader, and atheris where `.[fuzz]` is installed
 	FASTEMA_FUZZ_CASES=3000 $(BIN)/python -m pytest -q tests/fuzz
 	! $(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python tests/fuzz/checkpoints.py -runs=10000
 
 faults: .venv/.ready  ## an exception at every bytecode of what FastEMA does
-	FASTEMA_EXHAUSTIVE=1 $(BIN)/python -m pytest -q tests/test_faults.py
+	FASTEMA_EXHAUSTIVE=1 $(BIN)/python -m pytest -q tests/core/test_faults.py
 
 soak: .venv/.ready  ## 100,000 updates with everything in between, beside a float64 twin
-	$(BIN)/python tests/soak.py --updates 100000
+	PYTHONPATH=tests $(BIN)/python tests/core/soak.py --updates 100000
 
-clean:
-	rm -rf .venv build dist *.egg-info fastema/_C*.so fastema/_build_record.json
+clean:  ## removes .venv, .venv-gpu and what was built
+	rm -rf .venv .venv-gpu build dist *.egg-info fastema/_C*.so fastema/_build_record.json
 
 # torch first and pinned: the build needs it there, and an unpinned one is gigabytes of CUDA packages.
 .venv/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt torch setuptools ninja
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,dev]"
+	touch $@
+
+.venv-gpu/.ready:
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip --disable-pip-version-check install -q torch==2.14.1 "setuptools>=70.1" ninja numpy pytest hypothesis
 	touch $@

@@ -3,24 +3,30 @@
 The install never fails for want of a compiler, of CUDA or of ninja: it builds less, and records why in
 `fastema/_build_record.json`, which `fastema info` shows. Environment:
 
-    FASTEMA_CUDA=0|1       leave the CUDA kernels out, or fail if they cannot be built (default: when torch is a CUDA
-                           build and a toolkit is found; a GPU need not be present)
-    TORCH_CUDA_ARCH_LIST   as for every torch extension, e.g. "8.0;9.0+PTX"
+    FASTEMA_CUDA=0|1       leave the GPU kernels out, or fail if they cannot be built (default: when torch is a CUDA or
+                           ROCm build and a toolkit is found; a GPU need not be present)
+    TORCH_CUDA_ARCH_LIST   as for every torch extension, e.g. "8.0;9.0+PTX" or "Hopper"; default: what torch was built
+                           for, the GPU at hand, and PTX of the newest. PYTORCH_ROCM_ARCH on ROCm
+    MAX_JOBS               how many architectures nvcc compiles at once (default: the number of cores)
     FASTEMA_SANITIZE       for `make sanitize`: a value of the compiler's -fsanitize, e.g. "address,undefined"
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # a build backend does not put it there
+from setup_gpu import NoGpuCode, compile_gpu_code  # noqa: E402
+
 CPP_FLAGS = [
     "-O3",
     "-fvisibility=hidden",
@@ -28,72 +34,20 @@ CPP_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-unswitch-loops",  # gcc 12 leaves some of the copies scalar: float16 <- float32 took four times as long
+    "-Wno-ignored-optimization-argument",  # for clang, of the flag above; gcc is silent on what it does not know
     "-g0",
 ]
-NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC"]
-DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")
 
 
-class NoCuda(Exception):
-    """Why the CUDA kernels are left out."""
-
-
-def cuda_home() -> Path:
-    """The CUDA toolkit: the folder with bin/nvcc and the static runtime."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), CUDA_HOME]
-    candidates += [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
-    candidates += ["/usr/local/cuda", *sorted(map(str, Path("/usr/local").glob("cuda-*")), reverse=True)]
-    for home in filter(None, candidates):
-        if (Path(home) / "bin/nvcc").exists() and (Path(home) / "lib64/libcudart_static.a").exists():
-            return Path(home)
-    raise NoCuda("no CUDA toolkit found (nvcc with libcudart_static.a); set CUDA_HOME")
-
-
-def architecture_flags(nvcc: Path) -> list[str]:
-    """-gencode flags for TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX"; without it, for what this nvcc knows."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if not wanted:
-        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
-        names = [name for name in DEFAULT_ARCHITECTURES if f"sm_{name.replace('.', '')}" in known]
-        wanted = ";".join(names) + "+PTX"  # chips to come compile the newest
-    flags = []
-    for name in wanted.replace(" ", ";").split(";"):
-        number = name.removesuffix("+PTX").replace(".", "")
-        if number:
-            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if name.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
-
-
-def compile_cuda(build_folder: Path) -> tuple[Path, Path]:
-    """Compiles csrc/cuda_kernels.cu, which knows nothing of torch, and returns the object and the toolkit's folder.
-
-    Not through torch's CUDAExtension: that would tie the toolkit's version to torch's. The static runtime shares
-    streams and contexts with torch's own, whatever its version.
-    """
-    import torch
-
-    wanted = os.environ.get("FASTEMA_CUDA", "")
-    if wanted == "0":
-        raise NoCuda("FASTEMA_CUDA=0")
-    if wanted != "1" and torch.version.cuda is None:
-        raise NoCuda("torch is a CPU build (FASTEMA_CUDA=1 builds them all the same)")
-    home = cuda_home()
-    build_folder.mkdir(parents=True, exist_ok=True)
-    target = build_folder / "cuda_kernels.o"
-    source = ROOT / "csrc/cuda_kernels.cu"
-    nvcc = home / "bin/nvcc"
-    command = [str(nvcc), "-c", str(source), "-o", str(target), *NVCC_FLAGS, *architecture_flags(nvcc)]
-    print(" ".join(command), file=sys.stderr)
-    try:
-        subprocess.run(command, check=True, stdout=sys.stderr)
-    except subprocess.CalledProcessError as error:
-        raise NoCuda(f"nvcc failed with status {error.returncode}") from error
-    return target, home
+def check_setuptools() -> None:
+    """Raise, with what to install, where this setuptools cannot build a wheel: its own error says nothing of it."""
+    version = tuple(int(part) for part in re.findall(r"\d+", setuptools.__version__)[:2])
+    builds_wheel = {"bdist_wheel", "editable_wheel", "dist_info"} & set(sys.argv)
+    if builds_wheel and version < (70, 1) and importlib.util.find_spec("wheel") is None:
+        raise SystemExit(
+            f"fastema: setuptools {setuptools.__version__} builds wheels only with the package wheel, which is not "
+            "installed: pip install 'setuptools>=70.1', then install fastema again"
+        )
 
 
 def torch_version() -> tuple[int, int]:
@@ -117,7 +71,7 @@ def build_arguments() -> dict:
     # -O1: optimised fully, pybind11's templates take minutes to compile with the checks in them.
     sanitize = ["-g1", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={kinds}"] if kinds else []
     openmp = [] if kinds == "thread" or sys.platform == "darwin" else ["-fopenmp"]
-    sources = ["bindings.cpp", "cpu_kernels.cpp", "plan.cpp", "storage_exchange.cpp", "watch.cpp"]
+    sources = ["bindings.cpp", "cpu_kernels.cpp", "plan.cpp", "sharing.cpp", "storage_exchange.cpp", "watch.cpp"]
     extension = CppExtension(
         "fastema._C",
         [f"csrc/{name}" for name in sources],
@@ -140,16 +94,16 @@ def build_arguments() -> dict:
         def build_extensions(self) -> None:
             forced = os.environ.get("FASTEMA_CUDA") == "1"
             try:
-                target, home = compile_cuda(Path(self.build_temp).resolve())
+                gpu = compile_gpu_code(Path(self.build_temp).resolve())
                 extension.define_macros.append(("FASTEMA_WITH_CUDA", None))
-                extension.extra_objects.append(str(target))
-                extension.library_dirs.append(str(home / "lib64"))
-                extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+                extension.extra_objects += gpu.objects
+                extension.library_dirs += gpu.library_dirs
+                extension.libraries += gpu.libraries
                 if torch_version() < (2, 11):  # its streams do not tell their handle without torch's CUDA headers
                     extension.define_macros.append(("FASTEMA_STREAM_FROM_C10_CUDA", None))
-                    extension.include_dirs.append(str(home / "include"))
+                    extension.include_dirs += gpu.include_dirs
                     extension.libraries.append("c10_cuda")
-            except NoCuda as reason:
+            except NoGpuCode as reason:
                 if forced:
                     raise SystemExit(f"fastema: FASTEMA_CUDA=1, but {reason}") from None
                 self.record["cuda"] = str(reason)
@@ -173,4 +127,7 @@ def warn(message: str) -> None:
     print(f"fastema: {message}", file=sys.stderr)
 
 
-setup(**build_arguments())
+check_setuptools()
+# fastema.triton_kernels lies outside fastema/ (package-dir in pyproject.toml), where find_packages does not look.
+packages = [*setuptools.find_packages(include=["fastema", "fastema.*"]), "fastema.triton_kernels"]
+setuptools.setup(packages=packages, **build_arguments())

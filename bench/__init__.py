@@ -1,8 +1,8 @@
-"""Benchmarks: fastema beside its peers, in one run, every figure beside the machine's own limit.
+"""Benchmarks: fastema beside its peers, in one run.
 
-Each of `update`, `swap`, `scale`, `memory`, `train_step` and `instructions` is a program: `python -m bench.update
-[--quick] [--json FILE]` prints tables that a person can read and writes records that a program can read; `bench.all`
-runs them all. `bench.report` turns files of records into plots and README's tables, `bench.compare` says what got
-slower. What is measured is in `cases` and `nets`, who in `peers` and `libraries`, how in `measure` and `clocks`.
+The files of this folder are the commands. `python -m bench.update [--quick] [--json FILE]` prints tables and writes
+records, and so do `swap`, `scale`, `memory`, `train_step` and `instructions`; `bench.busy`, beside processes that it starts itself, runs alone; `bench.all` runs all others. `bench.report`
+turns records into plots and README's tables, `bench.compare` finds what got slower. `harness` measures, `contenders`
+are the implementations, `pages` makes the report, `studies` measure advice and training instead of time.
 Timings are reported, never asserted.
 """

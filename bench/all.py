@@ -1,6 +1,7 @@
 """`python -m bench.all [--quick] [--json FILE] [--device cpu|cuda]`
 
-Every benchmark in one run and one file: under ten minutes on two cores, `--quick` under one. Then the verdict.
+Run every benchmark into one file: under ten minutes on two cores, `--quick` under one. Then print where a peer is
+ahead.
 """
 
 from __future__ import annotations
@@ -9,21 +10,18 @@ import sys
 from collections.abc import Sequence
 
 from bench import instructions, memory, scale, swap, train_step, update
-from bench.losses import LOSS_COLUMNS, loss_rows, losses
-from bench.session import Benchmark, Session, run_benchmarks
-from bench.table import print_table
-from bench.targets import NOT_MEASURED, TARGET_COLUMNS, target_rows, targets
+from bench.harness.console import print_table
+from bench.harness.session import Benchmark, Session, run_benchmarks
+from bench.pages.losses import LOSS_COLUMNS, loss_rows, losses
 
 
-def print_verdict(session: Session) -> None:
-    """What was promised, and what this run measured; and where somebody else is ahead."""
-    found = [target for target in targets(session.run) if target.measured != NOT_MEASURED or not session.quick]
-    print_table("targets, from the medians above", TARGET_COLUMNS, target_rows(found), left=4)
-    print_table("where ours is not ahead", LOSS_COLUMNS, loss_rows(losses(session.run)), left=4)
+def print_losses(session: Session) -> None:
+    """Print where another implementation takes less time than ours, or as much."""
+    print_table("where ours is not ahead", LOSS_COLUMNS, loss_rows(losses(session.run)), left=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     benchmarks: dict[str, Benchmark] = {
         "update": update.run,
@@ -32,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "memory": memory.run,
         "train_step": train_step.run,
     }
-    if "--quick" not in given:  # under valgrind everything takes its time
+    if "--quick" not in given:  # valgrind is slow
         benchmarks["instructions"] = instructions.run
-    benchmarks["verdict"] = print_verdict
+    benchmarks["losses"] = print_losses
     return run_benchmarks("bench.all", "Every benchmark in one run.", benchmarks, arguments, update.measure_copy)
 
 

@@ -1,10 +1,10 @@
 """`python -m bench.compare OLD.json NEW.json`
 
-What of ours got slower, beyond noise. Only what both files hold, of the same device. A machine's speed differs from
-run to run, and the peers feel that as well as we do: their median change within a table is taken out of ours first, and
-what they disagree by is noise. Slower is then what has changed by more than that and by more than 5 %, with the
-machine's change in it as well as without, with the new median above nine tenths of the old samples and the old median
-below nine tenths of the new. Instruction counts hardly wobble: there 2 % count. Exit status 1 if anything got slower.
+Report what of ours got slower, beyond noise, among what both files measured on the same device. A machine's speed
+differs from run to run, for the peers too: their median change within a table is divided out of ours, and their
+disagreement counts as noise. A figure is slower if it changed by more than the noise and by more than 5 %, with and
+without the machine's change, and if the new median is above p90 of the old samples and the old median below p10 of the
+new. For instruction counts 2 % suffice. Exit status 1 if anything got slower.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.records import Record, Run, load
-from bench.table import duration, print_table
+from bench.harness.console import duration, print_table
+from bench.harness.records import Record, Run, load
 
 OURS = "fastema"
 LEAST_CHANGE = 0.05
@@ -26,10 +26,10 @@ LEAST_CHANGE_OF_COUNTS = 0.02
 
 @dataclass(frozen=True)
 class Change:
-    """Of one figure.
+    """The change of one figure.
 
     Args:
-        factor: new over old, the machine's own change taken out.
+        factor: new over old, divided by the machine's change.
         machine: that change; 1 where there are no peers.
         verdict: "slower", "faster" or "" for noise.
     """
@@ -43,7 +43,7 @@ class Change:
 
 
 def compare(old: Run, new: Run) -> list[Change]:
-    """Every figure of ours that both have.
+    """Compare every figure of ours that both runs have.
 
     Raises:
         ValueError: they are of different devices, or have nothing in common.
@@ -111,7 +111,7 @@ def _counts(old: Run, new: Run) -> list[Change]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 1 if something got slower, 2 if nothing can be compared."""
+    """Run the command line; return the exit status: 1 if something got slower, 2 if nothing can be compared."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description="What got slower, beyond noise.")
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)

@@ -1,8 +1,8 @@
 """`python -m bench.instructions [--quick] [--json FILE]`
 
-How many instructions the host executes for an update and for a swap, counted by valgrind's callgrind: a number that
-does not wobble, on a machine however busy. 1,000 tiny tensors, one thread, so nearly all of it is the way through the
-model. valgrind knows no AVX-512: the kernels run as AVX2 there.
+Count the instructions that the host executes for an update and for a swap, with valgrind's callgrind: a number that
+other load on the machine does not change. 1,000 small tensors, one thread, so nearly all of it is the walk through the
+model. valgrind does not know AVX-512: the kernels run as AVX2.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from pathlib import Path
 
 import torch
 
-from bench import cases, peers
-from bench.cases import Unavailable, build_model
-from bench.peers import FOREACH, MULTI_FN, OURS, OURS_SWA_UTILS
-from bench.session import Session, run_benchmarks
-from bench.table import print_table
+from bench.contenders.peers import FOREACH, MULTI_FN, OURS, OURS_SWA_UTILS
+from bench.harness import cases
+from bench.harness.cases import Unavailable, build_model
+from bench.harness.console import print_table
+from bench.harness.contender import built
+from bench.harness.session import Session, run_benchmarks
 
-#: Without other packages: to import one under valgrind takes minutes.
+#: No other packages: importing one under valgrind takes minutes.
 ENTRANTS = (OURS, OURS_SWA_UTILS, FOREACH, MULTI_FN)
 CALLS = 5
 _LIMIT_S = 300
-#: valgrind sees these instructions, which do nothing elsewhere, as requests of the program (valgrind.h).
+#: Requests to valgrind; without valgrind they do nothing.
 _REQUESTS = r"""
 #include <valgrind/callgrind.h>
 void begin(void) { CALLGRIND_START_INSTRUMENTATION; }
@@ -46,7 +47,7 @@ _ENVIRONMENT = {
 
 
 def run(session: Session) -> None:
-    """Counts everybody in one process under valgrind; says so where that cannot be."""
+    """Count all entrants in one process under valgrind; record why where that is impossible."""
     try:
         counted = count()
     except Unavailable as error:
@@ -70,7 +71,7 @@ def run(session: Session) -> None:
 
 
 def count() -> dict[str, int]:
-    """Instructions a call, by "update: impl" or "swap: impl".
+    """Return instructions per call, by "update: impl" or "swap: impl".
 
     Raises:
         Unavailable: valgrind, its headers or a C compiler is missing, or it failed.
@@ -99,12 +100,12 @@ def count() -> dict[str, int]:
             raise Unavailable(f"valgrind took more than {_LIMIT_S} s") from None
         counted = totals(path.read_text(errors="replace") for path in sorted(folder.glob("counts*")))
         if not counted:
-            raise Unavailable(f"valgrind failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
+            raise Unavailable(f"valgrind failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
         return {title: round(total / CALLS) for title, total in counted.items()}
 
 
 def totals(dumps: Iterable[str]) -> dict[str, int]:
-    """What callgrind's files say: the instructions of each, by the name that the program gave it.
+    """Return the instruction counts in callgrind's files, by the name that the program gave each.
 
     Example:
         >>> totals(["desc: Trigger: Client Request: update: fastema\\nevents: Ir\\nsummary: 1234\\n"])
@@ -129,13 +130,13 @@ def _be_counted(library: str) -> None:
     calls: dict[str, Callable[[], object]] = {}
     for peer in ENTRANTS:
         try:
-            contender = peers.built(peer, build_model(case, torch.device("cpu")), case)
+            contender = built(peer, build_model(case, torch.device("cpu")), case)
         except Unavailable:
             continue
         calls[f"update: {peer.name}"] = contender.run
         if peer is OURS:
             calls[f"swap: {peer.name}"] = contender.swap
-    requests.begin()  # only now, since it makes everything slower: imports would take minutes
+    requests.begin()  # after the imports, which would take minutes
     for title, call in calls.items():
         for _ in range(2):
             call()
@@ -146,7 +147,7 @@ def _be_counted(library: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] == ["--counted-by"]:
         _be_counted(given[1])

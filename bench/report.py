@@ -1,280 +1,30 @@
 """`python -m bench.report FILE... [--plots FOLDER] [--readme PAGE... [--check]]`
 
-Tables and plots from the records of one machine. Prints the tables as Markdown; `--readme` puts each between its
-markers, `<!-- bench:begin NAME -->` and `<!-- bench:end -->`, and leaves all other text alone; `--check` writes nothing
-and exits with 1 where the page says something else than the records.
+Make tables and plots from the records of one machine. Prints the tables as Markdown; `--readme` writes each between its
+markers, `<!-- bench:begin NAME -->` and `<!-- bench:end -->`; `--check` writes nothing and exits with 1 where the page
+differs from the records.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench import cases, libraries, nets, peers, swap, train_step
-from bench.cases import Unavailable
-from bench.losses import LOSS_COLUMNS, loss_rows, losses
-from bench.peers import COPY, LIMIT, OURS
-from bench.records import Cache, Run, load
-from bench.scale import GROWTH_COLUMNS, growth, growth_rows
-from bench.table import duration, size
-from bench.targets import TARGET_COLUMNS, target_rows, targets
-from bench.update import APART, TOGETHER
-
-_NET_COLUMNS = (cases.small_tensors().name, *nets.REAL_NETS)
-_HAND_WRITTEN = (peers.CASTS[0], peers.CASTS[1], peers.CASTS[5])
-
-
-# ---- tables ----
-
-
-def _environment(run: Run) -> str:
-    found = run.environment
-    packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    cores = f" on cores {', '.join(map(str, found['cores']))}" if found.get("cores") else ""
-    more = f", {size(found['cache_bytes'])} cache" if found.get("cache_bytes") else ""
-    more += f", load {found['load']:.1f} at the start" if found.get("load") is not None else ""
-    return f"{found['device']}, {found['threads']} threads{cores}{more}, {found['date'][:10]}; {packages}."
-
-
-def _headline(run: Run) -> str:
-    """The first table of the page: few rows, few peers."""
-    everybody = (OURS, COPY, peers.FOREACH, peers.MULTI_FN, libraries.TIMM, libraries.DIFFUSERS)
-    mixed = cases.mixed_one_tensor().name
-    labels = {
-        cases.small_tensors().name: "1,000 tensors of 256, in the cache",
-        mixed: "64 M bfloat16 in a float32 average",
-    }
-    rows = []
-    for case in (*_NET_COLUMNS, mixed):
-        if run.median("update", case, OURS.name, _cache_of(case)):
-            cells = [_cell(run, "update", case, peer.name, _cache_of(case)) for peer in everybody]
-            rows.append([f"update: {labels.get(case, case)}", *cells])
-    cells = [_cell(run, "swap", nets.RESNET50, peer.name, "warm") for peer in everybody]
-    if any(cells):
-        modules = (peers.MULTI_FN, libraries.TIMM)
-        cells = ["a second module" if peer in modules else cell for peer, cell in zip(everybody, cells, strict=True)]
-        rows.append([f"average in and out for a validation: {nets.RESNET50}", *cells])
-        extra = [run.find("memory: validation", nets.RESNET50, peer.name) for peer in everybody]
-        rows.append(["memory that takes", *("" if one is None else size(one.extra_bytes or 0) for one in extra)])
-    rows = [[row[0], _bold(row[1]), *row[2:]] for row in rows]
-    return _markdown(["one run, medians", "fastema", "copy of the model", *(peer.name for peer in everybody[2:])], rows)
-
-
-def _cell(run: Run, bench: str, case: str, impl: str, cache: Cache) -> str:
-    median = run.median(bench, case, impl, cache)
-    if median is not None:
-        return duration(median)
-    raised = any(
-        (one.bench, one.case, one.impl) == (bench, case, impl) and "Error: " in one.reason for one in run.missing
-    )
-    return "raises" if raised else ""
-
-
-def _updates(run: Run) -> str:
-    """Medians of an update, one column a case; the fastest on real nets first."""
-    everybody = (OURS, LIMIT, COPY, peers.FOREACH, *libraries.LIBRARIES)
-    columns = [case for case in _NET_COLUMNS if run.median("update", case, OURS.name)]
-    return _medians(run, everybody, columns)
-
-
-def _mixed(run: Run) -> str:
-    """The same for float32 averages of bfloat16 weights, and of large nets."""
-    everybody = (OURS, LIMIT, COPY, *_HAND_WRITTEN, *libraries.LIBRARIES)
-    bases = (cases.mixed_one_tensor().name, cases.mixed_list().name, nets.vit_b_bf16().name)
-    large = [
-        record.case
-        for record in run.records
-        if record.bench == "update" and record.impl == OURS.name and record.case.startswith("Llama")
-    ]
-    return _medians(run, everybody, [case for case in (*bases, *large) if run.median("update", case, OURS.name)])
-
-
-def _large(run: Run) -> str:
-    everybody = (OURS, LIMIT, COPY, peers.FOREACH, *libraries.LIBRARIES)
-    columns = [
-        record.case
-        for record in run.records
-        if record.bench == "update" and record.impl == OURS.name and record.params > 5 * 10**8
-    ]
-    return _medians(run, everybody, [case for case in columns if not case.startswith("Llama")])
-
-
-def _medians(run: Run, everybody: Sequence[peers.Peer], columns: Sequence[str]) -> str:
-    rows = []
-    for peer in everybody:
-        medians = [run.median("update", case, peer.name, _cache_of(case)) for case in columns]
-        if any(median is not None for median in medians):
-            cells = ["" if median is None else duration(median) for median in medians]
-            rows.append([peer.name, *(_bold(cell) if peer is OURS else cell for cell in cells)])
-    return _markdown(["update, median", *columns], rows)
-
-
-def _cache_of(case: str) -> Cache:
-    return "warm" if case == cases.small_tensors().name else "cold"
-
-
-def _replacements(run: Run) -> str:
-    """Before and after one changed import."""
-    columns = [case for case in (nets.RESNET50, cases.small_tensors().name) if run.median("update", case, OURS.name)]
-    rows = []
-    for before, after in libraries.REPLACEMENTS:
-        cells = []
-        for case in columns:
-            old, new = (run.median("update", case, peer.name, _cache_of(case)) for peer in (before, after))
-            cells.append("" if old is None or new is None else f"{duration(old)} → {_bold(duration(new))}")
-        rows.append([f"{before.name} → {after.name}", *cells])
-    return _markdown(["update, before → after", *columns], rows)
-
-
-def _several(run: Run) -> str:
-    counts = [count for count in (1, 2, 3, 4) if run.median("several", nets.RESNET50, TOGETHER, shadows=count)]
-    rows = []
-    for name in (TOGETHER, APART):
-        medians = [run.median("several", nets.RESNET50, name, shadows=count) for count in counts]
-        rows.append([name, *("" if median is None else duration(median) for median in medians)])
-    return _markdown([f"{nets.RESNET50}, averages", *map(str, counts)], rows)
-
-
-def _swaps(run: Run) -> str:
-    """In and out again, and what it takes beside the model and one average."""
-    rows = []
-    for peer in (OURS, peers.OURS_IN_PLACE, *swap.PACKAGES, *swap.BY_HAND):
-        warm, cold = (run.find("swap", nets.RESNET50, peer.name, cache) for cache in _CACHES)
-        if warm is None or cold is None or warm.median_us is None or cold.median_us is None:
-            continue
-        moved, extra = size(warm.bytes_floor or 0), size(warm.extra_bytes or 0)
-        rows.append([peer.name, duration(warm.median_us), duration(cold.median_us), moved, extra])
-    return _markdown([f"swap, {nets.RESNET50}", "warm", "cold", "bytes moved", "extra memory"], rows)
-
-
-_CACHES: tuple[Cache, Cache] = ("warm", "cold")
-
-
-def _validation(run: Run) -> str:
-    found = sorted((one for one in run.records if one.bench == "validation"), key=lambda one: one.median_us or 0.0)
-    case = found[0].case if found else ""
-    rows = [[one.impl, duration(one.median_us or 0.0)] for one in found]
-    return _markdown([f"base and averaged weights validated, {case}", "median"], rows)
-
-
-def _memory(run: Run) -> str:
-    rows = []
-    for record in run.records:
-        if record.bench == "memory: update" and record.case == nets.RESNET50:
-            validation = run.find("memory: validation", record.case, record.impl)
-            inside = size(record.extra_bytes or 0)
-            rows.append([record.impl, inside, "" if validation is None else size(validation.extra_bytes or 0)])
-    return _markdown([f"{nets.RESNET50}: memory beyond the model and one average", "update", "validation"], rows)
-
-
-def _growth(run: Run) -> str:
-    return _markdown(GROWTH_COLUMNS, growth_rows(growth(run.records)))
-
-
-def _train_steps(run: Run) -> str:
-    """Shares of a training step."""
-    columns = list(dict.fromkeys(record.case for record in run.records if record.bench == "train_step"))
-    names = dict.fromkeys(record.impl for record in run.records if record.bench == "train_step")
-    rows = []
-    for bench, words in (("train_step", "update"), ("train_step: swap", "swap in and out")):
-        for name in names:
-            cells = []
-            for case in columns:
-                step, median = run.median("train_step", case, train_step.STEP), run.median(bench, case, name)
-                share = "" if step is None or median is None else f"{median / (step + median):.2%}"
-                cells.append(duration(step) if step and name == train_step.STEP else share)
-            if any(cells) and not (name == train_step.STEP and bench != "train_step"):
-                rows.append([name if name == train_step.STEP else f"{name}: {words}", *cells])
-    return _markdown(["share of a step", *columns], rows)
-
-
-def _instructions(run: Run) -> str:
-    rows = [[one.impl, one.case, f"{one.instructions:,}"] for one in run.instructions]
-    return _markdown(["host, one thread, AVX2", "", "instructions"], rows)
-
-
-def _targets(run: Run) -> str:
-    return _markdown(TARGET_COLUMNS, target_rows(targets(run)), right=False)
-
-
-def _losses(run: Run) -> str:
-    return _markdown(LOSS_COLUMNS, loss_rows(losses(run)), right=False)
-
-
-def _missing(run: Run) -> str:
-    """Who could not be measured, and why, said once."""
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for one in run.missing:
-        reasons.setdefault((one.impl or one.case or one.bench, one.reason), []).append(one.case)
-    return "\n".join(
-        f"- {name} ({', '.join(dict.fromkeys(filter(None, where)))}): {reason}"
-        for (name, reason), where in reasons.items()
-    )
-
-
-TABLES: dict[str, Callable[[Run], str]] = {
-    "headline": _headline,
-    "environment": _environment,
-    "update": _updates,
-    "mixed": _mixed,
-    "large": _large,
-    "replacements": _replacements,
-    "several": _several,
-    "swap": _swaps,
-    "validation": _validation,
-    "memory": _memory,
-    "growth": _growth,
-    "train_step": _train_steps,
-    "instructions": _instructions,
-    "targets": _targets,
-    "losses": _losses,
-    "missing": _missing,
-}
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], right: bool = True) -> str:
-    """`right`: all columns but the first are numbers."""
-    head = ["| " + " | ".join(columns) + " |", "|---" + ("|---:" if right else "|---") * (len(columns) - 1) + "|"]
-    return "\n".join(head + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def _bold(cell: str) -> str:
-    return f"**{cell}**" if cell else ""
-
-
-# ---- the page ----
-
-_MARKED = re.compile(r"(<!-- bench:begin (?P<name>\S+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
-
-
-def filled(page: str, run: Run) -> str:
-    """The page with every marked table made anew.
-
-    Raises:
-        ValueError: a marker that names no table, or has no end.
-    """
-    opened = page.count("<!-- bench:begin")
-    if opened != len(_MARKED.findall(page)):
-        raise ValueError("a <!-- bench:begin NAME --> stands without its <!-- bench:end -->")
-
-    def anew(match: re.Match[str]) -> str:
-        name = match["name"]
-        if name not in TABLES:
-            raise ValueError(f"<!-- bench:begin {name} -->: there is no such table, only {', '.join(TABLES)}")
-        return f"{match[1]}{TABLES[name](run)}\n{match[3]}"
-
-    return _MARKED.sub(anew, page)
+from bench.harness.cases import Unavailable
+from bench.harness.records import Run, load
+from bench.pages.tables import TABLES, filled
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables and plots of a run.")
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Make tables and plots of a run.")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="of one machine, written with --json")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the plots there")
-    parser.add_argument("--readme", type=Path, nargs="+", metavar="PAGE", help="renew the marked tables of these pages")
+    parser.add_argument(
+        "--readme", type=Path, nargs="+", metavar="PAGE", help="regenerate the marked tables of these pages"
+    )
     parser.add_argument("--check", action="store_true", help="with --readme: change nothing, fail if it would change")
     parsed = parser.parse_args(arguments)
     if parsed.check and parsed.readme is None:
@@ -282,12 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = load(parsed.files)
         if parsed.plots is not None:
-            from bench.plots import draw
+            from bench.pages.plots import draw
 
             for path in draw(run, parsed.plots):
                 print(f"written: {path}")
         if parsed.readme is not None:
-            return max(_renew(page, run, parsed.check) for page in parsed.readme)
+            return max(_rewrite(page, run, parsed.check) for page in parsed.readme)
     except (OSError, ValueError, Unavailable) as error:
         print(error, file=sys.stderr)
         return 2
@@ -296,16 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _renew(path: Path, run: Run, check: bool) -> int:
+def _rewrite(path: Path, run: Run, check: bool) -> int:
     page = path.read_text()
-    renewed = filled(page, run)
-    if renewed == page:
+    rewritten = filled(page, run)
+    if rewritten == page:
         print(f"{path} agrees with the records")
         return 0
     if check:
         print(f"{path} does not say what the records say: run bench.report with --readme, without --check")
         return 1
-    path.write_text(renewed)
+    path.write_text(rewritten)
     print(f"written: {path}")
     return 0
 

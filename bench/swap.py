@@ -1,7 +1,7 @@
 """`python -m bench.swap [--quick] [--json FILE] [--device cpu|cuda]`
 
-The averaged weights into the model and out again, as every implementation does it; then a whole validation of a small
-net, of the base weights and of the averaged ones.
+Measure a swap (the averaged weights into the model and out again), then a whole validation of a small net, of the base
+weights and of the averaged ones.
 """
 
 from __future__ import annotations
@@ -11,99 +11,33 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bench import libraries, nets, peers
-from bench.cases import Case, Unavailable, build_model, import_timm
-from bench.measure import take_turns
-from bench.memory import footprint
-from bench.peers import FOREACH, MULTI_FN, OURS, OURS_IN_PLACE, Build, Contender, Peer
-from bench.race import CACHE_WORDS, dtypes
-from bench.session import Session, run_benchmarks
-from bench.table import print_records, size
+from bench.contenders import libraries
+from bench.contenders.peers import BASE_TWICE, MULTI_FN, OURS, OURS_IN_PLACE, SWAPS_BY_HAND
+from bench.harness.cases import Case, Unavailable, build_model, import_timm, resnet50
+from bench.harness.console import print_records, size
+from bench.harness.contender import Contender, Peer, built, check_swap, footprint
+from bench.harness.measure import take_turns
+from bench.harness.race import CACHE_WORDS, dtypes
+from bench.harness.session import Session, run_benchmarks
 
-BASE_TWICE = "the base weights twice, no average"
-
-
-# ---- by hand ----
-
-
-def _by_hand(swapper: Callable[[list[Tensor], list[Tensor]], tuple[Callable[[], None], Callable[[], None]]]) -> Build:
-    """Bare `_foreach_lerp_` for the update, and a way to validate written down beside it."""
-
-    def build(model: nn.Module, case: Case) -> Contender:
-        contender = FOREACH.build(model, case)
-        contender.enter, contender.leave = swapper(peers.lives_of(model), list(contender.averages()))
-        return contender
-
-    return build
-
-
-def _clone_and_copy(lives: list[Tensor], averages: list[Tensor]) -> tuple[Callable[[], None], Callable[[], None]]:
-    stored: list[Tensor] = []
-
-    def enter() -> None:
-        stored[:] = [live.clone() for live in lives]
-        torch._foreach_copy_(lives, averages)
-
-    def leave() -> None:
-        torch._foreach_copy_(lives, stored)
-        stored.clear()
-
-    return enter, leave
-
-
-def _copy_through_kept(lives: list[Tensor], averages: list[Tensor]) -> tuple[Callable[[], None], Callable[[], None]]:
-    kept = [torch.empty_like(live) for live in lives]
-
-    def enter() -> None:
-        torch._foreach_copy_(kept, lives)
-        torch._foreach_copy_(lives, averages)
-
-    def leave() -> None:
-        torch._foreach_copy_(lives, kept)
-
-    return enter, leave
-
-
-def _exchange_data(model: nn.Module, case: Case) -> Contender:
-    # No byte is moved here either; but views and aliases (tied weights, RNNs' flat weights, FSDP's second view of a
-    # shard, lists of tensors that somebody keeps) stay with the old memory, and are wrong without a word.
-    contender = FOREACH.build(model, case)
-    parameters, averages = list(model.parameters()), list(contender.averages())
-
-    def exchange() -> None:
-        for parameter, average in zip(parameters, averages, strict=True):
-            parameter.data, average.data = average.data, parameter.data
-
-    contender.enter = contender.leave = exchange
-    return contender
-
-
-BY_HAND = (
-    Peer("clone, foreach copy_, foreach copy_", _by_hand(_clone_and_copy), from_a_library=False),
-    Peer("3 foreach copy_ through kept memory", _by_hand(_copy_through_kept), from_a_library=False, copies=2),
-    Peer("exchange of .data per tensor", _exchange_data, from_a_library=False),
-)
-#: Packages that put the averages into the model; all others validate a second module.
-PACKAGES = (libraries.TORCH_EMA, libraries.DIFFUSERS, libraries.DIFFUSERS_FOREACH, libraries.LIGHTNING)
-
-#: Bytes moved a parameter and byte of it: a clone or a copy reads one and writes one.
-_MOVED = {OURS.name: 0, OURS_IN_PLACE.name: 4, BY_HAND[2].name: 0, libraries.LIGHTNING.name: 12}
+#: Bytes moved per byte of the model: a clone or a copy reads one and writes one.
+_MOVED = {OURS.name: 0, OURS_IN_PLACE.name: 4, SWAPS_BY_HAND[2].name: 0, libraries.LIGHTNING.name: 12}
 _MOVED_BY_STORE_COPY_RESTORE = 6
 
 
-# ---- in and out ----
+# ---- the swap ----
 
 
 def measure_swap(session: Session, case: Case, entrants: Sequence[Peer], seconds: float = 3) -> None:
-    """In and out again, timed."""
+    """Measure swaps, warm and cold."""
     contenders: dict[Peer, Contender] = {}
     extra: dict[Peer, int | None] = {}
     missed: list[tuple[str, str]] = []
     for peer in entrants:
         try:
-            peers.check_swap(peer, case, session.device)
+            check_swap(peer, case, session.device)
             found, contenders[peer] = footprint(session.clock, peer, build_model(case, session.device), case)
             extra[peer] = found.validation
         except Unavailable as error:
@@ -131,7 +65,7 @@ def measure_swap(session: Session, case: Case, entrants: Sequence[Peer], seconds
 
 
 def measure_validation(session: Session, entrants: Sequence[Peer]) -> None:
-    """A pass over the same batches with the base weights and one with the averaged ones, start to end."""
+    """Measure a pass over the same batches with the base weights and one with the averaged weights."""
     try:
         model = import_timm().create_model("resnet18", num_classes=10).to(session.device).eval()
     except Unavailable as error:
@@ -167,7 +101,7 @@ def measure_validation(session: Session, entrants: Sequence[Peer]) -> None:
     missed: list[tuple[str, str]] = []
     for peer in entrants:
         try:
-            contender = peers.built(peer, model, case)
+            contender = built(peer, model, case)
             if contender.second_module is not None:
                 contender.second_module.eval()
             calls[peer.name] = partial(validate_both, contender)
@@ -184,16 +118,16 @@ def measure_validation(session: Session, entrants: Sequence[Peer]) -> None:
 
 
 def run(session: Session) -> None:
-    """All tables."""
-    packages = PACKAGES[:1] if session.quick else PACKAGES
-    entrants = (OURS, OURS_IN_PLACE, *packages, *BY_HAND)
-    measure_swap(session, nets.resnet50(), entrants)
+    """Measure all tables."""
+    packages = libraries.SWAPPING[:1] if session.quick else libraries.SWAPPING
+    entrants = (OURS, OURS_IN_PLACE, *packages, *SWAPS_BY_HAND)
+    measure_swap(session, resnet50(), entrants)
     measure_validation(session, (OURS, OURS_IN_PLACE, libraries.TORCH_EMA, MULTI_FN, libraries.TIMM))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    return run_benchmarks("bench.swap", "What it costs to validate the average.", {"swap": run}, arguments)
+    """Run the command line; return the exit status."""
+    return run_benchmarks("bench.swap", "The time to validate the average.", {"swap": run}, arguments)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """`python -m bench.train_step [--quick] [--json FILE] [--device cpu|cuda]`
 
-What share of a training step the average takes: real steps (forward, backward, optimizer), after each of which one
-implementation updates its average, all in turns on one model; so caches are as a training step leaves them. The
-update's time grows with the weights, the step's with batch and image, which are therefore in the name of each case:
-here they are small, which makes every share larger than in a real training.
+Measure the average's share of a training step: real steps (forward, backward, optimizer), after each of which one
+implementation updates its average, all in turns on one model, so caches are as a training step leaves them. The
+update's time grows with the weights, the step's with batch and image, which are in the name of each case: here they
+are small, so every share is larger than in a real training.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench import libraries, peers
-from bench.cases import Case, Unavailable, import_timm
-from bench.libraries import LIBRARIES, QUICK_LIBRARIES
-from bench.machine import tidy_up
-from bench.measure import Budget, timing_of
-from bench.peers import FOREACH, OURS, Contender, Peer
-from bench.records import Record
-from bench.session import Session, run_benchmarks
-from bench.table import duration, print_table
+from bench.contenders import libraries
+from bench.contenders.libraries import LIBRARIES, QUICK_LIBRARIES
+from bench.contenders.peers import FOREACH, OURS, STEP
+from bench.harness.cases import Case, Unavailable, import_timm
+from bench.harness.console import duration, print_table
+from bench.harness.contender import Contender, Peer, built
+from bench.harness.machine import tidy_up
+from bench.harness.measure import Budget, timing_of
+from bench.harness.records import Record
+from bench.harness.session import Session, run_benchmarks
 
-STEP = "the training step itself"
 SWAPPING = (OURS, libraries.TORCH_EMA, libraries.DIFFUSERS)
 _CLASSES = 100
 
@@ -37,7 +37,7 @@ class Workload:
     """A model in training.
 
     Args:
-        loss: of one batch, made once.
+        loss: computes the loss of one fixed batch.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Workload:
 
 
 def classifier(architecture: str, name: str, batch: int, pixels: int, device: torch.device) -> Workload:
-    """One of timm's.
+    """Return a classifier of timm.
 
     Raises:
         Unavailable: timm is missing.
@@ -76,14 +76,14 @@ def classifier(architecture: str, name: str, batch: int, pixels: int, device: to
 
 
 def segmentation(backbone: str, experts: int, batch: int, pixels: int, device: torch.device) -> Workload:
-    """The trainer's own net and loss.
+    """Return the reference trainer's net and loss.
 
     Raises:
         Unavailable: timm is missing.
     """
     import_timm()
-    from fastema.segmentation.losses import training_loss
-    from fastema.segmentation.model import Architecture, create_net
+    from fastema.segmentation.model.network import Architecture, create_net
+    from fastema.segmentation.train.losses import training_loss
 
     net, _ = create_net(Architecture(backbone=backbone, num_experts=experts), pretrained=False)
     model = net.to(device).train()
@@ -97,7 +97,7 @@ def segmentation(backbone: str, experts: int, batch: int, pixels: int, device: t
 
 
 def workloads(session: Session) -> list[Callable[[], Workload]]:
-    """What is trained."""
+    """Return the builders of all workloads."""
     device = session.device
     if session.quick:
         return [lambda: classifier("resnet50", "ResNet-50", 2, 64, device)]
@@ -110,14 +110,14 @@ def workloads(session: Session) -> list[Callable[[], Workload]]:
 
 
 def measure(session: Session, workload: Workload, entrants: Sequence[Peer], budget: Budget) -> list[Record]:
-    """One table: a step, an update of one implementation, a step, an update of the next."""
+    """Measure one table: a step, an update of one implementation, a step, an update of the next."""
     tidy_up()
     case = workload.case
     step = workload.step_of(torch.optim.SGD(workload.model.parameters(), lr=1e-4, momentum=0.9))
     contenders: dict[Peer, Contender] = {}
     for peer in entrants:
         try:
-            contenders[peer] = peers.built(peer, workload.model, case)
+            contenders[peer] = built(peer, workload.model, case)
         except Unavailable as error:
             session.miss("train_step", case.name, peer.name, error)
             print(f"  not measured: {peer.name}: {error}")
@@ -154,7 +154,7 @@ def _samples(
 
 
 def print_shares(records: Sequence[Record]) -> None:
-    """Of the step with the update in it, the smallest share first; a swap's as if it came with every step."""
+    """Print shares of a step with its update, the smallest first; a swap counts as if it came with every step."""
     step = next(record.median_us for record in records if record.impl == STEP)
     assert step is not None
     rows = [[STEP, "", duration(step), ""]]
@@ -167,7 +167,7 @@ def print_shares(records: Sequence[Record]) -> None:
 
 
 def run(session: Session) -> None:
-    """All tables."""
+    """Measure all tables."""
     shipped = QUICK_LIBRARIES[:3] if session.quick else (*LIBRARIES[:5], *LIBRARIES[6:8], libraries.LIGHTNING)
     for make in workloads(session):
         try:
@@ -180,7 +180,7 @@ def run(session: Session) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     return run_benchmarks("bench.train_step", "The average's share of a step.", {"train_step": run}, arguments)
 
 

@@ -1,7 +1,7 @@
 """`python -m bench.update [--quick] [--json FILE] [--device cpu|cuda] [--threads N]`
 
-What an update of the averages costs, beside what people use instead: from tensors so small that nothing is moved, over
-real nets, to what fills the memory; in float32, from and in bfloat16, and of several averages at once.
+Measure an update beside the peers: from 1,000 small tensors over real nets to models that fill the memory; in float32,
+from and in bfloat16, and of several averages at once.
 """
 
 from __future__ import annotations
@@ -12,32 +12,42 @@ from functools import partial
 
 import torch
 
-from bench import cases, libraries, nets, peers
-from bench.cases import Case, build_model
-from bench.libraries import LIBRARIES, QUICK_LIBRARIES, REPLACING
-from bench.machine import free_bytes
-from bench.measure import take_turns
-from bench.peers import COPY, FOREACH, FOREACH_GRAPH, LIMIT, OURS, OURS_GRAPH, OURS_TORCH, OURS_TRITON, Peer
-from bench.race import Group, dtypes, race
-from bench.session import Session, run_benchmarks
-from bench.table import print_records
+from bench.contenders import libraries, peers
+from bench.contenders.libraries import LIBRARIES, QUICK_LIBRARIES, REPLACING
+from bench.contenders.peers import (
+    APART,
+    FOREACH,
+    FOREACH_GRAPH,
+    OURS,
+    OURS_GRAPH,
+    OURS_TORCH,
+    OURS_TRITON,
+    TOGETHER,
+)
+from bench.harness import cases
+from bench.harness.cases import Case, build_model
+from bench.harness.console import print_records
+from bench.harness.contender import COPY, LIMIT, Peer, nudge
+from bench.harness.machine import free_bytes
+from bench.harness.measure import take_turns
+from bench.harness.race import Group, dtypes, race
+from bench.harness.session import Session, run_benchmarks
 from fastema import FastEMA
 
-TOGETHER, APART = "fastema, in one read", "fastema, one after the other"
 DECAYS = (0.99, 0.999, 0.9999, 0.99999)
 
 _HOST_NOTE = (
-    "the whole of update() on 600 tensors of one element, 7 kB in all: walking and checking the model, the schedule, "
-    "the call, the loop over 600 chunks, but no weights to move and no second thread"
+    "update() on 600 tensors of one element, 7 kB in all: walking and checking the model, the schedule, the call and "
+    "the loop over 600 chunks, without weights to move and without a second thread"
 )
 _CPU_COPY_NOTE = (
-    "a copy is counted as 8 bytes an element; a processor that reads what it is about to overwrite moves 12, so that "
-    "an update, which reads its target anyway, can show more than 100 % of copy"
+    "a copy is counted as 8 bytes an element; a processor that reads memory before it overwrites it moves 12, so an "
+    "update, which reads its target anyway, can show more than 100 % of copy"
 )
 
 
 def measure_copy(session: Session, elements: int | None = None) -> None:
-    """The machine's own limit, first of all: `copy_` of one float32 tensor into another, 8 bytes an element."""
+    """Measure the machine's bandwidth: `copy_` of one float32 tensor into another, 8 bytes an element."""
     if elements is None:
         elements = 64_000_000 if session.device.type == "cpu" else 1_000_000_000
     source = torch.ones(elements, device=session.device)
@@ -50,7 +60,7 @@ def measure_copy(session: Session, elements: int | None = None) -> None:
 
 
 def plan(session: Session) -> list[Group]:
-    """The tables of a run, small ones first."""
+    """Return the tables of a run, small cases first."""
     on_gpu = session.device.type == "cuda"
     ours = (OURS, *((OURS_TRITON, OURS_GRAPH, FOREACH_GRAPH) if on_gpu else ()))
     shipped = QUICK_LIBRARIES if session.quick else LIBRARIES
@@ -72,34 +82,34 @@ def plan(session: Session) -> list[Group]:
         Group("host", cases.one_element_tensors, few, "warm", session.budget(1.5), _HOST_NOTE),
     ]
     if session.quick:
-        return [*groups, group(nets.resnet50, with_copies, 8), group(cases.mixed_list, mixed, 6)]
+        return [*groups, group(cases.resnet50, with_copies, 8), group(cases.mixed_list, mixed, 6)]
     groups += [
         Group("host", cases.one_element_tensors, few, "cold", session.budget(2.5)),
         group(cases.one_large_tensor, (LIMIT, COPY, *ours, FOREACH, peers.MULTI_FN, libraries.TIMM), 4),
-        group(nets.resnet50, (*with_copies, *replacing), 13, least=11),
-        *(group(make, with_copies, 9, least=11) for make in (nets.edgenext_base, nets.segmentation_list)),
-        group(nets.vit_b, with_copies, 15, least=9),
+        group(cases.resnet50, (*with_copies, *replacing), 13, least=11),
+        *(group(make, with_copies, 9, least=11) for make in (cases.edgenext_base, cases.segmentation_list)),
+        group(cases.vit_b, with_copies, 15, least=9),
         group(cases.mixed_one_tensor, mixed, 9),
         group(cases.mixed_list, (*mixed, peers.COMPILED), 8),
-        group(nets.vit_b_bf16, mixed, 9),
+        group(cases.vit_b_bf16, mixed, 9),
         group(cases.half_list, (LIMIT, COPY, *everybody), 6, least=9),
     ]
-    # As many of these, in this order, as the memory holds at once; most of their time goes into building them.
+    # As many implementations, in this order, as the memory holds at once; building them takes most of the time.
     large = (OURS, LIMIT, COPY, FOREACH, peers.MULTI_FN)
-    groups += [group(make, large, 4) for make in (nets.vit_h, nets.sd15_unet)]
+    groups += [group(make, large, 4) for make in (cases.vit_h, cases.sd15_unet)]
     free = free_bytes(session.device)
     if free is not None:
-        groups.append(group(partial(nets.llama_7b, free), (OURS, LIMIT, COPY, peers.CASTS[1]), 5, least=3))
+        groups.append(group(partial(cases.llama_7b, free), (OURS, LIMIT, COPY, peers.CASTS[1]), 5, least=3))
     return groups
 
 
 def measure_several(session: Session, case: Case) -> None:
-    """One to four averages of one model: in one read of its weights, and one after the other."""
+    """Measure one to four averages of one model: in one read of its weights, and one after the other."""
     model = build_model(case, session.device)
     counts = (1, 4) if session.quick else (1, 2, 3, 4)
     apart = [FastEMA(model, decay=decay, decay_type="constant") for decay in DECAYS]
     together = {count: FastEMA(model, decay=DECAYS[:count], decay_type="constant") for count in counts}
-    peers.nudge(model)
+    nudge(model)
 
     def one_after_the_other(count: int) -> None:
         for ema in apart[:count]:
@@ -125,16 +135,16 @@ def measure_several(session: Session, case: Case) -> None:
 
 
 def run(session: Session) -> None:
-    """All tables."""
+    """Measure all tables."""
     for group in plan(session):
         race(session, group)
-    measure_several(session, nets.resnet50())
+    measure_several(session, cases.resnet50())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     return run_benchmarks(
-        "bench.update", "What an update costs, beside the peers.", {"update": run}, arguments, measure_copy
+        "bench.update", "The time of an update, beside the peers.", {"update": run}, arguments, measure_copy
     )
 
 

@@ -38,27 +38,30 @@ struct Segment {
   Kind kind;
 };
 
-struct Chunk {
+struct alignas(16) Chunk {
   void* shadow;
+  void* shadow_low;  // room for the low half of a shadow that is kept as two bfloat16 planes; null so far
   const void* live;
   uint32_t count;  // elements, 1 .. kChunkElements (bytes for kCopyBytes)
   Kind kind;
   uint16_t shadow_element_bytes;  // what an exchange of contents needs of the kind
 };
-static_assert(sizeof(Chunk) == 24, "the chunk table is read by host and device");
+static_assert(sizeof(Chunk) == 32, "the chunk table is read by host and device, there as two 16-byte loads");
 
+// On a GPU: the sizes are multiples of the tile of most dtype pairs (see cuda_kernels.cu), so that few tiles are
+// ragged.
+constexpr int64_t kSmallestChunkElements = 4096;
 constexpr int64_t kChunkElements = 16384;
 // On a CPU: the live values of a chunk (16 KiB of floats) stay in the first-level cache while several shadows take
 // them in turn. One shadow does not mind the size.
 constexpr int64_t kCpuChunkElements = 4096;
-constexpr int64_t kChunkAlignment = 64;  // elements; cuts fall on multiples of it, so that a cut misaligns nobody
 
-// The chunk size for `elements` in all, so that `workers` blocks have about eight chunks each: few mid-size tensors
-// still fill the chip.
+// The chunk size for `elements` in all, a power of two, so that `workers` blocks have four to eight chunks each: few
+// mid-size tensors still fill the chip.
 constexpr int64_t chunk_elements_for(int64_t elements, int64_t workers) {
-  const int64_t wanted = elements / (workers * 8);
-  const int64_t aligned = wanted / kChunkAlignment * kChunkAlignment;
-  return aligned < 1024 ? 1024 : aligned > kChunkElements ? kChunkElements : aligned;
+  int64_t size = kSmallestChunkElements;
+  while (size < kChunkElements && size * workers * 8 < elements) size *= 2;
+  return size;
 }
 
 // Cuts segments into chunks of at most `chunk_elements`; empty segments give none. Every element of every segment is

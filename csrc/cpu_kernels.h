@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "chunks.h"
+#include "sharing.h"
 
 namespace fastema {
 
@@ -14,12 +15,12 @@ enum class Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 Isa best_isa();
 const char* isa_name(Isa isa);
 
-// The chunks of all shadows, with the running sum of the bytes that chunk i of all of them moves, by which the threads
-// share them out.
+// The chunks of all shadows, and the ranges of them that a thread takes at a time, which move about equally many bytes.
 struct CpuChunks {
-  std::vector<Chunk> chunks;          // [shadows * count]
-  int64_t count;                      // of one shadow
-  std::vector<int64_t> bytes_before;  // [count + 1]
+  std::vector<Chunk> chunks;    // [shadows * count]
+  int64_t count;                // of one shadow
+  std::vector<int64_t> grains;  // [grains + 1]: grain i is chunks grains[i] .. grains[i + 1] - 1 of every shadow
+  mutable Sharing sharing;      // of updates and exchanges among threads; one of them at a time
 
   CpuChunks(std::vector<Chunk> list, int shadows);
 };

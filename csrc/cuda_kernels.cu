@@ -1,7 +1,7 @@
-// One block a chunk: find my chunk -> scalar head up to 16-byte alignment -> full vectors -> scalar tail.
+// One block a chunk: scalars up to 16-byte alignment -> tiles of vectors -> scalars.
 //
 // The table holds every dtype mix, so one launch does them all; a block's kind is uniform, so the switch costs one
-// branch. Vectors are 16 bytes of the narrower operand, several of them in flight before the first is used.
+// branch. All loads of a tile are issued before the first value is used: what saturates the memory is bytes in flight.
 #include <cuda_runtime.h>
 
 #include "cuda_kernels.h"
@@ -18,273 +18,425 @@ constexpr int kThreads = 256;
 // 3 x 256 threads with 128 bytes in flight each are 96 KiB a multiprocessor, three times what hides the latency of an
 // H100's memory; it leaves 80 registers a thread, so that no dtype pair spills.
 constexpr int kResidentBlocksPerMultiprocessor = 3;
+#if defined(__HIPCC__)  // there the second number means waves a SIMD
+#define FASTEMA_LAUNCH_BOUNDS __launch_bounds__(kThreads)
+#else
+#define FASTEMA_LAUNCH_BOUNDS __launch_bounds__(kThreads, kResidentBlocksPerMultiprocessor)
+#endif
 
-// kCount elements that are moved as a whole: 16-byte accesses where the pointer allows them.
+// ---- memory: 1, 2, 4, 8 or 16 bytes in one global access ----
+//
+// In PTX, because the compiler moves arithmetic between plain loads and knows no address space behind the chunk table.
+// What is volatile keeps its order.
+
 template <class T, int kCount>
-struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
+struct alignas(sizeof(T) * kCount) Pack {
   T values[kCount];
 };
 
+#if defined(__HIPCC__)
+template <int kBytes>
+using Word = std::conditional_t<
+    kBytes == 1, uint8_t,
+    std::conditional_t<kBytes == 2, uint16_t, uint32_t __attribute__((ext_vector_type(kBytes >= 4 ? kBytes / 4 : 1)))>>;
+template <int kBytes>
+using GlobalWord = __attribute__((address_space(1))) Word<kBytes>;
+#endif
+
+// What is at `at` if `wanted`, else 0: were it left undefined, its registers would be kept from one tile to the next.
 template <class T>
-__device__ uint32_t elements_to_alignment(const T* pointer) {
-  const uint32_t bytes = (16u - static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pointer) & 15u)) & 15u;
-  return bytes / static_cast<uint32_t>(sizeof(T));
+__device__ __forceinline__ T load_if(bool wanted, const T* at) {
+  T value{};
+#if defined(__CUDA_ARCH__)
+  const uint64_t address = __cvta_generic_to_global(at);
+  const int flag = wanted;
+  uint32_t words[4];
+  uint16_t half;
+  if constexpr (sizeof(T) == 16) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %4, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; @p "
+        "ld.global.v4.b32 {%0, %1, %2, %3}, [%5]; }"
+        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+        : "r"(flag), "l"(address));
+    memcpy(&value, words, 16);
+  } else if constexpr (sizeof(T) == 8) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.global.v2.b32 {%0, %1}, [%3]; }"
+        : "=r"(words[0]), "=r"(words[1])
+        : "r"(flag), "l"(address));
+    memcpy(&value, words, 8);
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %1, 0; mov.b32 %0, 0; @p ld.global.b32 %0, [%2]; }"
+                 : "=r"(words[0])
+                 : "r"(flag), "l"(address));
+    memcpy(&value, words, 4);
+  } else if constexpr (sizeof(T) == 2) {
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %1, 0; mov.b16 %0, 0; @p ld.global.b16 %0, [%2]; }"
+                 : "=h"(half)
+                 : "r"(flag), "l"(address));
+    memcpy(&value, &half, 2);
+  } else {
+    static_assert(sizeof(T) == 1, "no access is wider than 16 bytes");
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %1, 0; mov.b16 %0, 0; @p ld.global.u8 %0, [%2]; }"
+                 : "=h"(half)
+                 : "r"(flag), "l"(address));
+    memcpy(&value, &half, 1);
+  }
+#elif defined(__HIP_DEVICE_COMPILE__)
+  Word<sizeof(T)> word{};
+  if (wanted) word = *(const GlobalWord<sizeof(T)>*)at;
+  memcpy(&value, &word, sizeof value);
+#else
+  if (wanted) value = *at;
+#endif
+  return value;
 }
 
 template <class T>
-__device__ bool is_aligned(const T* pointer) {
-  return (reinterpret_cast<uintptr_t>(pointer) & 15u) == 0;
+__device__ __forceinline__ void store(T* at, const T& value) {
+#if defined(__CUDA_ARCH__)
+  const uint64_t address = __cvta_generic_to_global(at);
+  uint32_t words[4];
+  uint16_t half = 0;
+  if constexpr (sizeof(T) == 16) {
+    memcpy(words, &value, 16);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3]));
+  } else if constexpr (sizeof(T) == 8) {
+    memcpy(words, &value, 8);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]));
+  } else if constexpr (sizeof(T) == 4) {
+    memcpy(words, &value, 4);
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(address), "r"(words[0]));
+  } else if constexpr (sizeof(T) == 2) {
+    memcpy(&half, &value, 2);
+    asm volatile("st.global.b16 [%0], %1;" ::"l"(address), "h"(half));
+  } else {
+    static_assert(sizeof(T) == 1, "no access is wider than 16 bytes");
+    memcpy(&half, &value, 1);
+    asm volatile("st.global.u8 [%0], %1;" ::"l"(address), "h"(half));
+  }
+#elif defined(__HIP_DEVICE_COMPILE__)
+  Word<sizeof(T)> word;
+  memcpy(&word, &value, sizeof value);
+  *(GlobalWord<sizeof(T)>*)at = word;
+#else
+  *at = value;
+#endif
 }
 
-// What a block does to an element, one of three rules. `shadow(k)` comes before the elements of shadow k.
+__device__ __forceinline__ Chunk load_chunk(const Chunk* row) {
+  struct alignas(16) Half {
+    uint64_t words[2];  // no smaller parts: the compiler would put the pointers together byte by byte
+  };
+  const Half halves[2] = {load_if(true, reinterpret_cast<const Half*>(row)),
+                          load_if(true, reinterpret_cast<const Half*>(row) + 1)};
+  Chunk chunk;
+  memcpy(&chunk, halves, sizeof chunk);
+  return chunk;
+}
+
+// ---- a tile: kDepth packs of kCount elements a thread, kThreads packs apart. `left` packs are inside from `at` on
+// ----
+
+template <class T, int kCount, int kDepth>
+__device__ __forceinline__ void load_tile(Pack<T, kCount> (&tile)[kDepth], const T* at, int left) {
+#pragma unroll
+  for (int n = 0; n < kDepth; ++n) {
+    tile[n] = load_if(n * kThreads < left, reinterpret_cast<const Pack<T, kCount>*>(at) + n * kThreads);
+  }
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void store_pack(const Pack<T, kCount>& pack, T* at, int n) {
+  store(reinterpret_cast<Pack<T, kCount>*>(at) + n * kThreads, pack);
+}
+
+// Elements from `pointer` on until it is a multiple of `bytes`.
+template <class T>
+__device__ uint32_t elements_to_alignment(const T* pointer, uint32_t bytes) {
+  return (0u - static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pointer))) % bytes / static_cast<uint32_t>(sizeof(T));
+}
+
+__device__ bool is_aligned(const void* pointer, uint32_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// ---- the rules: what happens to the elements of a tile ----
+
+// ROCm puts an array that is indexed when the kernel runs into scratch memory.
+__device__ __forceinline__ double weight_argument(const UpdateArgs& args, int k) {
+#if defined(__HIPCC__)
+  double weight = args.weights[0];
+#pragma unroll
+  for (int i = 1; i < kMaxShadows; ++i) weight = i == k ? args.weights[i] : weight;
+  return weight;
+#else
+  return args.weights[k];
+#endif
+}
+
+// An average, or a conversion: few tensors are converted, so it has no loop of its own.
 template <bool kGuard, class Shadow, class Live>
 struct Average {
+  static constexpr bool kReadsShadow = true;
+  using Weight = fastema::Weight<Opmath<Shadow>>;
+
   const UpdateArgs& args;
-  Weight<Opmath<Shadow>> weight{0.0};
-  unsigned int kept = 0;
-  bool counts = false;
+  bool converts;
+  unsigned int nonfinite = 0;  // live elements, once for each shadow; what lies beyond the chunk is 0, which is finite
 
-  __device__ explicit Average(const UpdateArgs& update_args) : args(update_args) {}
-  __device__ void shadow(int k) {
-    weight = Weight<Opmath<Shadow>>(args.device_weights != nullptr ? args.device_weights[k] : args.weights[k]);
-    counts = k == 0 && args.count_kept;  // an element is counted once for all shadows
+  __device__ __forceinline__ double load_weight(int k) const {
+    return load_if(args.device_weights != nullptr, args.device_weights + k);
   }
-  __device__ Shadow operator()(Shadow shadow, Live live) {
-    const Shadow result = averaged_element(shadow, live, weight);
-    if constexpr (kGuard) {
-      const bool keep = is_kept<Shadow>(live);
-      kept += keep && counts;
-      return keep ? shadow : result;
+  __device__ __forceinline__ Weight weight(int k, double loaded) const {
+    return Weight(args.device_weights != nullptr ? loaded : weight_argument(args, k));
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void apply(Pack<Shadow, kCount>& shadows, const Pack<Live, kCount>& lives,
+                                        const Weight& weight) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      Shadow& shadow = shadows.values[i];
+      const Live live = lives.values[i];
+      const Shadow result = averaged_or_converted_element(shadow, live, weight, converts);
+      const bool keep = kGuard && !converts && is_kept<Shadow>(live);
+      shadow = keep ? shadow : result;
+      if constexpr (kGuard) nonfinite += count_kept<Shadow>(live);
     }
-    return result;
   }
-};
-
-template <class Shadow, class Live>
-struct Convert {
-  __device__ void shadow(int) {}
-  __device__ Shadow operator()(Shadow, Live live) { return converted_element<Shadow>(live); }
 };
 
 struct CopyBytes {
-  __device__ void shadow(int) {}
-  __device__ uint8_t operator()(uint8_t, uint8_t live) { return live; }
+  static constexpr bool kReadsShadow = false;
+  struct Weight {};
+
+  __device__ double load_weight(int) const { return 0.0; }
+  __device__ Weight weight(int, double) const { return {}; }
+  template <int kCount>
+  __device__ __forceinline__ void apply(Pack<uint8_t, kCount>& shadows, const Pack<uint8_t, kCount>& lives, Weight) {
+    shadows = lives;
+  }
 };
 
-template <int kCount, bool kLiveAligned, class Live>
-__device__ Pack<Live, kCount> load_live(const Live* live) {
-  if constexpr (kLiveAligned) {
-    return *reinterpret_cast<const Pack<Live, kCount>*>(live);
-  } else {
-    Pack<Live, kCount> pack;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) pack.values[i] = live[i];
-    return pack;
-  }
-}
+// ---- one chunk ----
 
-// The shadows of one chunk: their chunks lie `count` apart in the table.
-template <class Shadow>
-struct ShadowPointers {
-  const Chunk* chunk;
+// A chunk's row and those of its other shadows, which lie `count` apart in the table.
+struct Rows {
+  const Chunk* table;
   int64_t count;
-  uint32_t offset;  // elements
+  int shadows;
 
-  __device__ Shadow* operator[](int k) const { return static_cast<Shadow*>(chunk[k * count].shadow) + offset; }
+  __device__ void* shadow(int k) const { return load_if(k < shadows, &table[k * count].shadow); }
 };
 
-// kInFlight packs of kCount elements per thread, kThreads packs apart: live is read once for all shadows.
-template <int kCount, int kInFlight, bool kLiveAligned, class Shadow, class Live, class Rule>
-__device__ __forceinline__ void run_packs(ShadowPointers<Shadow> shadows, int first, int last, const Live* live,
-                                          uint32_t index, Rule& rule) {
-  using ShadowPack = Pack<Shadow, kCount>;
-  Pack<Live, kCount> lives[kInFlight];
-#pragma unroll
-  for (int n = 0; n < kInFlight; ++n) {
-    lives[n] = load_live<kCount, kLiveAligned>(live + static_cast<int64_t>(index + n * kThreads) * kCount);
-  }
+// `packs` of kCount elements, tile by tile, each under all shadows in turn: live comes from memory for the first of
+// them and from the cache for the others. The pointer of the next shadow is on its way while the tile of this one is.
+template <int kCount, int kDepth, class Shadow, class Live, class Rule>
+__device__ __forceinline__ void run_tiles(const Rows& rows, Shadow* first, const Live* live, uint32_t begin,
+                                          uint32_t packs, Rule& rule) {
+  uint32_t offset = begin + threadIdx.x * kCount;
 #pragma unroll 1
-  for (int k = first; k < last; ++k) {
-    rule.shadow(k);
-    ShadowPack* packs = reinterpret_cast<ShadowPack*>(shadows[k]) + index;
-    ShadowPack values[kInFlight];
+  for (int all = static_cast<int>(packs); all > 0; all -= kDepth * kThreads) {
+    const int left = all - static_cast<int>(threadIdx.x);
+    Shadow* shadow = first;
+#pragma unroll 1
+    for (int k = 0; k < rows.shadows; ++k) {
+      const double loaded_weight = rule.load_weight(k);
+      Shadow* const next = static_cast<Shadow*>(rows.shadow(k + 1));
+      Pack<Live, kCount> lives[kDepth];
+      Pack<Shadow, kCount> tile[kDepth];
+      load_tile(lives, live + offset, left);
+      if constexpr (Rule::kReadsShadow) load_tile(tile, shadow + offset, left);
+      // Branches, which the compiler moves no arithmetic across: all loads stay in front of them, and no pack holds the
+      // registers of another. The outer one is for scalars, where the inner ones become predicates.
+      if (kCount > 1 || left > 0) {
+        typename Rule::Weight weight;
 #pragma unroll
-    for (int n = 0; n < kInFlight; ++n) values[n] = packs[n * kThreads];
-#pragma unroll
-    for (int n = 0; n < kInFlight; ++n) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) values[n].values[i] = rule(values[n].values[i], lives[n].values[i]);
-      packs[n * kThreads] = values[n];
+        for (int n = 0; n < kDepth; ++n) {
+          if (n * kThreads < left) {
+            if (n == 0) weight = rule.weight(k, loaded_weight);
+            rule.apply(tile[n], lives[n], weight);
+            store_pack(tile[n], shadow + offset, n);
+          }
+        }
+      }
+      shadow = next;
     }
+    offset += kDepth * kThreads * kCount;
   }
 }
 
-// The aligned body: `vectors` packs of kCount elements.
-template <int kCount, int kInFlight, bool kLiveAligned, class Shadow, class Live, class Rule>
-__device__ __forceinline__ void run_vectors(ShadowPointers<Shadow> shadows, int first, int last, const Live* live,
-                                            uint32_t vectors, Rule& rule) {
-  uint32_t index = threadIdx.x;
-  for (; index + (kInFlight - 1) * kThreads < vectors; index += kInFlight * kThreads) {
-    run_packs<kCount, kInFlight, kLiveAligned>(shadows, first, last, live, index, rule);
-  }
-  for (; index < vectors; index += kThreads) {
-    run_packs<kCount, 1, kLiveAligned>(shadows, first, last, live, index, rule);
-  }
-}
-
+// A pack is 16 bytes of the wider operand and as many elements of the narrower, so that every store fills its sectors.
+// A tile has 128 bytes or more in flight a thread.
 template <class Shadow, class Live, class Rule>
-__device__ __forceinline__ void run_elements(ShadowPointers<Shadow> shadows, int first, int last, const Live* live,
-                                             uint32_t begin, uint32_t end, Rule& rule) {
-  for (uint32_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const Live live_value = live[i];
-    for (int k = first; k < last; ++k) {
-      rule.shadow(k);
-      Shadow* shadow = shadows[k];
-      shadow[i] = rule(shadow[i], live_value);
-    }
+__device__ __forceinline__ void run_chunk(const Rows& rows, const Chunk& chunk, Rule& rule) {
+  constexpr bool kShadowIsWider = sizeof(Shadow) >= sizeof(Live);
+  constexpr uint32_t kCount = 16 / (kShadowIsWider ? sizeof(Shadow) : sizeof(Live));
+  constexpr int kDepth = sizeof(Shadow) == sizeof(Live) ? 4 : 8;
+  constexpr int kScalarDepth = 8;
+  const uint32_t elements = chunk.count;
+  const Live* live = static_cast<const Live*>(chunk.live);
+  Shadow* first = static_cast<Shadow*>(chunk.shadow);
+
+  uint32_t head = kShadowIsWider ? elements_to_alignment(first, 16) : elements_to_alignment(live, 16);
+  bool aligned = head < elements && is_aligned(live + head, sizeof(Live) * kCount);
+  aligned = aligned && is_aligned(first + head, sizeof(Shadow) * kCount);
+#pragma unroll 1
+  for (int k = 1; k < rows.shadows; ++k) {
+    aligned = aligned && is_aligned(static_cast<const Shadow*>(rows.shadow(k)) + head, sizeof(Shadow) * kCount);
   }
+  if (!aligned) head = elements;  // a chunk of scalars
+  const uint32_t packs = (elements - head) / kCount;
+  uint32_t begin = 0, end = head;  // the scalars first: then the tiles need not hold the rest of the row in registers
+#pragma unroll 1
+  for (int part = 0; part < 2; ++part) {
+    run_tiles<1, kScalarDepth>(rows, first, live, begin, end - begin, rule);
+    begin = head + packs * kCount, end = elements;
+  }
+  run_tiles<kCount, kDepth>(rows, first, live, head, packs, rule);
 }
 
-// Shadows first .. last - 1 of one chunk, all of the same alignment.
-template <class Shadow, class Live, class Rule>
-__device__ __forceinline__ void run_shadows(const Chunk* chunk, int64_t count, int first, int last, Rule& rule) {
-  constexpr int kNarrow = sizeof(Shadow) < sizeof(Live) ? sizeof(Shadow) : sizeof(Live);
-  constexpr int kWide = sizeof(Shadow) < sizeof(Live) ? sizeof(Live) : sizeof(Shadow);
-  // A pack is 16 bytes of the narrower operand and at most 32 of the wider. 16 elements are in flight a thread (4 of
-  // doubles): the most that 80 registers hold without spilling, with the guard, on every architecture compiled for.
-  constexpr int kCount = 16 / kNarrow < 32 / kWide ? 16 / kNarrow : 32 / kWide;
-  constexpr int kInFlight = (kWide == 8 ? 4 : 16) / kCount;
-  const uint32_t elements = chunk->count;
-  const Live* live = static_cast<const Live*>(chunk->live);
-  const ShadowPointers<Shadow> shadows{chunk, count, 0};
-
-  const uint32_t to_alignment = elements_to_alignment(shadows[first]);
-  const uint32_t head = to_alignment < elements ? to_alignment : elements;
-  const uint32_t vectors = (elements - head) / kCount;
-  const ShadowPointers<Shadow> body{chunk, count, head};
-
-  run_elements(shadows, first, last, live, 0, head, rule);
-  if (is_aligned(live + head)) {
-    run_vectors<kCount, kInFlight, true>(body, first, last, live + head, vectors, rule);
-  } else {  // this chunk's own misfortune: its shadow still moves in vectors
-    run_vectors<kCount, 1, false>(body, first, last, live + head, vectors, rule);
-  }
-  run_elements(shadows, first, last, live, head + vectors * kCount, elements, rule);
-}
-
-template <class Shadow, class Live, class Rule>
-__device__ __forceinline__ void run_chunk(const Chunk* chunk, int64_t count, int shadows, Rule& rule) {
-  bool alike = true;
-  for (int k = 1; k < shadows; ++k) {
-    const auto difference =
-        reinterpret_cast<uintptr_t>(chunk[k * count].shadow) ^ reinterpret_cast<uintptr_t>(chunk->shadow);
-    alike = alike && (difference & 15u) == 0;
-  }
-  const int together = alike ? shadows : 1;
-  for (int first = 0; first < shadows; first += together) {
-    run_shadows<Shadow, Live>(chunk, count, first, first + together, rule);
-  }
+// One atomic a warp, so that a model of nothing but NaN does not wait for 2^30 of them. All threads of the block call
+// it.
+__device__ __forceinline__ void add_kept(unsigned long long* total, unsigned int kept) {
+#if defined(__HIPCC__)
+  for (int delta = warpSize / 2; delta > 0; delta /= 2) kept += __shfl_xor(kept, delta);
+#else
+  if (!__any_sync(0xffffffffu, kept != 0)) return;
+  for (int delta = warpSize / 2; delta > 0; delta /= 2) kept += __shfl_xor_sync(0xffffffffu, kept, delta);
+#endif
+  if (kept != 0 && threadIdx.x % warpSize == 0) atomicAdd(total, static_cast<unsigned long long>(kept));
 }
 
 template <bool kGuard, class Shadow, class Live>
-__device__ __forceinline__ void run_rule(const Chunk* chunk, int64_t count, const UpdateArgs& args,
-                                         unsigned long long* kept) {
-  if (chunk->kind >= kConvert) {
-    Convert<Shadow, Live> convert;
-    run_chunk<Shadow, Live>(chunk, count, args.shadows, convert);
-    return;
-  }
-  Average<kGuard, Shadow, Live> average(args);
-  run_chunk<Shadow, Live>(chunk, count, args.shadows, average);
+__device__ __forceinline__ void average(const Rows& rows, const Chunk& chunk, const UpdateArgs& args,
+                                        unsigned long long* kept) {
+  Average<kGuard, Shadow, Live> rule{args, chunk.kind >= kConvert};
+  run_chunk<Shadow, Live>(rows, chunk, rule);
   if constexpr (kGuard) {
-    if (average.kept != 0) atomicAdd(kept, static_cast<unsigned long long>(average.kept));  // rare by nature
+    if (args.count_kept && !rule.converts) add_kept(kept, rule.nonfinite / args.shadows);  // counted once
   }
 }
 
-template <bool kGuard, class Shadow>
-__device__ __forceinline__ void run_shadow(const Chunk* chunk, int64_t count, const UpdateArgs& args,
-                                           unsigned long long* kept) {
-  switch (static_cast<Dtype>(chunk->kind % 4)) {
-    case Dtype::kFloat32:
-      return run_rule<kGuard, Shadow, float>(chunk, count, args, kept);
-    case Dtype::kFloat64:
-      return run_rule<kGuard, Shadow, double>(chunk, count, args, kept);
-    case Dtype::kBFloat16:
-      return run_rule<kGuard, Shadow, BFloat16>(chunk, count, args, kept);
-    default:
-      return run_rule<kGuard, Shadow, Float16>(chunk, count, args, kept);
-  }
-}
+template <class T>
+constexpr Dtype kDtype = std::is_same_v<T, float>      ? Dtype::kFloat32
+                         : std::is_same_v<T, double>   ? Dtype::kFloat64
+                         : std::is_same_v<T, BFloat16> ? Dtype::kBFloat16
+                                                       : Dtype::kFloat16;
+template <class Shadow, class Live>
+constexpr Kind kPair = dtype_pair(kDtype<Shadow>, kDtype<Live>);
 
 template <bool kGuard>
-__global__ void __launch_bounds__(kThreads, kResidentBlocksPerMultiprocessor)
-    update_kernel(const Chunk* chunks, int64_t count, const __grid_constant__ UpdateArgs args,
-                  unsigned long long* kept) {
-  if (args.skip != nullptr && *args.skip != 0.0f) return;
-  const Chunk* chunk = chunks + blockIdx.x;
-  if (chunk->kind == kCopyBytes) {
-    CopyBytes copy;
-    return run_chunk<uint8_t, uint8_t>(chunk, count, args.shadows, copy);
-  }
-  switch (static_cast<Dtype>(chunk->kind % 16 / 4)) {
-    case Dtype::kFloat32:
-      return run_shadow<kGuard, float>(chunk, count, args, kept);
-    case Dtype::kFloat64:
-      return run_shadow<kGuard, double>(chunk, count, args, kept);
-    case Dtype::kBFloat16:
-      return run_shadow<kGuard, BFloat16>(chunk, count, args, kept);
+__global__ void FASTEMA_LAUNCH_BOUNDS update_kernel(const Chunk* chunks, int64_t count,
+                                                    const __grid_constant__ UpdateArgs args, unsigned long long* kept) {
+  const Rows rows{chunks + blockIdx.x, count, args.shadows};
+  const Chunk chunk = load_chunk(rows.table);
+  const float skip = load_if(args.skip != nullptr, args.skip);  // beside the row, not before it
+  if (args.skip != nullptr && skip != 0.0f) return;
+  // A line for each dtype pair, by which tests/test_cuda_source.py tells their loops apart.
+  switch (chunk.kind == kCopyBytes ? kCopyBytes : chunk.kind % 16) {
+    case kPair<float, float>:
+      return average<kGuard, float, float>(rows, chunk, args, kept);
+    case kPair<float, double>:
+      return average<kGuard, float, double>(rows, chunk, args, kept);
+    case kPair<float, BFloat16>:
+      return average<kGuard, float, BFloat16>(rows, chunk, args, kept);
+    case kPair<float, Float16>:
+      return average<kGuard, float, Float16>(rows, chunk, args, kept);
+    case kPair<double, float>:
+      return average<kGuard, double, float>(rows, chunk, args, kept);
+    case kPair<double, double>:
+      return average<kGuard, double, double>(rows, chunk, args, kept);
+    case kPair<double, BFloat16>:
+      return average<kGuard, double, BFloat16>(rows, chunk, args, kept);
+    case kPair<double, Float16>:
+      return average<kGuard, double, Float16>(rows, chunk, args, kept);
+    case kPair<BFloat16, float>:
+      return average<kGuard, BFloat16, float>(rows, chunk, args, kept);
+    case kPair<BFloat16, double>:
+      return average<kGuard, BFloat16, double>(rows, chunk, args, kept);
+    case kPair<BFloat16, BFloat16>:
+      return average<kGuard, BFloat16, BFloat16>(rows, chunk, args, kept);
+    case kPair<BFloat16, Float16>:
+      return average<kGuard, BFloat16, Float16>(rows, chunk, args, kept);
+    case kPair<Float16, float>:
+      return average<kGuard, Float16, float>(rows, chunk, args, kept);
+    case kPair<Float16, double>:
+      return average<kGuard, Float16, double>(rows, chunk, args, kept);
+    case kPair<Float16, BFloat16>:
+      return average<kGuard, Float16, BFloat16>(rows, chunk, args, kept);
+    case kPair<Float16, Float16>:
+      return average<kGuard, Float16, Float16>(rows, chunk, args, kept);
     default:
-      return run_shadow<kGuard, Float16>(chunk, count, args, kept);
+      CopyBytes copy;
+      return run_chunk<uint8_t, uint8_t>(rows, chunk, copy);
   }
 }
 
-__global__ void __launch_bounds__(kThreads, kResidentBlocksPerMultiprocessor) exchange_kernel(const Chunk* chunks) {
-  using Vector = Pack<uint32_t, 4>;
-  const Chunk chunk = chunks[blockIdx.x];
+// Pairs of packs change places, all of a tile loaded before the first is stored.
+template <int kCount>
+__device__ __forceinline__ void exchange_tiles(uint8_t* shadow, uint8_t* live, uint32_t packs) {
+  constexpr int kDepth = 4;
+  uint32_t offset = threadIdx.x * kCount;
+#pragma unroll 1
+  for (int left = static_cast<int>(packs - threadIdx.x); left > 0; left -= kDepth * kThreads) {
+    Pack<uint8_t, kCount> shadows[kDepth], lives[kDepth];
+    load_tile(shadows, shadow + offset, left);
+    load_tile(lives, live + offset, left);
+#pragma unroll
+    for (int n = 0; n < kDepth; ++n) {
+      if (n * kThreads < left) {
+        store_pack(lives[n], shadow + offset, n);
+        store_pack(shadows[n], live + offset, n);
+      }
+    }
+    offset += kDepth * kThreads * kCount;
+  }
+}
+
+__global__ void FASTEMA_LAUNCH_BOUNDS exchange_kernel(const Chunk* chunks) {
+  const Chunk chunk = load_chunk(chunks + blockIdx.x);
   uint8_t* shadow = static_cast<uint8_t*>(chunk.shadow);
   uint8_t* live = static_cast<uint8_t*>(const_cast<void*>(chunk.live));
   const uint32_t bytes = chunk.count * chunk.shadow_element_bytes;
-  const uint32_t to_alignment = elements_to_alignment(shadow);
-  const uint32_t head = to_alignment < bytes ? to_alignment : bytes;
-  const uint32_t vectors = is_aligned(live + head) ? (bytes - head) / 16 : 0;
-  const uint32_t tail = head + vectors * 16;
-  const auto swap_byte = [&](uint32_t i) {
-    const uint8_t byte = shadow[i];
-    shadow[i] = live[i];
-    live[i] = byte;
-  };
-  for (uint32_t i = threadIdx.x; i < head; i += kThreads) swap_byte(i);
-  Vector* shadow_vectors = reinterpret_cast<Vector*>(shadow + head);
-  Vector* live_vectors = reinterpret_cast<Vector*>(live + head);
-#pragma unroll 4
-  for (uint32_t i = threadIdx.x; i < vectors; i += kThreads) {
-    const Vector vector = shadow_vectors[i];
-    shadow_vectors[i] = live_vectors[i];
-    live_vectors[i] = vector;
+  uint32_t head = elements_to_alignment(shadow, 16);
+  if (head > bytes || !is_aligned(live + head, 16)) head = bytes;
+  const uint32_t packs = (bytes - head) / 16;
+  exchange_tiles<16>(shadow + head, live + head, packs);
+  uint32_t begin = 0, end = head;
+#pragma unroll 1
+  for (int part = 0; part < 2; ++part) {
+    exchange_tiles<1>(shadow + begin, live + begin, end - begin);
+    begin = head + packs * 16, end = bytes;
   }
-  for (uint32_t i = tail + threadIdx.x; i < bytes; i += kThreads) swap_byte(i);
+}
+
+// What fastema/clock.py computes in a dozen small operations: the step, its weights, and whether anything is averaged.
+__global__ void clock_kernel(const ClockArgs args) {
+  const bool skipped = args.found_inf != nullptr && *args.found_inf != 0.0f;
+  const int64_t step = *args.step + (skipped ? 0 : 1);
+  const int64_t update = step / args.update_every;  // from 1
+  int64_t row = update < args.rows ? update - 1 : args.rows - 1;
+  if (row < 0) row = 0;  // no update yet
+#pragma unroll 1
+  for (int k = 0; k < args.shadows; ++k) args.weights[k] = args.table[row * args.shadows + k];
+  const bool idle = skipped || step % args.update_every != 0;
+  *args.step = step;
+  *args.skip = idle ? 1.0f : 0.0f;
+  if (!idle) ++*args.num_updates;
 }
 
 CudaError message(cudaError_t status) { return status == cudaSuccess ? nullptr : cudaGetErrorString(status); }
 
-// Makes `device` current for the launch and puts the previous one back.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int device) {
-    status_ = cudaGetDevice(&previous_);
-    if (status_ == cudaSuccess && previous_ != device) status_ = cudaSetDevice(device);
-  }
-  ~CurrentDevice() {
-    if (previous_ >= 0) cudaSetDevice(previous_);
-  }
-  CurrentDevice(const CurrentDevice&) = delete;
-  CurrentDevice& operator=(const CurrentDevice&) = delete;
-  cudaError_t status() const { return status_; }
-
- private:
-  int previous_ = -1;
-  cudaError_t status_;
-};
+// The caller has made `device` current in torch's copy of the CUDA runtime. This one is linked statically and follows
+// since CUDA 12; before, it is told.
+cudaError_t follow_torch_to(int device) {
+  int current = -1;
+  const cudaError_t status = cudaGetDevice(&current);
+  return status == cudaSuccess && current != device ? cudaSetDevice(device) : status;
+}
 
 }  // namespace
 
@@ -298,8 +450,8 @@ CudaError resident_blocks(int device, int64_t& blocks) {
 CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& args, unsigned long long* kept,
                         int device, void* stream) {
   if (count == 0) return nullptr;
-  const CurrentDevice current(device);
-  if (current.status() != cudaSuccess) return message(current.status());
+  const cudaError_t status = follow_torch_to(device);
+  if (status != cudaSuccess) return message(status);
   const auto kernel = args.guard ? update_kernel<true> : update_kernel<false>;
   FASTEMA_LAUNCH(kernel, static_cast<unsigned int>(count), kThreads, static_cast<cudaStream_t>(stream), chunks, count,
                  args, kept);
@@ -308,11 +460,31 @@ CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& ar
 
 CudaError launch_exchange(const Chunk* chunks, int64_t count, int device, void* stream) {
   if (count == 0) return nullptr;
-  const CurrentDevice current(device);
-  if (current.status() != cudaSuccess) return message(current.status());
+  const cudaError_t status = follow_torch_to(device);
+  if (status != cudaSuccess) return message(status);
   FASTEMA_LAUNCH(exchange_kernel, static_cast<unsigned int>(count), kThreads, static_cast<cudaStream_t>(stream),
                  chunks);
   return message(cudaGetLastError());
+}
+
+CudaError launch_clock(const ClockArgs& args, int device, void* stream) {
+  const cudaError_t status = follow_torch_to(device);
+  if (status != cudaSuccess) return message(status);
+  FASTEMA_LAUNCH(clock_kernel, 1, 1, static_cast<cudaStream_t>(stream), args);
+  return message(cudaGetLastError());
+}
+
+CudaError probe(int device) {
+  cudaError_t status = follow_torch_to(device);
+  const void* kernels[] = {reinterpret_cast<const void*>(update_kernel<false>),
+                           reinterpret_cast<const void*>(update_kernel<true>),
+                           reinterpret_cast<const void*>(exchange_kernel), reinterpret_cast<const void*>(clock_kernel)};
+  for (const void* kernel : kernels) {
+    cudaFuncAttributes attributes;
+    if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
+  }
+  if (status != cudaSuccess) (void)cudaGetLastError();  // else the next launch reports it once more
+  return message(status);
 }
 
 }  // namespace fastema

@@ -12,9 +12,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#if defined(__CUDACC__) || defined(__HIPCC__)
 #define EMA_FN __host__ __device__ __forceinline__
 #else
 #define EMA_FN inline __attribute__((always_inline))
@@ -55,8 +53,12 @@ EMA_FN BFloat16 narrow_to_bfloat16(float value) {
 }
 
 EMA_FN float widen(Float16 value) {
-#if defined(__CUDA_ARCH__)
-  return __half2float(__ushort_as_half(static_cast<uint16_t>(value)));
+#if defined(__CUDA_ARCH__)  // the instruction itself: cuda_fp16.h takes longer to parse than all of this
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(static_cast<uint16_t>(value)));
+  return wide;
+#elif defined(__HIP_DEVICE_COMPILE__)
+  return static_cast<float>(__builtin_bit_cast(_Float16, static_cast<uint16_t>(value)));
 #else
   const uint32_t sign = (static_cast<uint32_t>(value) & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(value) & 0x7fffu;
@@ -70,7 +72,11 @@ EMA_FN float widen(Float16 value) {
 
 EMA_FN Float16 narrow_to_float16(float value) {
 #if defined(__CUDA_ARCH__)
-  return static_cast<Float16>(__half_as_ushort(__float2half_rn(value)));
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return static_cast<Float16>(half);
+#elif defined(__HIP_DEVICE_COMPILE__)
+  return static_cast<Float16>(__builtin_bit_cast(uint16_t, static_cast<_Float16>(value)));
 #else
   const uint32_t bits = float_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
@@ -125,6 +131,7 @@ struct Weight {
   Op coefficient;  // multiplies live - shadow
   bool from_live;  // what it is added to
 
+  Weight() = default;
   EMA_FN explicit Weight(double weight_of_live) {
     const Op weight = static_cast<Op>(weight_of_live);
     from_live = !(weight < Op(0.5));
@@ -143,6 +150,17 @@ EMA_FN bool is_kept(Live live) {
   return !is_finite(load_as<Opmath<Shadow>>(live));
 }
 
+// 1 for such an element, else 0: computed, because a comparison would hold a predicate register of the GPU.
+template <class Shadow, class Live>
+EMA_FN uint32_t count_kept(Live live) {
+  const Opmath<Shadow> value = load_as<Opmath<Shadow>>(live);
+  if constexpr (std::is_same_v<Shadow, double>) {
+    return !is_finite(value);
+  } else {
+    return ((float_bits(value) & 0x7f800000u) + 0x00800000u) >> 31;  // only the exponent of all ones carries
+  }
+}
+
 // One element: the new shadow.
 template <class Shadow, class Live>
 EMA_FN Shadow averaged_element(Shadow shadow, Live live, Weight<Opmath<Shadow>> weight) {
@@ -155,6 +173,15 @@ template <class Shadow, class Live>
 EMA_FN Shadow converted_element(Live live) {
   using Op = std::conditional_t<std::is_same_v<Shadow, double> || std::is_same_v<Live, double>, double, float>;
   return store_as<Shadow>(load_as<Op>(live));
+}
+
+// Either of the two, chosen when it runs: before the narrowing, which both share.
+template <class Shadow, class Live>
+EMA_FN Shadow averaged_or_converted_element(Shadow shadow, Live live, Weight<Opmath<Shadow>> weight, bool converts) {
+  using Op = Opmath<Shadow>;
+  const Op live_value = load_as<Op>(live);
+  const Op average = averaged(load_as<Op>(shadow), live_value, weight);
+  return store_as<Shadow>(converts ? live_value : average);
 }
 
 }  // namespace fastema

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
@@ -83,6 +84,14 @@ const void* scalars(const std::optional<at::Tensor>& tensor, at::ScalarType type
 }
 
 #ifdef FASTEMA_WITH_CUDA
+void* handle_of(const c10::Stream& stream) {
+#ifdef FASTEMA_STREAM_FROM_C10_CUDA  // torch before 2.11
+  return c10::cuda::CUDAStream(c10::cuda::CUDAStream::UNCHECKED, stream).stream();
+#else  // no CUDA header of torch, so that this compiles against CPU-only torch too
+  return stream.native_handle();
+#endif
+}
+
 void check(CudaError error, const char* what) {
   if (error != nullptr) throw std::runtime_error(std::string("CUDA error in ") + what + ": " + error);
 }
@@ -109,6 +118,17 @@ bool has_cuda() {
   return true;
 #else
   return false;
+#endif
+}
+
+std::optional<std::string> probe_cuda(int index) {
+#ifdef FASTEMA_WITH_CUDA
+  const c10::DeviceGuard guard(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index)));
+  const CudaError error = probe(index);
+  return error == nullptr ? std::nullopt : std::optional<std::string>(error);
+#else
+  (void)index;
+  return "fastema._C was built without CUDA";
 #endif
 }
 
@@ -144,13 +164,21 @@ Plan::Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor>
 }
 
 #ifdef FASTEMA_WITH_CUDA
-void* Plan::current_stream() const {
-  const c10::Stream stream = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_);
-#ifdef FASTEMA_STREAM_FROM_C10_CUDA  // torch before 2.11
-  return c10::cuda::CUDAStream(c10::cuda::CUDAStream::UNCHECKED, stream).stream();
-#else  // no CUDA header of torch, so that this compiles against CPU-only torch too
-  return stream.native_handle();
-#endif
+void* Plan::current_stream() {
+  const c10::impl::VirtualGuardImpl torch(device_.type());
+  const c10::Stream stream = torch.getStream(device_);
+  // The memory may be freed while another stream than its own still reads it: the allocator then waits for that one.
+  if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) {
+    const auto record = [&](const at::Tensor& tensor) {
+      torch.recordDataPtrOnStream(tensor.storage().data_ptr(), stream);
+    };
+    record(device_chunks_);
+    record(device_kept_);
+    for (const at::Tensor& live : lives_) record(live);
+    for (const std::vector<at::Tensor>& shadow : shadows_) std::for_each(shadow.begin(), shadow.end(), record);
+    streams_.push_back(stream);
+  }
+  return handle_of(stream);
 }
 #endif
 
@@ -166,6 +194,7 @@ void Plan::update(const std::vector<double>& weights, bool guard, const std::opt
   args.skip = static_cast<const float*>(scalars(skip, at::kFloat, 1, device_, "skip"));
   const auto* device = static_cast<const double*>(scalars(device_weights, at::kDouble, shadows, device_, "weights"));
   if (device_.is_cpu() && args.skip != nullptr && *args.skip != 0.0f) return;
+  const c10::DeviceGuard on_device(device_);
   for (c10::VariableVersion& version : view_versions_) version.bump();
   for (int first = 0; first < shadows; first += kMaxShadows) {
     args.shadows = std::min(kMaxShadows, shadows - first);
@@ -192,6 +221,7 @@ void Plan::exchange(int which) {
   if (!same_dtypes_) throw std::invalid_argument("contents of different dtypes cannot be exchanged exactly");
   if (device_.is_cpu()) return exchange_on_cpu(work_, which, at::get_num_threads());
 #ifdef FASTEMA_WITH_CUDA
+  const c10::DeviceGuard on_device(device_);
   check(launch_exchange(static_cast<const Chunk*>(device_chunks_.const_data_ptr()) + which * work_.count, work_.count,
                         device_.index(), current_stream()),
         "exchange");
@@ -199,5 +229,35 @@ void Plan::exchange(int which) {
 }
 
 int64_t Plan::nonfinite_count() const { return device_.is_cpu() ? kept_on_cpu_ : device_kept_.item<int64_t>(); }
+
+void advance_clock(const at::Tensor& table, int64_t update_every, const std::optional<at::Tensor>& found_inf,
+                   const at::Tensor& step, const at::Tensor& num_updates, const at::Tensor& weights,
+                   const at::Tensor& skip) {
+  const at::Device device = table.device();
+  const auto data = [&](const at::Tensor& tensor, at::ScalarType type, int64_t count, const char* name) {
+    return const_cast<void*>(scalars(tensor, type, count, device, name));
+  };
+  if (!device.is_cuda() || table.dim() != 2 || table.size(0) < 1 || update_every < 1) {
+    throw std::invalid_argument("the clock needs a table [rows, shadows] on a CUDA device and update_every >= 1");
+  }
+#ifdef FASTEMA_WITH_CUDA
+  ClockArgs args{};
+  args.rows = table.size(0);
+  args.shadows = static_cast<int>(table.size(1));
+  args.update_every = update_every;
+  args.table = static_cast<const double*>(data(table, at::kDouble, table.numel(), "table"));
+  args.found_inf = static_cast<const float*>(scalars(found_inf, at::kFloat, 1, device, "found_inf"));
+  args.step = static_cast<int64_t*>(data(step, at::kLong, 1, "step"));
+  args.num_updates = static_cast<int64_t*>(data(num_updates, at::kLong, 1, "num_updates"));
+  args.weights = static_cast<double*>(data(weights, at::kDouble, args.shadows, "weights"));
+  args.skip = static_cast<float*>(data(skip, at::kFloat, 1, "skip"));
+  const c10::DeviceGuard on_device(device);
+  const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+  check(launch_clock(args, device.index(), handle_of(stream)), "advance_clock");
+#else
+  (void)found_inf, (void)data;
+  throw std::invalid_argument("fastema._C was built without CUDA");
+#endif
+}
 
 }  // namespace fastema

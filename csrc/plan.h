@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "chunks.h"
@@ -39,7 +40,7 @@ class Plan {
   void set_isa(Isa isa) { isa_ = isa; }  // for tests: at most what the machine has
 
  private:
-  void* current_stream() const;
+  void* current_stream();
 
   std::vector<std::vector<at::Tensor>> shadows_;  // held, with lives_, so that the pointers in the chunks stay valid
   std::vector<at::Tensor> lives_;
@@ -50,9 +51,18 @@ class Plan {
   CpuChunks work_;
   int64_t kept_on_cpu_ = 0;
   at::Tensor device_chunks_, device_kept_;  // GPU only: bytes of the chunk table; int64 scalar
+  std::vector<c10::Stream> streams_;        // GPU only: that use this memory; the allocator knows of them
 };
 
 // Whether this build has the CUDA kernels.
 bool has_cuda();
+
+// Why they cannot run on CUDA device `index`, or none.
+std::optional<std::string> probe_cuda(int index);
+
+// One optimizer step of fastema/clock.py in one launch, on the current stream; see ClockArgs for the arguments.
+void advance_clock(const at::Tensor& table, int64_t update_every, const std::optional<at::Tensor>& found_inf,
+                   const at::Tensor& step, const at::Tensor& num_updates, const at::Tensor& weights,
+                   const at::Tensor& skip);
 
 }  // namespace fastema

@@ -1,5 +1,12 @@
 """fastema: exponential moving averages of model weights, at the speed of memory."""
 
+import warnings
+
+with warnings.catch_warnings():
+    # torch says so at its first import where NumPy is absent, which neither of the two needs.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    import torch  # noqa: F401
+
 from fastema.ema import FastEMA
 from fastema.schedules import EMA_DECAY_FUNCTIONS, IDecayFunction
 

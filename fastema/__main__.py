@@ -1,4 +1,4 @@
-"""`python -m fastema` is the `fastema` command; torchrun starts it so: `torchrun --nproc-per-node 2 -m fastema …`."""
+"""Run the `fastema` command as `python -m fastema`, which is how torchrun starts it."""
 
 from __future__ import annotations
 

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from fastema import sharded
+from fastema.checks import listed
+from fastema.ema import FastEMA
 
 StrPath: TypeAlias = str | os.PathLike[str]
 
-# How many differences an error lists before it says "and N more".
-_SHOWN = 5
 _ZIP_MAGIC = b"PK\x03\x04"
 _DOS_DIRECTORY = 0x10  # of an entry's attributes in a zip
 
@@ -62,27 +62,30 @@ def save_checkpoint(
             and plain Python values, since `load_checkpoint` accepts nothing else.
 
     Raises:
-        RuntimeError: the EMA weights are applied: `net` would then be the averaged weights.
+        RuntimeError: the weights of an `ema` that is no FastEMA are applied: `net` would be the averaged weights. Of a
+            FastEMA both sides are known, and a save inside the block (by a handler of a signal, say) writes each to
+            its own name.
         ValueError: a name in `extra` is one that the checkpoint uses itself; the model is sharded.
         TypeError: a value is of a type that `load_checkpoint` would refuse; nothing is written.
         CheckpointError: the file cannot be written; what was at `path` before is untouched.
     """
-    if ema is not None and ema.is_applied:
+    if ema is not None and ema.is_applied and not isinstance(ema, FastEMA):
         raise RuntimeError(
             "save_checkpoint() while the EMA weights are applied: `net` would hold the averaged weights and the "
             "trained ones would be lost; call restore(), or leave the swapped() block, first"
         )
     if "ema_net" in extra:
         raise ValueError("'ema_net' is written from ema=...: pass the EMA itself, or another name")
-    content: dict[str, Any] = {"net": _state_of(net)}
+    content: dict[str, Any] = {"net": ema.live_state_dict(net) if isinstance(ema, FastEMA) else _state_of(net)}
     if any(map(sharded.is_dtensor, content["net"].values())):
         raise ValueError(
             "the model is sharded, and each process would write its own part to one file: save its state_dict() and "
             "the EMA's with torch.distributed.checkpoint, or gather both on one process first"
         )
-    if ema is not None:
-        content["ema_net"] = ema.shadow_state_dict()
-        content["ema"] = ema.state_dict()
+    if isinstance(ema, FastEMA):
+        content["ema_net"], content["ema"] = ema.checkpoint_states()
+    elif ema is not None:
+        content["ema_net"], content["ema"] = ema.shadow_state_dict(), ema.state_dict()
     if optimizer is not None:
         content["optimizer"] = _state_of(optimizer)
     content.update((name, _state_of(value)) for name, value in extra.items())
@@ -166,7 +169,7 @@ def load_weights(model: nn.Module, source: StrPath | Mapping[str, Any], prefer: 
     weights = content.get(taken)
     if not isinstance(weights, Mapping):
         raise CheckpointError(
-            f"{origin} has no weights under {taken!r}; it has {_listed([repr(name) for name in content])}. "
+            f"{origin} has no weights under {taken!r}; it has {listed([repr(name) for name in content])}. "
             "A bare state_dict is loaded with model.load_state_dict(...)"
         )
     model.load_state_dict(_matched(model, weights, f"{taken!r} of {origin}"), strict=True)
@@ -214,7 +217,7 @@ def _check_loadable(temporary: Path, target: Path) -> None:
     refused = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
     if refused:
         raise TypeError(
-            f"not written to {target}: load_checkpoint() would refuse {_listed(sorted(refused))}. "
+            f"not written to {target}: load_checkpoint() would refuse {listed(sorted(refused))}. "
             "Save tensors and plain Python values (int, float, str, list, dict) only"
         )
 
@@ -316,7 +319,7 @@ def _matched(model: nn.Module, weights: Mapping[str, Any], origin: str) -> dict[
                 differences.append(f"{name}: no ordinary tensor in the checkpoint, but {given.layout}, {given.device}")
     if differences:
         raise CheckpointError(
-            f"{origin} does not fit this model ({len(differences)} differences): {_listed(differences, '; ')}. "
+            f"{origin} does not fit this model ({len(differences)} differences): {listed(differences, '; ')}. "
             "Nothing was loaded; build the model as it was when the checkpoint was written"
         )
     return renamed
@@ -344,9 +347,4 @@ def _checkpoints_in(folder: Path, but: Path | None = None) -> str:
     if not others:
         return f"there is no {'other ' if but and but.exists() else ''}*.pth in {folder}"
     others.sort(key=lambda file: (-file.stat().st_mtime_ns, file.name))
-    return f"in {folder} there is {_listed([file.name for file in others])}{' (newest first)' if others[1:] else ''}"
-
-
-def _listed(items: list[str], separator: str = ", ") -> str:
-    more = len(items) - _SHOWN
-    return separator.join(items[:_SHOWN]) + (f"{separator}and {more} more" if more > 0 else "")
+    return f"in {folder} there is {listed([file.name for file in others])}{' (newest first)' if others[1:] else ''}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from numbers import Real
 
@@ -33,9 +34,13 @@ def checked_decays(decay: float | Sequence[float]) -> tuple[tuple[float, ...], b
 
 def checked_count(name: str, value: int, at_least: int) -> int:
     """`value` as an int that is not too small."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+    try:
+        count = None if isinstance(value, bool) else operator.index(value)  # NumPy's integers are no int
+    except TypeError:
+        count = None
+    if count is None or count < at_least:
         raise ValueError(f"{name} must be an int of at least {at_least}, got {value!r}")
-    return value
+    return count
 
 
 def checked_shadow_dtype(dtype: torch.dtype | None, decay: float) -> torch.dtype | None:
@@ -80,9 +85,14 @@ def difference(name: str, expected: Tensor, got: Tensor, dtypes: bool) -> str | 
     return None
 
 
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+    """Return the first few of `items`, joined, and how many more there are."""
+    more = len(items) - _SHOWN
+    return separator.join(items[:_SHOWN]) + (f"{separator}and {more} more" if more > 0 else "")
+
+
 def refuse_differences(what: str, differences: Iterable[str | None], error: type[Exception] = ValueError) -> None:
     """Raises `error` with the first few differences, if there are any."""
     found = [text for text in differences if text is not None]
     if found:
-        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise error(f"{what}: {'; '.join(found[:_SHOWN])}{more}")
+        raise error(f"{what}: {listed(found, '; ')}")

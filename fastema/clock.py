@@ -1,7 +1,8 @@
 """Step and weight in device memory, for captured CUDA graphs: a replay runs no Python, yet has the right decay.
 
 The schedule is evaluated once, on the host, into a table on the device that an update indexes. So it has the very bits
-of the eager path, works for every schedule that settles or has an end, and costs a few tiny kernels a step.
+of the eager path, works for every schedule that settles or has an end, and costs one tiny kernel a step; where the
+CUDA kernels cannot run, a dozen of torch's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastema.backends import native
+from fastema.backends.streams import Streams
 from fastema.decays import Decays
 
 _MOST_ROWS = 1 << 22  # 32 MiB for one decay
@@ -37,6 +40,8 @@ class DeviceClock:
             self.num_updates = torch.zeros((), dtype=torch.int64, device=device)
             self.weights = torch.zeros(len(decays), dtype=torch.float64, device=device)
             self._skip = torch.zeros((), dtype=torch.float32, device=device)
+        self._launch = native.clock_launch(device)
+        self._streams = Streams(device, [self._table, self.step, self.num_updates, self.weights, self._skip])
 
     @torch.no_grad()
     def advance(self, found_inf: Tensor | None) -> Tensor:
@@ -45,6 +50,13 @@ class DeviceClock:
         Returns:
             The float32 scalar that is not 0 where nothing is averaged; `weights` are those of the step.
         """
+        self._streams.note_current()
+        fits = found_inf is None or (found_inf.dtype == torch.float32 and found_inf.device == self._skip.device)
+        if self._launch is not None and fits:
+            self._launch(
+                self._table, self._update_every, found_inf, self.step, self.num_updates, self.weights, self._skip
+            )
+            return self._skip
         skipped = torch.zeros_like(self._skip) if found_inf is None else (found_inf.reshape(()) != 0).float()
         self.step.add_((skipped == 0).long())
         row = (self.step // self._update_every - 1).clamp_(0, self._table.shape[0] - 1)

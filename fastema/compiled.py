@@ -22,9 +22,11 @@ _updates: dict[int, weakref.WeakMethod[UpdateOperands]] = {}
 
 
 def register(update_operands: UpdateOperands) -> int:
-    """A number by which the op finds the bound method to call; it does not keep its object alive."""
+    """Return a number by which the op finds the bound method to call; it does not keep its object alive."""
+    for handle in [handle for handle, method in _updates.items() if method() is None]:
+        del _updates[handle]
     handle = next(_handles)
-    _updates[handle] = weakref.WeakMethod(update_operands, lambda _: _updates.pop(handle, None))
+    _updates[handle] = weakref.WeakMethod(update_operands)  # no callback: it could run when the interpreter ends
     return handle
 
 

@@ -16,12 +16,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastema import backends, compiled, state
-from fastema.checks import checked_count, checked_device, checked_shadow_dtype
+from fastema import backends, compiled
+from fastema.checks import checked_count, checked_decays, checked_device, checked_shadow_dtype
 from fastema.clock import DeviceClock
+from fastema.core import state, swap
+from fastema.core.hooks import StepGroup, checked_optimizer
+from fastema.core.shadow import Shadow
 from fastema.decays import Decays
-from fastema.policy import Buffers, Policy, Source, checked_source, collect
-from fastema.shadow import Shadow
+from fastema.policy import Buffers, Policy, Source, checked_source, collect, named_tensors
+from fastema.schedules import takes_argument
 from fastema.threads import OneThread, one_thread
 from fastema.uncut import Step, run_uncut
 
@@ -36,14 +39,8 @@ class LoadResult(NamedTuple):
 class AttachedHandle:
     """What `FastEMA.attach` returns; `remove()` ends the updates."""
 
-    def __init__(self, *handles: Any, then: Callable[[], None]) -> None:
-        self._handles = handles
-        self._then = then
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._then()
+    def __init__(self, remove: Callable[[], None]) -> None:
+        self.remove = remove
 
 
 class FastEMA:
@@ -71,7 +68,10 @@ class FastEMA:
             host memory (one buffer of the weights' bytes) on a stream of its own, and a thread averages them there.
         nonfinite: "skip": an element whose live value is NaN or infinite keeps its shadow; "propagate". What is NaN
             already when FastEMA is built stays so.
-        capturable: keep step and weight in device memory, so that `update()` can be part of a captured CUDA graph.
+        capturable: keep step and weight in device memory, so that `update()` can be part of a captured CUDA graph. A
+            graph holds addresses of the FastEMA: keep that as long as the graph is replayed; a replay after its end
+            writes to freed memory. Where the model's tensors are replaced, graphs of before go on averaging the old
+            ones, which FastEMA therefore keeps: capture again.
         backend: "auto", "native", "triton" or "torch"; None: the environment variable FASTEMA_BACKEND, else "auto".
         **decay_args: for the schedule, e.g. `beta=15` for "exp". "power" takes `sigma_rel` or `gamma`, the half-lives
             `half_life` or `half_life_fraction`; a sequence of these keeps as many averages.
@@ -125,66 +125,128 @@ class FastEMA:
         self._backend = backends.default_name() if backend is None else backend
         self._source = checked_source(model)
         self._capturable = capturable
-        self._attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepGroup] = weakref.WeakKeyDictionary()
+        self._versions_at_attach: int | None = None  # None: nothing is attached, or a step was seen
+        self._replaced: set[str] = set()  # names of copied buffers that the model assigns anew
         self._one_thread = OneThread()
         self._step = 0
         self._num_updates = 0
         self._last_update = 0  # the optimizer step of the latest update
+        self._captured: list[Shadow] = []  # before a rebuild: graphs captured then hold their addresses
         self._nonfinite_before = 0  # counted by the FastEMA that this is a copy of
         self._warned_nonfinite = False
+        self._own_references: list[int] = []  # to each of the named tensors that were given instead of a module
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
-        self._handle = compiled.register(self._update_operands)
+        self._warm_up()
 
     @classmethod
     def from_params(cls, model: Source, ema_params: dict[str, Any], total_steps: int | None = None) -> FastEMA:
-        """Builds from a recipe's dictionary, e.g. `{"decay": 0.9999, "decay_type": "exp", "beta": 15}`.
+        """Build from a recipe's dictionary, e.g. `{"decay": 0.9999, "decay_type": "exp", "beta": 15}`.
+
+        It is read as super-gradients reads it: what is missing or None is 0.9999 and "exp", a `beta` that the schedule
+        does not take is left over from another recipe, and `exp_activation=False` asks for "constant".
 
         Example:
             >>> FastEMA.from_params(torch.nn.Linear(2, 1), {"decay": 0.9, "decay_type": "linear"}, 10).decay_at(5)
             0.45
         """
-        return cls(model, total_steps=total_steps, **ema_params)
+        params = {"decay": 0.9999, **{name: value for name, value in ema_params.items() if value is not None}}
+        decay_type = "exp" if params.pop("exp_activation", True) else "constant"
+        params.setdefault("decay_type", decay_type)
+        if not takes_argument(params["decay_type"], "beta"):
+            params.pop("beta", None)
+        return cls(model, total_steps=total_steps, **params)
 
     # ---- averaging ----
 
-    def update(self, step: int | None = None, found_inf: Tensor | None = None) -> None:
-        """Averages the model's weights as they are now. Call it once per optimizer step.
+    def update(
+        self,
+        step: int | None = None,
+        found_inf: Tensor | None = None,
+        decay: float | Sequence[float] | None = None,
+    ) -> None:
+        """Average the model's weights as they are now. Call it once per optimizer step.
 
         Args:
             step: the number of optimizer steps so far, from 1, for the schedule; None: an own counter.
-            found_inf: float32 scalar on the model's device, as torch's gradient scaler keeps it; where it is not 0, the
-                optimizer skipped its step and nothing is averaged. On a GPU the kernel looks, and only with
+            found_inf: float32 scalar on a device of the model, as torch's gradient scaler keeps it; where it is not 0,
+                the optimizer skipped its step and nothing is averaged. On a GPU the kernel looks, and only with
                 `capturable=True` does the step not count either.
+            decay: in [0, 1], for this update alone, instead of the schedule's; one number, or one per average. Not with
+                `capturable=True`.
 
         Raises:
             RuntimeError: the EMA weights are applied; the model's structure, shapes, dtypes or devices changed.
+            ValueError: `decay` is outside [0, 1], or not as many as there are averages.
         """
         if torch.compiler.is_compiling():
-            compiled.update(*self._shadow.operands(), self._handle, step, found_inf)
+            compiled.update(*self._shadow.operands(), self._compiled_handle(), step, found_inf)
             return
         with self._one_thread:
+            if self._clock is not None or found_inf is not None:
+                self._refuse_while_applied("update()")
+                if self._is_captured_or_skipped(step, found_inf, decay):
+                    return
+            step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
+            if step % self._update_every == 0:
+                decays = self._decays.at(step, self._last_update) if decay is None else self._decays_once(decay)
+                weights = [1.0 - each for each in decays]
+                # One call that looks and launches, where nobody's averages are in any model.
+                outcome = "moved" if swap.entered else self._shadow.update_watched(weights, self._guard, found_inf)
+                if outcome is not None:
+                    self._update_moved(outcome, weights, found_inf)
+                self._num_updates += 1
+                self._last_update = step
+            else:
+                self._refuse_while_applied("update()")
+            self._step = step
+
+    def _is_captured_or_skipped(self, step: int | None, found_inf: Tensor | None, decay: Any) -> bool:
+        """Return whether an update with a device clock was done, or the host sees that there is none to do."""
+        if found_inf is not None and not isinstance(found_inf, Tensor):
+            raise TypeError(f"found_inf must be a float32 scalar tensor or None, got {found_inf!r}")
+        if self._clock is None:
+            assert found_inf is not None
+            return found_inf.device.type == "cpu" and bool(found_inf)
+        if step is not None or decay is not None:
+            raise ValueError("capturable=True counts its own steps on the device: call update() without step or decay")
+        self._ensure_current()
+        self._update_by_clock(found_inf, self._shadow.update)
+        return True
+
+    def _update_by_clock(self, found_inf: Tensor | None, average: Callable[..., None]) -> None:
+        assert self._clock is not None
+        skip = self._clock.advance(found_inf)
+        average([0.0] * len(self._decays), self._guard, skip, self._clock.weights)
+
+    def _update_moved(self, outcome: str, weights: list[float], found_inf: Tensor | None) -> None:
+        """Finish an update that found model or averages moved; see `Shadow.update_watched`."""
+        if outcome == "moved":
             self._refuse_while_applied("update()")
             self._ensure_current()
-            self._advance(step, found_inf, self._shadow.update)
+            outcome = self._shadow.update_watched(weights, self._guard, found_inf) or "done"
+        if outcome == "averages moved":
+            self._shadow.settle()
+            self._shadow.follow_averages()
+
+    def _decays_once(self, decay: float | Sequence[float]) -> Sequence[float]:
+        decays, _ = checked_decays(decay)
+        if len(decays) not in (1, len(self._decays)):
+            raise ValueError(f"update() got {len(decays)} decays for {len(self._decays)} averages")
+        return decays if len(decays) == len(self._decays) else decays * len(self._decays)
 
     @one_thread
     def _update_operands(
         self, shadows: list[Tensor], lives: list[Tensor], step: int | None, found_inf: Tensor | None
     ) -> None:
-        """`update()` for `fastema.compiled`, on what stands in for the shadows and the weights in its graph."""
+        """Update what stands in for the shadows and the weights in a compiled graph; see `fastema.compiled`."""
         self._refuse_while_applied("update()")
-        self._advance(step, found_inf, partial(self._shadow.update_operands, shadows, lives))
-
-    def _advance(self, step: int | None, found_inf: Tensor | None, average: Callable[..., None]) -> None:
-        """Counts the step, and has `average` called with the weights where one is due."""
-        if found_inf is not None and not isinstance(found_inf, Tensor):
-            raise TypeError(f"found_inf must be a float32 scalar tensor or None, got {found_inf!r}")
+        average = partial(self._shadow.update_operands, shadows, lives)
         if self._clock is not None:
             if step is not None:
                 raise ValueError("capturable=True counts its own steps on the device: call update() without step")
-            skip = self._clock.advance(found_inf)
-            average([0.0] * len(self._decays), self._guard, skip, self._clock.weights)
+            self._update_by_clock(found_inf, average)
             return
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
             return
@@ -195,52 +257,60 @@ class FastEMA:
             self._last_update = step
         self._step = step
 
+    def _compiled_handle(self) -> int:
+        return compiled.register(self._update_operands)
+
+    # torch.compiler.assume_constant_result() would import all of the compiler: this runs once, when a graph is made.
+    _compiled_handle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def attach(self, *optimizers: torch.optim.Optimizer) -> AttachedHandle:
-        """Calls `update()` after every `optimizer.step()`; a step while the EMA is applied raises instead.
+        """Call `update()` after every `optimizer.step()`; a step while the EMA is applied raises instead.
 
         Only steps that happen count: not those that a gradient scaler or Accelerate leaves out, and one with a closure
-        counts once.
+        counts once. An optimizer counts once, however often it is attached. The optimizer does not keep the FastEMA
+        alive: where that is dropped, the updates end.
 
         With a shadow in host memory the next step waits for the copy of the weights (after an `update()` of your own
         the next kernel does, and so the forward). Until then nothing but the attached optimizers may write to their
         weights: where you clamp them or load others after a step, call `synchronize()` before.
 
         Args:
-            *optimizers: one; or several that step in turn, then the EMA is updated when the last of them has stepped.
-                Attached one by one, each of them would update it. Accelerate's wrapper is seen through.
+            *optimizers: one; or several that make one step together, in any order (a GAN's two, or one for each
+                parameter, stepped in backward): the EMA is updated once each of them has stepped. Accelerate's wrapper
+                is seen through.
 
         Returns:
             A handle; `handle.remove()` ends it.
+
+        Raises:
+            TypeError: something that has no step hooks: a schedule-free or Lookahead wrapper, a list, a module.
         """
         if not optimizers:
             raise TypeError("attach() needs an optimizer")
+        inner = list(dict.fromkeys(checked_optimizer(optimizer) for optimizer in optimizers))
+        for optimizer in inner:
+            if optimizer in self._attached:
+                self._attached.pop(optimizer).discard(optimizer)
+        group = StepGroup(inner, self._before_step, self._after_step)
+        self._attached.update(dict.fromkeys(inner, group))
+        self._versions_at_attach = self._shadow.versions()
+        self._defer_copies(self._shadow)
+        return AttachedHandle(partial(_detach, weakref.ref(self), weakref.WeakSet(inner), group))
 
-        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            self._refuse_while_applied("optimizer.step()")
-            if self._shadow.offloaded:
-                self._shadow.order_writes()
+    def _before_step(self) -> None:
+        self._refuse_while_applied("optimizer.step()")
+        if self._shadow.offloaded:
+            self._shadow.order_writes()
 
-        def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            # A gradient scaler leaves its verdict on optimizers that skip the step themselves (fused ones).
-            self.update(found_inf=getattr(optimizer, "found_inf", None))
+    def _after_step(self, found_inf: Tensor | None) -> None:
+        self._versions_at_attach = None
+        self.update(found_inf=found_inf)
 
-        inner = [_without_wrappers(optimizer) for optimizer in optimizers]
-        handles = [optimizer.register_step_pre_hook(before) for optimizer in inner]
-        handles.append(inner[-1].register_step_post_hook(after))
-
-        def forget() -> None:
-            self._attached.difference_update(inner)
-            self._leave_to_steps(self._shadow)
-
-        self._attached.update(inner)
-        self._leave_to_steps(self._shadow)
-        return AttachedHandle(*handles, then=forget)
-
-    # ---- the exchange ----
+    # ---- the swap ----
 
     @one_thread
     def apply_shadow(self, in_place: bool = False, which: int = 0) -> None:
-        """Puts the averaged weights into the model, by exchanging storage pointers: no byte is copied or allocated.
+        """Put the averaged weights into the model, by exchanging storage pointers: no byte is copied or allocated.
 
         Every alias and view of the weights follows, also tensors of a `state_dict()` taken before. Weights of another
         dtype than the shadow (bfloat16 live, float32 shadow) are cast once into scratch memory, freed by `restore()`.
@@ -268,17 +338,26 @@ class FastEMA:
             )
         self._checked_which(which)
         self._ensure_current()
+        state.refuse_orphans(self._source, self._own_references)
         modules = self._source.modules() if isinstance(self._source, nn.Module) else ()
         compiled.refuse_freezing((entry.whole for entry in self._shadow.managed), modules)
         self._warn_about_nonfinite()
+        self._warn_about_steps_unseen()
+        before = state.reference_counts(self._source, self._own_references)
         self._shadow.apply(which, in_place)
+        self._own_references = state.reference_counts(self._source, before)
 
     @one_thread
     def restore(self) -> None:
-        """Takes the averaged weights out again: every live bit, and every version counter, is as before.
+        """Take the averaged weights out again: every live bit, and every version counter, is as before.
+
+        Tensors of the model that were replaced or moved meanwhile (`model.half()`, `.cpu()`, `p.data = ...`) get their
+        trained values by copy, in the dtype and on the device that they have now, with a warning.
 
         Raises:
-            RuntimeError: they are not applied.
+            RuntimeError: the averaged weights are not applied.
+            SwapError: a tensor cannot take its trained value: it is gone, or has another shape or memory that was
+                resized. Nothing is changed; `error.live` has the trained values by name.
         """
         if not self.is_applied:
             raise RuntimeError("restore() without apply_shadow(): the live weights are in place")
@@ -286,7 +365,7 @@ class FastEMA:
 
     @contextmanager
     def swapped(self, in_place: bool = False, which: int = 0) -> Iterator[FastEMA]:
-        """A block in which the model has the averaged weights; they leave it however the block ends."""
+        """Open a block in which the model has the averaged weights; they leave it however the block ends."""
         self._refuse_while_applied("swapped()")
         try:
             self.apply_shadow(in_place, which)
@@ -302,7 +381,7 @@ class FastEMA:
 
     @one_thread
     def copy_to(self, model: nn.Module | None = None, which: int = 0) -> None:
-        """Copies the averaged weights into the model, or into another one with the same names and shapes.
+        """Copy the averaged weights into the model, or into another one with the same names and shapes.
 
         Raises:
             RuntimeError: they are applied.
@@ -311,6 +390,7 @@ class FastEMA:
         self._refuse_while_applied("copy_to()")
         self._ensure_current()
         state.copy_averages(self._shadow, self._checked_which(which), self._source if model is None else model)
+        torch.clear_autocast_cache()  # it holds casts of what the weights were
 
     # ---- numbers ----
 
@@ -400,7 +480,9 @@ class FastEMA:
     # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming exactly needs; right even while applied. Tensors share memory with the EMA.
+        """Return everything that resuming exactly needs; right even while applied.
+
+        Tensors share memory with the EMA. Taken while applied, those in the model are copies, which stay right.
 
         Returns:
             `step`, `num_updates`, `last_update` (its step), `decay`, `decay_type`, `decay_args`, and `shadow`: the
@@ -410,13 +492,15 @@ class FastEMA:
         """
         self._warn_about_nonfinite()
         shadows = [state.averages_by_name(self._shadow, which, saved_only=True) for which in range(len(self._decays))]
+        return {**self._counters(), "shadow": shadows if self._decays.several else shadows[0]}
+
+    def _counters(self) -> dict[str, Any]:
         step, num_updates, last_update = self._counted()
         return {
             "step": step,
             "num_updates": num_updates,
             "last_update": last_update,
             **self._decays.config(),
-            "shadow": shadows if self._decays.several else shadows[0],
         }
 
     @one_thread
@@ -469,9 +553,44 @@ class FastEMA:
         Raises:
             RuntimeError: the model's structure, shapes, dtypes or devices changed.
         """
+        which = self._checked_which(which)
         if not self.is_applied:
             self._ensure_current()  # it finds averages by the memory of the tensors
-        return state.model_state(self._source, self._shadow, self._checked_which(which))
+        return self._model_state(which, self._shadow.averages(which))
+
+    def _model_state(self, which: int, averages: list[tuple[Any, Tensor]]) -> dict[str, Any]:
+        is_in = self.is_applied and self._shadow.applied == which
+        return state.model_state(self._source, self._shadow, averages, is_in, partial(self.swapped, which=which))
+
+    def checkpoint_states(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return `shadow_state_dict()` and `state_dict()` over the same tensors, so that a file holds them once."""
+        if not self.is_applied:
+            self._ensure_current()
+        self._warn_about_nonfinite()
+        every = [self._shadow.averages(which) for which in range(len(self._decays))]
+        named = [state.by_name(averages, saved_only=True) for averages in every]
+        shadows = named if self._decays.several else named[0]
+        return self._model_state(0, every[0]), {**self._counters(), "shadow": shadows}
+
+    def live_state_dict(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """Return the trained weights under the model's own keys, also while the averaged ones are applied.
+
+        Args:
+            model: the averaged model in a wrapper; None: the model itself.
+        """
+        source: Source = self._source if model is None else model
+        if not self.is_applied:
+            return source.state_dict() if isinstance(source, nn.Module) else dict(source)
+        return state.live_state(source, self._shadow, self._restored_meanwhile)
+
+    @contextmanager
+    def _restored_meanwhile(self) -> Iterator[None]:
+        in_place, which = self._shadow.is_in_place, self._shadow.applied
+        self.restore()
+        try:
+            yield
+        finally:
+            self.apply_shadow(in_place, which)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the model comes along, and the copy averages the copied model."""
@@ -481,7 +600,7 @@ class FastEMA:
                 "a FastEMA of a sharded model cannot be pickled or copied: torch.distributed.checkpoint.save() its "
                 "state_dict(), and build a new one"
             )
-        left_out = ("_shadow", "_clock", "_handle", "_attached")
+        left_out = ("_shadow", "_clock", "_attached", "_versions_at_attach", "_own_references", "_captured")
         config = {key: value for key, value in self.__dict__.items() if key not in left_out}
         config["_nonfinite_before"] = self.nonfinite_count()
         counters = self._counted()
@@ -489,19 +608,36 @@ class FastEMA:
         return {"config": config, "counters": counters, "averages": averages}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
+        self._replaced = set()
         self.__dict__.update(pickled["config"])
+        self.__dict__.pop("_handle", None)  # of version 0.1.0
+        self._attached, self._versions_at_attach = weakref.WeakKeyDictionary(), None
+        self._own_references, self._captured = [], []
+        self._pickled = pickled
+        if state.is_complete(self._source):
+            self._build_from_pickle()
+
+    def __getattr__(self, name: str) -> Any:
+        # A module that holds its own FastEMA is still empty when that is unpickled or copied: built at the first use.
+        if name in ("_shadow", "_clock") and "_pickled" in self.__dict__:
+            self._build_from_pickle()
+            return self.__dict__[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _build_from_pickle(self) -> None:
+        pickled = self.__dict__["_pickled"]
         counters = pickled["counters"]
         if len(counters) == 2:  # pickled by 0.1.0
             counters = (*counters, counters[0] // self._update_every * self._update_every)
-        self._attached = weakref.WeakSet()
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
-        self._handle = compiled.register(self._update_operands)
         run_uncut(self._counting(*counters))
         with torch.no_grad():
             for which, averages in enumerate(pickled["averages"]):
                 for name, average in state.averages_by_name(self._shadow, which).items():
                     average.copy_(averages[name])
+        del self._pickled
+        self._warm_up()
 
     def __repr__(self) -> str:
         return (
@@ -512,16 +648,19 @@ class FastEMA:
     # ---- inside ----
 
     def _build_shadow(self) -> Shadow:
-        managed = collect(self._source, self._buffers, self._policy)
+        before = state.reference_counts(self._source)
+        managed = collect(self._source, self._buffers, self._policy, self._replaced)
         modules = list(self._source.modules()) if isinstance(self._source, nn.Module) else []
-        shadow = Shadow(managed, len(self._decays), self._dtype, self._device, self._backend, modules)
-        self._leave_to_steps(shadow)
+        tensors_now = partial(_tensors_by_name, self._source)
+        shadow = Shadow(managed, len(self._decays), self._dtype, self._device, self._backend, modules, tensors_now)
+        self._own_references = state.reference_counts(self._source, before)
+        self._defer_copies(shadow)
         return shadow
 
-    def _leave_to_steps(self, shadow: Shadow) -> None:
-        """The hooks of attached optimizers order what those write: see `Shadow.leave_to_steps`."""
+    def _defer_copies(self, shadow: Shadow) -> None:
+        """Let the hooks of attached optimizers order what those write: see `Shadow.defer_copies_until_step`."""
         groups = [group for optimizer in self._attached for group in optimizer.param_groups]
-        shadow.leave_to_steps(parameter for group in groups for parameter in group["params"])
+        shadow.defer_copies_until_step(parameter for group in groups for parameter in group["params"])
 
     def _build_clock(self) -> DeviceClock | None:
         if not self._capturable:
@@ -568,17 +707,43 @@ class FastEMA:
         return [*on_device, partial(setattr, self, "_decays", decays)]
 
     def _ensure_current(self) -> None:
-        """Rebuilds the plan where tensors were replaced or moved in memory; the average goes on."""
+        """Rebuild the plan where tensors were replaced or moved in memory; the average goes on."""
         if self._shadow.is_current():
             return
+        self._shadow.refuse_resized()
+        self._shadow.follow_averages()
+        if self._shadow.is_current():
+            return
+        state.refuse_averages_as_weights(self._source, self._shadow)
+        self._replaced |= state.replaced_buffers(self._shadow)
         new = self._build_shadow()
         state.carry_over(self._shadow, new)
+        if self._clock is not None and not self._shadow.is_on_cpu:
+            self._captured.append(self._shadow)
         self._shadow = new
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile and load what a captured `update()` launches, by one that skips: in the capture it is too late."""
+        if self._clock is not None:
+            skip = torch.ones((), dtype=torch.float32, device=self._clock.step.device)
+            self._shadow.update([0.0] * len(self._decays), self._guard, skip, self._clock.weights)
 
     def _refuse_while_applied(self, what: str) -> None:
         if self._shadow.is_applied:
             raise RuntimeError(f"{what} while the EMA weights are applied: call restore(), or leave the block, first")
         self._shadow.refuse_foreign(what)
+
+    def _warn_about_steps_unseen(self) -> None:
+        """Warn where optimizers are attached and the weights change without a step of theirs (SAM's two, say)."""
+        if self._versions_at_attach is None or self._versions_at_attach == self._shadow.versions():
+            return
+        self._versions_at_attach = None
+        warnings.warn(
+            "an optimizer is attached, and the weights changed, but its step() was never called: the average is as it "
+            "was. Where the optimizer steps in another way (SAM's first_step and second_step), call update() yourself",
+            stacklevel=4,
+        )
 
     def _warn_about_nonfinite(self) -> None:
         """Once, and only where looking does not wait for a device."""
@@ -594,8 +759,16 @@ class FastEMA:
             )
 
 
-def _without_wrappers(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer that really steps. Accelerate's wrapper is an Optimizer by name, but runs no hooks of its own."""
-    while not hasattr(optimizer, "_optimizer_step_post_hooks") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+def _tensors_by_name(source: Source) -> dict[str, Tensor]:
+    return dict(named_tensors(source))
+
+
+def _detach(owner: weakref.ref[FastEMA], optimizers: weakref.WeakSet[torch.optim.Optimizer], group: StepGroup) -> None:
+    """Take a group's optimizers out, as far as they have not been attached anew since."""
+    ema = owner()
+    for optimizer in list(optimizers):
+        group.discard(optimizer)
+        if ema is not None and ema._attached.get(optimizer) is group:
+            del ema._attached[optimizer]
+    if ema is not None:
+        ema._defer_copies(ema._shadow)

@@ -51,7 +51,7 @@ def transfer_between(live: torch.device, shadow: torch.device) -> Transfer | Non
 
 @dataclass(frozen=True)
 class CudaCopy:
-    """A copy that an event marks the end of."""
+    """A copy whose end an event marks."""
 
     device: torch.device
     copied: torch.cuda.Event
@@ -62,7 +62,8 @@ class CudaCopy:
             torch.cuda.current_stream().wait_event(self.copied)
 
     def wait(self) -> None:
-        self.copied.synchronize()
+        with torch.cuda.device(self.device):  # a thread starts on device 0, and waiting makes a context there
+            self.copied.synchronize()
 
 
 class CudaTransfer:

@@ -6,8 +6,9 @@ masks, caches or spectral-norm vectors, whose average means nothing. Integer and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastema import sharded
+from fastema.uncut import run_uncut
 
 Rule = Literal["average", "copy", "skip"]
 Buffers = Literal["auto", "average", "copy", "skip"]
@@ -39,6 +41,8 @@ class Managed:
     rule: Rule
     persistent: bool  # False: a buffer that state_dict() leaves out
     names: list[str] = field(default_factory=list)
+    slots: list[tuple[dict[str, Any], str]] = field(default_factory=list)  # where modules have it: dict and key
+    loose: bool = False  # a copied buffer that the model replaces: looked up in its slot each time
     tensor: Tensor = field(init=False)  # what of it lies in this process's memory: all but of a DTensor
     layout: str = field(init=False)  # as it was found: `tensor.data = ...` changes it later
 
@@ -51,6 +55,15 @@ class Managed:
     @property
     def name(self) -> str:
         return self.names[0]
+
+    def current(self) -> Tensor:
+        """Return the tensor that is in the slot now."""
+        value = self.slots[0][0].get(self.slots[0][1]) if self.slots else None
+        return value if isinstance(value, Tensor) else self.whole
+
+    def put(self, tensor: Tensor) -> None:
+        """Put another tensor into every slot."""
+        run_uncut([partial(dict.__setitem__, slots, key, tensor) for slots, key in self.slots])
 
     @property
     def is_saved(self) -> bool:
@@ -65,6 +78,14 @@ class _Slot:
     module: nn.Module | None
     is_buffer: bool
     persistent: bool
+
+    @property
+    def place(self) -> tuple[dict[str, Any], str] | None:
+        """Return the module's dict and the key; None for a pair of name and tensor."""
+        if self.module is None:
+            return None
+        leaf = self.name.rpartition(".")[2]
+        return (self.module._buffers if self.is_buffer else self.module._parameters), leaf
 
 
 def checked_source(source: Source) -> Source:
@@ -171,8 +192,13 @@ def _refuse_unmanageable(slot: _Slot) -> None:
         raise ValueError(f"{slot.name!r} {reason}. A policy that returns 'skip' for it leaves it alone.")
 
 
-def collect(source: Source, buffers: Buffers = "auto", policy: Policy | None = None) -> list[Managed]:
-    """All tensors that are averaged or copied, each once, in the model's order.
+def collect(
+    source: Source, buffers: Buffers = "auto", policy: Policy | None = None, replaced: Collection[str] = ()
+) -> list[Managed]:
+    """Return all tensors that are averaged or copied, each once, in the model's order.
+
+    Args:
+        replaced: names of buffers that the model assigns anew; those that are copied become `loose`.
 
     Raises:
         ValueError: nothing to average, a tensor that cannot be managed, or a rule that does not exist.
@@ -192,9 +218,13 @@ def collect(source: Source, buffers: Buffers = "auto", policy: Policy | None = N
             _refuse_unmanageable(slot)
         managed = found.setdefault(id(slot.tensor), Managed(slot.tensor, rule, slot.persistent))
         managed.names.append(slot.name)
+        if slot.place is not None:
+            managed.slots.append(slot.place)
         managed.persistent |= slot.persistent
         managed.rule = min(managed.rule, rule, key=_PRECEDENCE.__getitem__)  # tied: under any name that says so
     kept = [managed for managed in found.values() if managed.rule != "skip"]
+    for managed in kept:
+        managed.loose = managed.rule == "copy" and managed.name in replaced and managed.tensor is managed.whole
     if not any(managed.rule == "average" for managed in kept):
         what = "parameters" if isinstance(source, nn.Module) else "tensors"
         raise ValueError(f"nothing to average: the model has no floating-point {what}, or the policy skips them all")

@@ -6,6 +6,7 @@ name.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from numbers import Real
@@ -243,6 +244,14 @@ EMA_DECAY_FUNCTIONS: dict[str, type[IDecayFunction]] = {
     "half_life": HalfLifeDecay,
     "half_life_fraction": HalfLifeFractionDecay,
 }
+
+
+def takes_argument(decay_type: str, name: str) -> bool:
+    """Return whether a schedule's constructor takes an argument; True where the schedule is unknown."""
+    if decay_type not in EMA_DECAY_FUNCTIONS:
+        return True
+    parameters = inspect.signature(EMA_DECAY_FUNCTIONS[decay_type]).parameters.values()
+    return any(each.name == name or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
 def gamma_of(sigma_rel: float) -> float:

@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -27,6 +29,17 @@ def is_dtensor(tensor: object) -> bool:
 def local_part(tensor: Any) -> Tensor:
     """What lies in this process's memory: of a DTensor its local tensor, else the tensor itself."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
+def has_storage(tensor: Any) -> bool:
+    """Return whether the part in this process is an ordinary tensor with memory of its own."""
+    local = local_part(tensor)
+    return (
+        isinstance(local, Tensor)
+        and not nn.parameter.is_lazy(local)
+        and local.layout == torch.strided
+        and not is_traceable_wrapper_subclass(local)
+    )
 
 
 def described_as(whole: Any, local: Tensor) -> Tensor:

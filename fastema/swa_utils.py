@@ -48,8 +48,9 @@ from torch.optim import swa_utils as _torch_swa_utils
 from torch.optim.swa_utils import SWALR
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
-from fastema.averaging import Bond, Irregular, Swap, Update
 from fastema.compiled import refuse_freezing
+from fastema.core.paired_modules import PairedModules, Update, UseTorchFallback, tensors_by_name
+from fastema.core.swap import Swap
 
 __all__ = [
     "SWALR",
@@ -205,7 +206,7 @@ class _Counter:
             self._mark, self._value = (tensor.data_ptr(), tensor._version), self._value + 1
 
 
-_BUILT_ANEW = ("_bond", "_swap", "_counter", "_rule")
+_BUILT_ANEW = ("_pairs", "_swap", "_counter", "_rule")
 
 
 class AveragedModel(_TorchAveragedModel):
@@ -230,7 +231,7 @@ class AveragedModel(_TorchAveragedModel):
         ...     _ = model(torch.ones(1, 2))  # the averaged weights, in the model itself
     """
 
-    _bond: Bond | None = None
+    _pairs: PairedModules | None = None
     _swap: Swap | None = None  # while swapped
     _counter: _Counter | None = None
     _rule: tuple[Any, _AveragingFunction | None] = (None, None)  # a function as it was given, and recognised
@@ -279,6 +280,8 @@ class AveragedModel(_TorchAveragedModel):
             update.start()
         else:
             update.run(functools.partial(self._weight, num_averaged))
+            if self._pairs is not None:
+                self._pairs.settle()
         self._counter.increase(counter)
 
     @contextmanager
@@ -303,15 +306,17 @@ class AveragedModel(_TorchAveragedModel):
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("swapped() during CUDA graph capture would bake the exchanged addresses into it")
         refuse_freezing(model.parameters(), model.modules())
-        swap = self._bond_for_swap(model).swap()
+        pairs = self._pairs_for_swap(model)
+        swap = pairs.swap()
         try:
             swap.enter()
             self._swap = swap
             yield model
         finally:
-            if swap.is_applied:
-                swap.leave()
-            self._swap = None
+            if swap.is_entered and not swap.leave(pairs.is_unchanged, functools.partial(tensors_by_name, model)):
+                self._pairs = None  # the model has other tensors or other memory
+            if not swap.is_entered:
+                self._swap = None
 
     # ---- refused while swapped: they would take the live weights for the average ----
 
@@ -354,18 +359,20 @@ class AveragedModel(_TorchAveragedModel):
             function = _DEFAULT_WITH_FOREACH
         return function.weight(num_averaged)
 
-    def _bond_for(self, model: nn.Module, what: str) -> Bond:
-        if self._bond is None or not self._bond.holds(model, self.use_buffers):
-            self._bond = None
+    def _pairs_for(self, model: nn.Module, what: str) -> PairedModules:
+        if self._pairs is None or not self._pairs.holds(model, self.use_buffers):
+            self._pairs = None
             with torch.inference_mode(False), torch.no_grad():
-                self._bond = Bond(self, model, self.use_buffers, functools.partial(_forget, weakref.ref(self)))
-        self._bond.refuse_foreign(what)
-        return self._bond
+                self._pairs = PairedModules(
+                    self, model, self.use_buffers, functools.partial(_forget, weakref.ref(self))
+                )
+        self._pairs.refuse_foreign(what)
+        return self._pairs
 
-    def _bond_for_swap(self, model: nn.Module) -> Bond:
+    def _pairs_for_swap(self, model: nn.Module) -> PairedModules:
         try:
-            return self._bond_for(model, "swapped()")
-        except Irregular:
+            return self._pairs_for(model, "swapped()")
+        except UseTorchFallback:
             raise ValueError(
                 f"swapped() needs the model that is averaged, as an ordinary module; a {type(model).__name__} keeps "
                 "its tensors elsewhere, or has other buffers"
@@ -376,19 +383,19 @@ class AveragedModel(_TorchAveragedModel):
         if self._recognised_function() is None:
             return None
         try:
-            bond = self._bond_for(model, "update_parameters()")
+            pairs = self._pairs_for(model, "update_parameters()")
             with torch.inference_mode(False), torch.no_grad():
-                return bond.update()
-        except Irregular:
+                return pairs.update()
+        except UseTorchFallback:
             return None
 
 
 def _forget(averaged: weakref.ref[AveragedModel], model: Any) -> None:
     """The live model is gone: its weights need not be kept for the next update."""
     owner = averaged()
-    bond = None if owner is None else owner.__dict__.get("_bond")
-    if owner is not None and bond is not None and bond.is_of(model):
-        del owner.__dict__["_bond"]  # past nn.Module, which may be half gone when the interpreter ends
+    pairs = None if owner is None else owner.__dict__.get("_pairs")
+    if owner is not None and pairs is not None and pairs.is_of(model):
+        del owner.__dict__["_pairs"]  # past nn.Module, which may be half gone when the interpreter ends
 
 
 # ---- batch norm ----

@@ -21,7 +21,7 @@ _GUIDE_60_EPOCHS = 24_000
 _GUIDE_150_EPOCHS = 60_000
 
 # A shorter run than the guide's shortest keeps its window of 100 as long as that is at most this part of the run.
-# Chosen among 5, 10, 20, 40 and 80 on the tune set of bench/advisor.py (300 to 3,000 updates): 10 is within 2 %
+# Chosen among 5, 10, 20, 40 and 80 on the tune set of bench/studies/advisor.py (300 to 3,000 updates): 10 is within 2 %
 # of the best a little more often (89 to 85 %), but 2 % worse than no average in 5 % of the runs instead of 0.5 %.
 _RUN_PER_WINDOW = 20
 _GUIDE_WINDOW = 100

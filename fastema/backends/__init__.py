@@ -2,11 +2,12 @@
 
 A backend is a module with
     NAME                                         "native", "triton", "torch"
-    why_unusable(device_type)                    None, or the reason why it cannot run there
+    why_unusable(device_type)                    None, or the reason why it cannot run on that kind of device
+    probe(device)                                None, or the reason why it cannot run on this one: asks the device
     describe(device_type)                        what runs there
     Plan(shadows, lives, copies, views)          see csrc/plan.h
-    StorageExchange(lives, others, managed)      see csrc/storage_exchange.h
-    Watch(dicts, tensors)                        see csrc/watch.h
+    StorageExchange(lives, others, managed, parts), second_owner(tensor)    see csrc/storage_exchange.h
+    Watch(dicts, tensors, shadows, loose)                                   see csrc/watch.h
 and the C++ classes of `native` and the Python ones of `torch` are twins, held to the same tests. `triton` has a Plan
 alone, and takes the rest from `host`.
 """
@@ -15,12 +16,17 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+
+from torch import Tensor, float32, get_device_module
+from torch import device as Device  # not `import torch`: the submodule of that name would take its place
 
 from fastema.backends import native, triton
 from fastema.backends import torch as plain_torch
 
+_GPUS = ("cuda", "xpu")
 BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "torch": plain_torch}
 
 
@@ -34,14 +40,23 @@ class BackendReport:
 
 
 def report() -> list[BackendReport]:
-    """Which backends can run here, on what, and why one cannot."""
+    """Return which backends can run here, on which devices, and why one cannot."""
     lines = []
     for name, backend in BACKENDS.items():
-        for device_type in ("cpu", "cuda"):
-            reason = backend.why_unusable(device_type)
-            detail = reason if reason is not None else backend.describe(device_type)
-            lines.append(BackendReport(f"{name} ({device_type})", reason is None, detail))
+        for device in _devices():
+            reason = backend.why_unusable(device.type) or backend.probe(device)
+            detail = reason if reason is not None else backend.describe(device.type)
+            lines.append(BackendReport(f"{name} ({device})", reason is None, detail))
     return lines
+
+
+def _devices() -> list[Device]:
+    """Return every device; where there is no GPU, "cuda" stands for the one that is missing."""
+    found = [Device("cpu")]
+    for kind in _GPUS:
+        gpu = get_device_module(kind)
+        found += [Device(kind, index) for index in range(gpu.device_count() if gpu.is_available() else 0)]
+    return found if len(found) > 1 else [*found, Device("cuda")]
 
 
 def default_name() -> str:
@@ -49,30 +64,57 @@ def default_name() -> str:
     return os.environ.get("FASTEMA_BACKEND") or "auto"
 
 
-def select(name: str, device_type: str) -> ModuleType:
-    """The backend for tensors on `device_type`; "auto": native, else on CUDA triton, else torch.
+def select(name: str, device: Device | str) -> ModuleType:
+    """Return the backend for tensors on `device`; "auto": native, else on a GPU triton, else torch.
+
+    Each is probed on the device before it is taken. What is passed over although it was built is warned of, once.
 
     Raises:
         ValueError: an unknown name, or a backend asked for by name that cannot run there.
     """
-    if name == "auto":
-        reason = native.why_unusable(device_type)
+    device = Device(device)
+    if device.index is None and device.type in _GPUS and get_device_module(device).is_available():
+        device = Device(device.type, get_device_module(device).current_device())
+    if name != "auto":
+        return _select_by_name(name, device)
+    reasons: list[str] = []
+    was_built = False
+    for backend in (native, triton) if device.type != "cpu" else (native,):
+        reason = backend.why_unusable(device.type)
         if reason is None:
-            return native
-        if device_type == "cuda":
-            no_triton = triton.why_unusable(device_type)
-            if no_triton is None:
-                return triton
-            reason = f"{reason}; {no_triton}"
-        _warn_once(f"fastema runs its torch backend on {device_type}, slower than its own kernels: {reason}")
-        return plain_torch
+            reason = backend.probe(device)
+            was_built = was_built or reason is not None
+        if reason is None:
+            if was_built:
+                _warn_once(f"fastema runs its {backend.NAME} backend on {device}: {'; '.join(reasons)}")
+            return backend
+        reasons.append(f"{backend.NAME}: {reason}")
+    _warn_once(f"fastema runs its torch backend on {device}, slower than its own kernels: {'; '.join(reasons)}")
+    return plain_torch
+
+
+def _select_by_name(name: str, device: Device) -> ModuleType:
     if name not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
         raise ValueError(f"unknown backend {name!r} (argument or FASTEMA_BACKEND); known: {known}")
-    reason = BACKENDS[name].why_unusable(device_type)
+    reason = BACKENDS[name].why_unusable(device.type) or BACKENDS[name].probe(device)
     if reason is not None:
-        raise ValueError(f"backend {name!r} cannot run on {device_type}: {reason}")
+        raise ValueError(f"backend {name!r} cannot run on {device}: {reason}")
     return BACKENDS[name]
+
+
+def skips_on(devices: Sequence[Device], skip: Tensor | None) -> list[Tensor | None]:
+    """Return `skip` on each device, so that the plans of a model on several devices agree whether there is an update.
+
+    Raises:
+        ValueError: it is no float32 scalar. Nothing was enqueued.
+    """
+    if skip is None:
+        return [None] * len(devices)
+    if skip.dtype != float32 or skip.numel() != 1:
+        raise ValueError(f"found_inf must be 1 {float32}, got {skip.numel()} {skip.dtype}")
+    copies = {device: skip.detach().to(device) for device in dict.fromkeys(devices)}
+    return [copies[device] for device in devices]
 
 
 def host(name: str) -> ModuleType:

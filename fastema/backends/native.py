@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ except ImportError as error:
     _import_error = f"{type(error).__name__}: {error}"
 else:
     Plan, StorageExchange, Watch = _C.Plan, _C.StorageExchange, _C.Watch
+    second_owner = _C.second_owner
 
 
 def _build_record() -> dict[str, str | None]:
@@ -48,6 +51,31 @@ def why_unusable(device_type: str) -> str | None:
     if not torch.cuda.is_available():
         return "built, but torch sees no CUDA device"
     return None
+
+
+@cache
+def probe(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on this very device, or None: no machine code for it, or too old a driver."""
+    if device.type != "cuda":
+        return None
+    try:
+        reason = _C.probe_cuda(device.index)
+    except RuntimeError as error:  # torch's own, of a driver that is too old for either
+        reason = str(error).partition("\n")[0]
+    if reason is None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"its CUDA kernels cannot run on {torch.cuda.get_device_name(device)} ({reason}); reinstall on this machine or "
+        f'with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
+    )
+
+
+def clock_launch(device: torch.device) -> Callable[..., None] | None:
+    """Return the kernel that does a step of a DeviceClock in one launch, or None where it cannot run."""
+    if device.type != "cuda" or why_unusable("cuda") is not None or probe(device) is not None:
+        return None
+    return _C.advance_clock
 
 
 def describe(device_type: str) -> str:

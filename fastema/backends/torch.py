@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fastema.backends.streams import Streams
 from fastema.uncut import Step, run_uncut
 
 NAME = "torch"
 
+Storage: TypeAlias = torch.UntypedStorage
 Pair: TypeAlias = tuple[Tensor, Tensor]  # a shadow segment and its live one
-_BATCH = 1 << 18  # elements: the temporaries of a batch stay in a CPU's cache
+# Elements of a batch. On a CPU its temporaries stay in the cache; on a GPU a launch takes as long as many elements.
+_BATCH, _GPU_BATCH = 1 << 18, 1 << 22
 
 
 def why_unusable(device_type: str) -> str | None:
     """None if the backend runs on this kind of device, else the reason."""
-    if device_type == "cuda" and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+    if device_type in ("cuda", "xpu") and not torch.get_device_module(device_type).is_available():
+        return f"torch sees no {device_type.upper()} device"
     return None
+
+
+def probe(device: torch.device) -> None:
+    """Return None: where torch has a tensor, its operations run."""
 
 
 def describe(device_type: str) -> str:
@@ -47,6 +54,12 @@ class Plan:
         self._batches = [_batches(compress(pairs, averaged)) for pairs in self._pairs]
         self._views = list(views)
         self._kept: Tensor | int = 0
+        tensors = [*lives, *chain(*shadows)]
+        self._streams = [
+            Streams(device, (tensor for tensor in tensors if tensor.device == device))
+            for device in {tensor.device for tensor in tensors}
+            if device.type != "cpu"
+        ]
 
     @torch.no_grad()
     def update(
@@ -60,6 +73,8 @@ class Plan:
             return
         if device_weights is not None:
             weights = device_weights.tolist()
+        for streams in self._streams:
+            streams.note_current()
         for which, (copied, batches, weight) in enumerate(zip(self._copied, self._batches, weights, strict=True)):
             for shadow, live in copied:
                 shadow.copy_(live)
@@ -111,8 +126,9 @@ def _batches(pairs: Iterable[Pair]) -> list[list[Pair]]:
             batches.append([(shadow, live)])
             continue
         alike = shadow.dtype, shadow.device, live.dtype, live.device
-        batch, elements = open_batches.get(alike, ([], _BATCH))
-        if elements + shadow.numel() > _BATCH:
+        most = _BATCH if live.device.type == "cpu" else _GPU_BATCH
+        batch, elements = open_batches.get(alike, ([], most))
+        if elements + shadow.numel() > most:
             batch, elements = [], 0
             batches.append(batch)
         batch.append((shadow, live))
@@ -140,20 +156,20 @@ def _exchange_contents(first: Tensor, second: Tensor) -> list[Step]:
     return steps
 
 
-class ContentsExchange:
-    """Live and shadow change places by their contents: addresses stay, as captured CUDA graphs need it.
+class _Exchange:
+    """Live and shadow change places. See csrc/storage_exchange.h.
 
     After an exception at any point of `enter()` nothing has changed; after one in `leave()`, it can be called again.
     """
 
-    def __init__(self, plans: Sequence[Any], which: int, managed: Sequence[Tensor]) -> None:
-        self._plans = list(plans)  # of any backend
-        self._which = which
+    def __init__(self, managed: Sequence[Tensor], pairs: Sequence[tuple[Storage, Storage]]) -> None:
+        self._storages = list(pairs)  # live and other
         # Inference tensors carry no counter, and no graph refers to them.
         self._managed = tuple(tensor for tensor in managed if not tensor.is_inference())
         self._versions: tuple[int, ...] = ()
         self._swap: list[Step] = []  # done twice it changes nothing
         self._done: list[Any] = []
+        self._as_entered: list[tuple[int, ...]] = []
         self.entered = False
 
     def enter(self, version_step: int) -> None:
@@ -165,27 +181,44 @@ class ContentsExchange:
             self.entered = True
             self._set_versions(tuple(version + version_step for version in self._versions))
             run_uncut(self._swap, self._done)
+            self._as_entered = list(map(self._memory, range(len(self._storages))))
         except BaseException:
             if self.entered:
-                self.leave()
+                self._undo()
             raise
 
-    def leave(self) -> None:
+    def untouched(self) -> bool:
+        return all(map(self.is_untouched, range(len(self._storages))))
+
+    def leave_untouched(self) -> bool:
+        if not self.untouched():
+            return False
+        self._undo()
+        return True
+
+    def is_untouched(self, index: int) -> bool:
+        """Return whether one pair of storages has the memory and the sizes that it had when `enter()` was done."""
+        return self._memory(index) == self._as_entered[index]
+
+    def leave(self, staying: Sequence[int] = ()) -> None:
         if not self.entered:
             raise RuntimeError("the exchange is not entered")
+        if staying:
+            self._swap = self._steps(staying)
+            self._done = [None] * len(self._swap)
+        self._undo()
+
+    def _undo(self) -> None:
         if len(self._done) == len(self._swap):  # else enter() failed before, or this is called again after an error
             run_uncut(self._swap, self._done)
         self._set_versions(self._versions)
         self.entered = False
 
-    def _steps(self) -> list[Step]:
-        return [
-            step
-            for plan in self._plans
-            for step in (
-                plan.exchange_steps(self._which) if isinstance(plan, Plan) else [partial(plan.exchange, self._which)]
-            )
-        ]
+    def _memory(self, index: int) -> tuple[int, ...]:
+        return tuple(fact for storage in self._storages[index] for fact in (storage.data_ptr(), storage.nbytes()))
+
+    def _steps(self, staying: Sequence[int] = ()) -> list[Step]:
+        raise NotImplementedError
 
     def _set_versions(self, versions: tuple[int, ...]) -> None:
         if _SETS_SEVERAL_VERSIONS:
@@ -195,38 +228,108 @@ class ContentsExchange:
             torch._C._autograd._unsafe_set_version_counter(tensor, version)  # type: ignore[arg-type]
 
 
-class StorageExchange(ContentsExchange):
-    """Live and shadow change places by the pointers of their storages. See csrc/storage_exchange.h."""
+class ContentsExchange(_Exchange):
+    """Live and shadow change places by their contents: addresses stay, as captured CUDA graphs need it."""
 
-    def __init__(self, lives: Sequence[Tensor], others: Sequence[Tensor], managed: Sequence[Tensor]) -> None:
-        super().__init__([], 0, managed)
+    def __init__(
+        self, plans: Sequence[Any], which: int, managed: Sequence[Tensor], pairs: Sequence[tuple[Storage, Storage]]
+    ) -> None:
+        super().__init__(managed, pairs)
+        self._plans = list(plans)  # of any backend
+        self._which = which
+
+    def _steps(self, staying: Sequence[int] = ()) -> list[Step]:
+        return [
+            step
+            for plan in self._plans
+            for step in (
+                plan.exchange_steps(self._which) if isinstance(plan, Plan) else [partial(plan.exchange, self._which)]
+            )
+        ]
+
+
+class StorageExchange(_Exchange):
+    """Live and shadow change places by the pointers of their storages, and `parts` by their contents."""
+
+    def __init__(
+        self,
+        lives: Sequence[Tensor],
+        others: Sequence[Tensor],
+        managed: Sequence[Tensor],
+        parts: Sequence[Pair] = (),
+    ) -> None:
+        pairs = zip(lives, others, strict=True)
+        super().__init__(managed, [(live.untyped_storage(), other.untyped_storage()) for live, other in pairs])
         self._pairs = list(zip(lives, others, strict=True))
+        self._parts = list(parts)
 
-    def _steps(self) -> list[Step]:
-        pairs = [(live.untyped_storage(), other.untyped_storage()) for live, other in self._pairs]
-        for live, other in pairs:
+    def _steps(self, staying: Sequence[int] = ()) -> list[Step]:
+        steps = [step for pair in self._parts for step in _exchange_contents(*pair)]
+        for index, (live, other) in enumerate(self._storages):
+            if index in staying:
+                continue
             if live.nbytes() != other.nbytes() or live.device != other.device:
                 raise ValueError("storages that change places must have equal size and device")
-        if _SWAPS_POINTERS:
-            swap = torch.UntypedStorage._swap_data_ptr_  # type: ignore[attr-defined]
-            return [partial(swap, live, other) for live, other in pairs]
-        return [step for pair in self._pairs for step in _exchange_contents(*pair)]
+            if _SWAPS_POINTERS:
+                steps.append(partial(torch.UntypedStorage._swap_data_ptr_, live, other))  # type: ignore[attr-defined]
+            else:
+                steps += _exchange_contents(*self._pairs[index])
+        return steps
+
+
+def second_owner(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor's storage. In C++ they get a second owner; here no kernel keeps raw addresses."""
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 class Watch:
     """Whether what a plan was built for is still what the model holds. See csrc/watch.h for the arguments."""
 
-    def __init__(self, dicts: Sequence[dict[str, Any]], tensors: Sequence[Tensor]) -> None:
-        self._slots = [(slots, list(slots.values())) for slots in dicts]
-        self._memory = [(tensor, self._layout(tensor)) for tensor in tensors]
+    def __init__(
+        self,
+        dicts: Sequence[dict[str, Any]],
+        tensors: Sequence[Tensor],
+        shadows: Sequence[Tensor] = (),
+        loose: Sequence[tuple[dict[str, Any], str]] = (),
+    ) -> None:
+        self._slots = [
+            (
+                slots,
+                list(slots.values()),
+                [any(slots is other and key == name for other, name in loose) for key in slots],
+            )
+            for slots in dicts
+        ]
+        self._places = [(tensor, self._layout(tensor), self._address(tensor)) for tensor in tensors]
+        self._shadows = [shadow.untyped_storage() for shadow in shadows]
+        self._memory = [(shadow.data_ptr(), shadow.nbytes()) for shadow in self._shadows]
 
     @staticmethod
     def _layout(tensor: Tensor) -> tuple[Any, ...]:
-        storage = tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()._cdata
         return storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
+    @staticmethod
+    def _address(tensor: Tensor) -> int:
+        return tensor.untyped_storage().data_ptr()
+
     def holds(self) -> bool:
-        for slots, values in self._slots:
-            if len(slots) != len(values) or any(a is not b for a, b in zip(slots.values(), values, strict=True)):
+        return (
+            self.layout_holds()
+            and all(self._address(tensor) == address for tensor, _, address in self._places)
+            and self.shadows_hold()
+        )
+
+    def layout_holds(self) -> bool:
+        for slots, values, loose in self._slots:
+            if len(slots) != len(values) or not all(
+                is_loose or now is then for now, then, is_loose in zip(slots.values(), values, loose, strict=True)
+            ):
                 return False
-        return all(self._layout(tensor) == layout for tensor, layout in self._memory)
+        return all(
+            tensor.layout == torch.strided and self._layout(tensor) == layout for tensor, layout, _ in self._places
+        )
+
+    def shadows_hold(self) -> bool:
+        return [(shadow.data_ptr(), shadow.nbytes()) for shadow in self._shadows] == self._memory

@@ -1,6 +1,6 @@
 """The Triton backend: the plan's chunk table and the launches; the kernels are in triton_kernels/.
 
-For a GPU where `fastema._C` has no CUDA part. The table of addresses goes to the device once, when the plan is built;
+For a GPU where `fastema._C` has no code for it. The table of addresses goes to the device once, when the plan is built;
 an update is one launch with a handful of numbers. The first of each kind compiles, so it must come before a CUDA graph
 is captured. On CPU tensors it runs in Triton's interpreter, for tests.
 """
@@ -10,10 +10,14 @@ from __future__ import annotations
 import importlib
 import struct
 from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastema.backends.streams import Streams
 
 NAME = "triton"
 
@@ -22,11 +26,12 @@ _import_error: str | None = None
 
 _FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/chunks.h
 _CONVERT, _COPY_BYTES = 16, 32
+_GPUS = ("cuda", "xpu")  # xpu: Intel's; not run on one
 _MAX_TILES = 8  # of a chunk
 _BLOCKS_PER_MULTIPROCESSOR = 5
 _CHUNKS_PER_BLOCK = 8  # at least, so that few mid-size tensors still fill the chip
 # Nothing is left to contract, and Triton asks to be told which default is meant.
-_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}  # 256 threads in warps of 32
 
 
 def _load_kernels() -> Any:
@@ -42,24 +47,39 @@ def _load_kernels() -> Any:
 
 def why_unusable(device_type: str) -> str | None:
     """None if the backend runs on this kind of device, else the reason."""
-    if device_type not in ("cpu", "cuda"):
+    if device_type not in ("cpu", *_GPUS):
         return f"there are no kernels for {device_type}"
-    if device_type == "cuda" and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+    if device_type in _GPUS and not torch.get_device_module(device_type).is_available():
+        return f"torch sees no {device_type.upper()} device"
     kernels = _load_kernels()
     if kernels is None:
         return f"Triton cannot be imported ({_import_error})"
     if device_type == "cpu" and not kernels.INTERPRETED:
         return "on CPU tensors it runs only in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported"
-    if device_type == "cuda" and kernels.INTERPRETED:
+    if device_type in _GPUS and kernels.INTERPRETED:
         return "TRITON_INTERPRET is set, and the interpreter cannot follow addresses into a GPU's memory"
+    return None
+
+
+@cache
+def probe(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on this device, or None. A launch needs a C compiler and Python's headers."""
+    if device.type not in _GPUS:
+        return None
+    try:
+        live, shadow = torch.ones(2, 16, device=device)
+        Plan([[shadow]], [live], [False], []).update([0.5], guard=True)
+        torch.get_device_module(device).synchronize(device)
+    except Exception as error:  # a broken Triton fails in many ways
+        lines = str(error).strip().splitlines() or [""]
+        return f"a launch of its kernels fails ({type(error).__name__}: {lines[0]})"
     return None
 
 
 def describe(device_type: str) -> str:
     """What runs there."""
     version = importlib.import_module("triton").__version__
-    if device_type == "cuda":
+    if device_type in _GPUS:
         return f"Triton {version} kernels, swap by pointer"
     return f"Triton {version}'s interpreter, for tests: very slow"
 
@@ -97,8 +117,12 @@ class Plan:
         ]
         self._pack = struct.Struct(f"{len(shadows)}d")
         self._unpack = struct.Struct(f"{len(shadows)}q")
+        self._streams = Streams(
+            self._device, [self._kept, *(launch.table for launch in self._launches), *chain(*self._held)]
+        )
         # Triton launches on the current device, and on its current stream. -1 is nothing to change.
-        self._current = torch.cuda.device(self._device.index if self._device.type == "cuda" else -1)
+        gpu = torch.get_device_module(self._device) if self._device.type in _GPUS else torch.cuda
+        self._current = gpu.device(self._device.index if self._device.type in _GPUS else -1)
 
     def update(
         self,
@@ -112,6 +136,7 @@ class Plan:
         _check_scalars(skip, torch.float32, 1, self._device, "skip")
         _check_scalars(device_weights, torch.float64, self._count, self._device, "weights")
         bits = self._unpack.unpack(self._pack.pack(*weights))
+        self._streams.note_current()
         with self._current:
             for launch in self._launches:
                 launch.update(bits, guard, self._kept, skip, device_weights)
@@ -124,6 +149,7 @@ class Plan:
         if not self._same_dtypes:
             raise ValueError("contents of different dtypes cannot be exchanged exactly")
         launch, column = divmod(which, self._kernels.MAX_SHADOWS)
+        self._streams.note_current()
         with self._current:
             self._launches[launch].exchange(column)
 
@@ -145,10 +171,11 @@ class _Launch:
     ) -> None:
         rows = _chunk_rows(shadows, lives, kinds, kernels.tile_elements, _workers(device))
         self._kernels = kernels
+        self._options = {**_OPTIONS, "num_warps": kernels.THREADS // _warp_size(device)}
         self._chunks = len(rows)
         self._shadows = len(shadows)
         self._first = first
-        self._table = torch.tensor(rows, dtype=torch.int64).to(device)
+        self.table = torch.tensor(rows, dtype=torch.int64).to(device)
         # Of the compiled kernel; what is not in the table costs no registers and no time to compile.
         self._variants = tuple(sorted({row[2] for row in rows}))
         self._tiles = tuple(kernels.tile_elements(variant) for variant in self._variants)
@@ -162,7 +189,7 @@ class _Launch:
         if device_weights is not None and self._first:
             device_weights = device_weights[self._first :]  # a view: nothing is allocated on the device
         self._kernels.update[(self._chunks,)](
-            self._table,
+            self.table,
             kept,
             skip,
             device_weights,
@@ -172,12 +199,12 @@ class _Launch:
             K=self._shadows,
             GUARD=guard,
             COUNT_KEPT=self._first == 0,
-            **_OPTIONS,
+            **self._options,
         )
 
     def exchange(self, column: int) -> None:
         if self._chunks:
-            self._kernels.exchange[(self._chunks,)](self._table, column, K=self._shadows, **_OPTIONS)
+            self._kernels.exchange[(self._chunks,)](self.table, column, K=self._shadows, **self._options)
 
 
 # ---- the chunk table ----
@@ -256,9 +283,16 @@ def _elements_to_alignment(addresses: Sequence[int], steps: Sequence[int]) -> in
 
 def _workers(device: torch.device) -> int:
     """How many blocks run at once. The interpreter runs one, and the fewer chunks the better."""
-    if device.type != "cuda":
+    if device.type not in _GPUS:
         return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count * _BLOCKS_PER_MULTIPROCESSOR
+    properties = torch.get_device_module(device).get_device_properties(device)
+    count = properties.multi_processor_count if device.type == "cuda" else properties.gpu_subslice_count
+    return count * _BLOCKS_PER_MULTIPROCESSOR
+
+
+def _warp_size(device: torch.device) -> int:
+    """64 on AMD's CDNA, where 8 warps would leave 8-byte accesses to each thread; else 32."""
+    return getattr(torch.cuda.get_device_properties(device), "warp_size", 32) if device.type == "cuda" else 32
 
 
 # ---- a launch ----

@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from fastema.core.state import averages_by_name
+from fastema.core.storages import shadow_dtype
 from fastema.ema import FastEMA
-from fastema.mirror import shadow_dtype
 from fastema.policy import Policy, Source
-from fastema.state import averages_by_name
 
 
 class BoundEMA:
@@ -47,16 +47,19 @@ class BoundEMA:
         return averages_by_name(self._ema._shadow, 0)
 
     def update(self, decay: float) -> bool:
-        """Averages `source` as it is now.
+        """Average `source` as it is now.
 
         Returns:
             Whether the live weights had moved in memory, so that the averages are other tensors now.
         """
-        self._ema._decays.targets = (decay,)  # the schedule is "constant"
-        self._ema.update()
+        self._ema.update(decay=decay)
         moved = self._ema._shadow is not self._shadow
         self._shadow = self._ema._shadow
         return moved
+
+    def refuse_while_swapped(self, what: str) -> None:
+        """Raise RuntimeError while any averages are in the weights, or others in the place of these averages."""
+        self._ema._refuse_while_applied(what)
 
     def swapped(self) -> AbstractContextManager[FastEMA]:
         """A block in which the averages are in the live tensors."""

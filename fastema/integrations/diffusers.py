@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from fastema.checks import difference, refuse_differences
+from fastema.core.storages import shadow_dtype
 from fastema.integrations.bound import BoundEMA, shadow_like
-from fastema.mirror import shadow_dtype
 from fastema.policy import AVERAGED_DTYPES, Rule
 
 Parameters = Iterable[Tensor]
@@ -123,7 +123,7 @@ class EMAModel:
 
     @torch.no_grad()
     def step(self, parameters: Parameters | nn.Module | None = None) -> None:
-        """Averages `parameters` as they are now. Call it once per optimizer step.
+        """Average `parameters` as they are now. Call it once per optimizer step.
 
         Args:
             parameters: in the order of `shadow_params`. The plan of an update is kept as long as they are the same
@@ -146,7 +146,7 @@ class EMAModel:
 
     @torch.no_grad()
     def copy_to(self, parameters: Parameters | None = None) -> None:
-        """Copies the averages into `parameters`; None: those of the last step."""
+        """Copy the averages into `parameters`; None: those of the last step."""
         self._refuse_while_swapped("copy_to()")
         lives = self._listed_or_last(parameters)
         averages = [average.to(live.device) for average, live in zip(self.shadow_params, lives, strict=False)]
@@ -154,13 +154,13 @@ class EMAModel:
         torch._foreach_copy_([live.data for live in lives[: len(averages)]], averages)
 
     def store(self, parameters: Parameters | None = None) -> None:
-        """Keeps a copy of `parameters`, in the CPU's memory, for `restore()`."""
+        """Keep a copy of `parameters`, in the CPU's memory, for `restore()`."""
         lives = self._listed_or_last(parameters)
         self.temp_stored_params = [live.detach().to("cpu", copy=True) for live in lives]
 
     @torch.no_grad()
     def restore(self, parameters: Parameters | None = None) -> None:
-        """Copies what `store()` kept back into `parameters`, and lets go of it.
+        """Copy what `store()` kept back into `parameters`, and let go of it.
 
         Raises:
             RuntimeError: nothing is stored.
@@ -203,7 +203,7 @@ class EMAModel:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class or of diffusers', by value. What it lacks stays as it is.
+        """Load a state of this class or of diffusers', by value. What it lacks stays as it is.
 
         Raises:
             ValueError: a value of a wrong type or out of range. Nothing is changed.
@@ -227,7 +227,7 @@ class EMAModel:
             setattr(self, name, value)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None, non_blocking: bool = False) -> None:
-        """Moves and converts `shadow_params`, as `Tensor.to` does. The next step widens 16 bits to float32."""
+        """Move and convert `shadow_params`, as `Tensor.to` does. The next step widens 16 bits to float32."""
         self._refuse_while_swapped("to()")
         self._replace(
             [
@@ -237,13 +237,13 @@ class EMAModel:
         )
 
     def pin_memory(self) -> None:
-        """Moves `shadow_params` into pinned memory, until the next step."""
+        """Move `shadow_params` into pinned memory, until the next step."""
         self._refuse_while_swapped("pin_memory()")
         self._replace([average.pin_memory() for average in self.shadow_params])
 
     @classmethod
     def from_pretrained(cls, path: Any, model_cls: Any, foreach: bool = False) -> EMAModel:
-        """Loads what `save_pretrained()` wrote, of this class or of diffusers'."""
+        """Load what `save_pretrained()` wrote, of this class or of diffusers'."""
         _, state = model_cls.from_config(path, return_unused_kwargs=True)
         model = model_cls.from_pretrained(path)
         ema = cls(model.parameters(), model_cls=model_cls, model_config=model.config, foreach=foreach)
@@ -251,7 +251,7 @@ class EMAModel:
         return ema
 
     def save_pretrained(self, path: Any) -> None:
-        """Saves the averaged model, with the EMA's numbers in its configuration.
+        """Save the averaged model, with the EMA's numbers in its configuration.
 
         Raises:
             ValueError: built without `model_cls` or `model_config`.
@@ -317,9 +317,14 @@ class EMAModel:
         return bound
 
     def _adopt(self, bound: BoundEMA) -> None:
+        """Let the tensors of `shadow_params`, which stay the same objects, be views of the shadow."""
         averages = bound.averages()
-        self._views = [averages[str(index)] for index in range(len(averages))]
-        self.shadow_params = list(self._views)
+        for index, average in enumerate(self.shadow_params):
+            if average.is_inference():  # it stays one, and nothing may update it
+                self.shadow_params[index] = averages[str(index)]
+            else:
+                average.data = averages[str(index)]
+        self._views = list(self.shadow_params)
 
     def _replace(self, shadow_params: list[Tensor]) -> None:
         """With averages in memory of their own; the next step builds a plan for them."""

@@ -3,12 +3,13 @@
     from fastema.integrations.timm import ModelEmaV3       # was: from timm.utils import ModelEmaV3
 
 `module` is a copy of the model whose tensors *are* FastEMA's shadow: it costs Python objects, but no memory beyond the
-average itself, and is always up to date. timm itself is not needed.
+average itself, and is always up to date. A `module` in bfloat16 or float16 has tensors of its own, which every update
+rounds from a float32 average. timm itself is not needed.
 
 Differences from timm:
 
-- bfloat16 and float16 weights are averaged in float32 unless `dtype` says otherwise, so `module` is then a float32
-  model. timm keeps 16 bits: bfloat16 with stochastic rounding, float16 standing still.
+- bfloat16 and float16 averages are computed in float32, and `module` holds them rounded to nearest. timm computes in 16
+  bits: bfloat16 with stochastic rounding, float16 standing still. The state has the rounded values, as timm's.
 - Tied weights are averaged once a step; timm averages them once for each of their names.
 - Weights in another dtype than the average are averaged with lerp too; timm takes `mul_`, `add_` there.
 - A `decay` outside [0, 1] is refused.
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 
 from fastema import backends
 from fastema.checks import difference, refuse_differences
+from fastema.core.storages import shadow_dtype
 from fastema.integrations.bound import BoundEMA, shadow_like
-from fastema.mirror import shadow_dtype
 from fastema.policy import AVERAGED_DTYPES, Policy, Rule, Source, named_tensors
 
 
@@ -42,7 +43,7 @@ class ModelEmaV3(nn.Module):
         use_warmup: take `1 - (1 + step / warmup_gamma) ** -warmup_power` where that is less than `decay`.
         warmup_gamma, warmup_power: of the warm-up.
         device: the average's; None: where the model is.
-        dtype: the average's; None: the model's own, float32 for 16-bit weights.
+        dtype: the dtype of `module`; None: the model's own.
         stochastic_rounding, stochastic_rounding_seed, foreach: taken and kept for timm's sake. Nothing is rounded to 16
             bits here, and there is one way of updating.
         exclude_buffers: copy the buffers instead of averaging them.
@@ -89,8 +90,9 @@ class ModelEmaV3(nn.Module):
         self.stochastic_rounding_seed = stochastic_rounding_seed
         self.exclude_buffers = exclude_buffers
         self._excludes_now = exclude_buffers  # what the plan was built for
-        bound = BoundEMA(model, decay, _policy(exclude_buffers, dtype), dtype, device)
+        bound = BoundEMA(model, decay, _policy(exclude_buffers, dtype), _shadow_dtype(dtype), device)
         self._bound: BoundEMA | None = bound
+        self._rounded: list[tuple[Tensor, Tensor, Any]] = []  # of module, its float32 average, its state when rounded
         self.module = _copy_around(model, bound.averages(), dtype, device)
         self.module.eval()
         self._by_hand: frozenset[str] = frozenset()
@@ -111,7 +113,7 @@ class ModelEmaV3(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int | None = None) -> None:
-        """Averages the model's weights as they are now. Call it once per optimizer step.
+        """Average the model's weights as they are now. Call it once per optimizer step.
 
         Raises:
             ValueError: another structure than the averaged model's; lists the first differences.
@@ -125,35 +127,38 @@ class ModelEmaV3(nn.Module):
 
     @torch.no_grad()
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """Averages parameters and buffers."""
+        """Average parameters and buffers."""
         self._average(model, decay, exclude_buffers=False)
 
     @torch.no_grad()
     def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
-        """Averages parameters, copies buffers."""
+        """Average parameters, copy buffers."""
         self._average(model, decay, exclude_buffers=True)
 
     @torch.no_grad()
     def set(self, model: nn.Module) -> None:
-        """Makes the average a copy of the model."""
+        """Make the average a copy of the model."""
         # Not an update of weight 1: that could not overwrite a NaN.
         for average, live in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
             average.copy_(live)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the averaged model."""
+        """Run the averaged model."""
         return self.module(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle holds the average, not the model; its next update() binds it.
-        return {**self.__dict__, "_bound": None, "_watch": None}
+        return {**self.__dict__, "_bound": None, "_watch": None, "_rounded": []}
 
     # ---- inside ----
 
     def _average(self, model: nn.Module, decay: float, exclude_buffers: bool) -> None:
         bound = self._bound_to(model, exclude_buffers)
+        self._take_what_was_written()
         if bound.update(decay):
             self._adopt(bound)
+        else:
+            self._round()
         if self._by_hand:
             for (name, live), average in self._pairs(bound.source):
                 if name in self._by_hand:
@@ -169,35 +174,57 @@ class ModelEmaV3(nn.Module):
             and any(part is bound.source for part in model.modules())  # itself, or inside a wrapper
         ):
             return bound
+        if bound is not None:
+            bound.refuse_while_swapped("update()")
         pairs = self._pairs(model)
         refuse_differences(
             "the model is not built like the averaged one",
             [difference(name, average, live, dtypes=False) for (name, live), average in pairs],
         )
         dtype, device = shadow_like((live, average) for (_, live), average in pairs if isinstance(live, nn.Parameter))
-        bound = BoundEMA(model, self.decay, _policy(exclude_buffers, dtype), dtype, device)
+        self._take_what_was_written()
+        unrounded = {id(tensor): average for tensor, average, _ in self._rounded}
+        bound = BoundEMA(model, self.decay, _policy(exclude_buffers, self.dtype), dtype, device)
         averages = bound.averages()
         for (name, _), average in pairs:
             if name in averages:
-                averages[name].copy_(average)
+                averages[name].copy_(unrounded.get(id(average), average))
         self._bound, self._excludes_now = bound, exclude_buffers
         self._adopt(bound)
         return bound
 
     def _adopt(self, bound: BoundEMA) -> None:
-        """Lets the module's tensors, which stay the same objects, be views of the shadow."""
+        """Let the module's tensors, which stay the same objects, be views of the shadow, or rounded from it."""
         averages = bound.averages()
         for (name, _), average in self._pairs(bound.source):
-            if name in averages:
+            if name in averages and averages[name].dtype == average.dtype:
                 average.data = averages[name]
         self._look_after(bound)
 
+    @torch.no_grad()
+    def _take_what_was_written(self) -> None:
+        """Copy rounded tensors that somebody wrote to, by loading a state for one, into their averages."""
+        for tensor, average, state in self._rounded:
+            if _written(tensor) != state:
+                average.copy_(tensor)
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Bring the tensors of `module` up to date that have another dtype than the average."""
+        if self._rounded:
+            tensors, averages, _ = zip(*self._rounded, strict=True)
+            torch._foreach_copy_(tensors, averages)
+            self._rounded = [(tensor, average, _written(tensor)) for tensor, average, _ in self._rounded]
+
     def _look_after(self, bound: BoundEMA) -> None:
-        """Notes what the updates will have to know."""
+        """Note what the updates will have to know."""
         averages = bound.averages()
         names = [name for name, _ in named_tensors(bound.source) if name not in averages]
         # Otherwise these are buffers outside the state, which timm leaves as they were.
         self._by_hand = frozenset(names if self._excludes_now else ())
+        pairs = [(tensor, averages.get(name)) for (name, _), tensor in self._pairs(bound.source)]
+        self._rounded = [(tensor, to, None) for tensor, to in pairs if to is not None and to.dtype != tensor.dtype]
+        self._round()
         dicts = [slots for part in self.module.modules() for slots in (part._parameters, part._buffers, part._modules)]
         tensors = [tensor for _, tensor in named_tensors(self.module)]
         self._watch = backends.host(backends.default_name()).Watch(dicts, tensors)
@@ -222,7 +249,7 @@ def _policy(exclude_buffers: bool, dtype: torch.dtype | None) -> Policy:
         if module is not None and leaf in module._buffers:
             if exclude_buffers:
                 # FastEMA copies within a dtype. Where the average's is another, this adapter copies.
-                return "copy" if _average_dtype(tensor, dtype) == tensor.dtype else "skip"
+                return "copy" if _module_dtype(tensor, dtype) == tensor.dtype else "skip"
             if leaf in module._non_persistent_buffers_set:
                 return "skip"  # timm averages what is in the state_dict
         return "average" if _is_averaged(tensor) else "copy"
@@ -230,12 +257,22 @@ def _policy(exclude_buffers: bool, dtype: torch.dtype | None) -> Policy:
     return rule
 
 
+def _shadow_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype of the average under a module of `dtype`: 16 bits are averaged in float32."""
+    return None if dtype is None else shadow_dtype(dtype, None)
+
+
+def _written(tensor: Tensor) -> tuple[int, int]:
+    """Return what is another number once the tensor was written to or replaced."""
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+
 def _is_averaged(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype in AVERAGED_DTYPES
 
 
-def _average_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return shadow_dtype(tensor.dtype, dtype) if _is_averaged(tensor) else tensor.dtype
+def _module_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return shadow_dtype(tensor.dtype, dtype or tensor.dtype) if _is_averaged(tensor) else tensor.dtype
 
 
 def _copy_around(
@@ -244,12 +281,14 @@ def _copy_around(
     """A deep copy of the model whose tensors are `averages`, by name; the few others are copied."""
     # deepcopy() takes what its memo holds for a copy made before.
     memo: dict[int, Any] = {
-        id(live): torch.Tensor._make_subclass(type(live), averages[name], live.requires_grad)
+        id(live): torch.Tensor._make_subclass(
+            type(live), averages[name].to(_module_dtype(live, dtype)), live.requires_grad
+        )
         for name, live in named_tensors(model)
         if name in averages
     }
     module = deepcopy(model, memo)
     for name, tensor in named_tensors(module):
         if name not in averages:
-            tensor.data = tensor.data.to(device=device, dtype=_average_dtype(tensor, dtype))
+            tensor.data = tensor.data.to(device=device, dtype=_module_dtype(tensor, dtype))
     return module

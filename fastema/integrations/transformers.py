@@ -8,9 +8,10 @@ How it is done, and why so:
   little: there is no event before an evaluation and none after an exception, and the checkpoint it resumes from is
   not named. So four public methods of this one Trainer are wrapped: `train`, `evaluate`, `predict`, `save_model`. The
   exchange surrounds an evaluation as a `with` block: whatever ends it, the trained weights are back.
-- **`evaluate` runs a second time**, with the averaged weights in the model and `_ema` in the metrics' prefix. That
-  run comes first and is hidden from the other callbacks, but for `on_log`; the metrics of both go to their one
-  `on_evaluate`, and are returned. So early stopping, `metric_for_best_model="eval_ema_loss"` and the choice of the
+- **`evaluate` runs a second time**, with the averaged weights in the model. That run comes first and is hidden from the
+  other callbacks, but for `on_log`; its metrics have their usual names inside of it, for an `evaluate` of your own that
+  reads them, and `_ema` in their prefix once they leave it. The metrics of both go to their one `on_evaluate`, and are
+  returned. So early stopping, `metric_for_best_model="eval_ema_loss"` and the choice of the
   best checkpoint work with either. It leaves no trace in the random number generators: training goes on bit for
   bit as without it.
 - **Whatever `save_model` writes gets the average beside it**, checkpoints included.
@@ -19,7 +20,6 @@ How it is done, and why so:
 from __future__ import annotations
 
 import functools
-import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,34 +27,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastema.checks import checked_count
+from fastema.core.extras import require
 from fastema.ema import AttachedHandle, FastEMA
-from fastema.integrations.arguments import refuse_early
-from fastema.integrations.extras import require
+from fastema.integrations.callbacks import HoldsAverage, ema_arguments, replaced
+from fastema.integrations.transformers_checkpoint import EMA_STATE, is_peft, read_average, what_trains, write_average
 
 if TYPE_CHECKING:
     import numpy as np
-    import safetensors
-    import safetensors.torch
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
 else:
     TrainerCallback = require("transformers", "transformers").TrainerCallback
     get_last_checkpoint = require("transformers.trainer_utils", "transformers").get_last_checkpoint
-    safetensors = require("safetensors", "transformers")
-    require("safetensors.torch", "transformers")
     np = require("numpy", "transformers")
 
-#: The averaged weights under the model's own keys; of several averages, the others are in ema_1.safetensors, ...
-EMA_WEIGHTS = "ema.safetensors"
-#: The counters that the average resumes with.
-EMA_STATE = "ema.json"
+# In the metrics of an evaluation, but not measured by it.
+_AXES = ("epoch", "step")
 
 
-class FastEMATrainerCallback(TrainerCallback):
-    """Keeps an exponential moving average of the weights that a Hugging Face Trainer trains, and evaluates it.
+class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
+    """Keep an exponential moving average of the weights that a Hugging Face Trainer trains, and evaluate it.
 
     With `evaluate="both"`, every metric of `trainer.evaluate` appears twice: `eval_loss` of the trained weights and
     `eval_ema_loss` of the averaged ones; before the average has begun, both are the same. With `evaluate="ema"`
@@ -63,7 +58,11 @@ class FastEMATrainerCallback(TrainerCallback):
     Every checkpoint, and whatever else `trainer.save_model` writes, gets `ema.safetensors`, the averaged weights under
     the model's own keys (`safetensors.torch.load_model(model, path)` loads them, tied weights included), and `ema.json`
     with the counters. `trainer.train(resume_from_checkpoint=...)` takes both up exactly. With
-    `load_best_model_at_end=True` the average at the end is the one of the best checkpoint, as the model is.
+    `load_best_model_at_end=True` model and average at the end are those of the best checkpoint; where the metric that
+    chose it was the average's (`metric_for_best_model="eval_ema_loss"`, or `evaluate="ema"`), the model has it too.
+
+    Of a PEFT model only what trains is averaged, and a checkpoint gets `ema_adapter/` too, for
+    `PeftModel.from_pretrained(base, ...)`. `with callback.ema.swapped(): model.merge_and_unload()` merges the average.
 
     A `trainer.train` that does not resume begins a new average, as a copy of the weights.
 
@@ -103,31 +102,14 @@ class FastEMATrainerCallback(TrainerCallback):
         if predict not in ("ema", "base"):
             raise ValueError(f"predict must be 'ema' or 'base', got {predict!r}")
         self._evaluate_weights, self._predict_weights = evaluate, predict
-        self._ema_args = {"decay": decay, **ema_args}
-        refuse_early(self._ema_args)
-        self._ema: FastEMA | None = None
+        self._ema_args = ema_arguments(decay, ema_args)
         self._trainer: Trainer | None = None
         self._handle: AttachedHandle | None = None  # on the optimizer
         self._resume_from: Path | None = None
         self._joining: tuple[str, dict[str, float] | None] | None = None  # the prefix, and the average's metrics
 
-    @property
-    def ema(self) -> FastEMA | None:
-        """The average; None before it has begun."""
-        return self._ema
-
-    def ema_state_dict(self) -> dict[str, Any]:
-        """The averaged weights under the model's own keys: `model.load_state_dict(it)` works.
-
-        Raises:
-            RuntimeError: the average has not begun.
-        """
-        if self._ema is None:
-            raise RuntimeError("there is no average yet: it begins in trainer.train, at start_step and start_epoch")
-        return self._ema.shadow_state_dict()
-
     def attach(self, trainer: Trainer) -> FastEMATrainerCallback:
-        """Adds the callback to the Trainer, unless it is there already, and wraps the four methods.
+        """Add the callback to the Trainer, unless it is there already, and wrap the four methods.
 
         Returns:
             The callback: `ema = FastEMATrainerCallback(decay=0.999).attach(trainer)`.
@@ -170,7 +152,7 @@ class FastEMATrainerCallback(TrainerCallback):
     # ---- the Trainer's events ----
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Continues the average of the checkpoint, or forgets the one of an earlier training."""
+        """Continue the average of the checkpoint, or forget the one of an earlier training."""
         if self._trainer is None:
             raise RuntimeError(
                 "FastEMATrainerCallback is not attached: call callback.attach(trainer) once, after the Trainer is "
@@ -184,22 +166,24 @@ class FastEMATrainerCallback(TrainerCallback):
                 self._follow(kwargs["optimizer"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begins the average where the start is reached."""
+        """Begin the average where the start is reached."""
         if self._ema is None and state.global_step >= self._start_step and (state.epoch or 0) >= self._start_epoch:
-            self._ema = FastEMA(kwargs["model"], **self._ema_args)
+            self._ema = self._build(kwargs["model"])
             self._follow(kwargs["optimizer"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Adds the average's metrics to the model's own, for all callbacks that come after this one."""
+        """Add the average's metrics to the model's own, for all callbacks that come after this one."""
         if self._joining is not None:
             kwargs["metrics"].update(self._joined(kwargs["metrics"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the average of the best checkpoint where the Trainer took its weights."""
+        """Take the average of the best checkpoint where the Trainer took its weights."""
         self._detach()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._ema = None
             self._load(kwargs["model"], Path(state.best_model_checkpoint))
+            if self._ema is not None and self._is_averaged(args.metric_for_best_model):
+                self._ema.copy_to()
 
     # ---- the Trainer's methods ----
 
@@ -223,7 +207,7 @@ class FastEMATrainerCallback(TrainerCallback):
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> dict[str, float]:
-        """Evaluates the averaged weights, the trained ones, or both."""
+        """Evaluate the averaged weights, the trained ones, or both."""
         assert self._trainer is not None
         run = functools.partial(evaluate, eval_dataset, ignore_keys, **kwargs)
         several = isinstance(self._trainer.eval_dataset if eval_dataset is None else eval_dataset, dict)
@@ -237,8 +221,9 @@ class FastEMATrainerCallback(TrainerCallback):
             return run(metric_key_prefix=metric_key_prefix)
         averaged = None
         if self._ema is not None:
-            with _same_random_numbers(), self._hidden(), self._averaged("evaluate"):
-                averaged = run(metric_key_prefix=_averaged_prefix(metric_key_prefix))
+            rename = functools.partial(_averaged_metrics, metric_key_prefix)
+            with _same_random_numbers(), self._hidden(rename), self._averaged("evaluate"):
+                averaged = rename(run(metric_key_prefix=metric_key_prefix))
         self._joining = (metric_key_prefix, averaged)
         try:
             metrics = run(metric_key_prefix=metric_key_prefix)
@@ -254,7 +239,7 @@ class FastEMATrainerCallback(TrainerCallback):
             return predict(*args, **kwargs)
 
     def _save_model(self, save: Callable[..., None], output_dir: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Saves the trained weights, also from inside an evaluation of the averaged ones, and those beside them."""
+        """Save the trained weights, also from inside an evaluation of the averaged ones, and those beside them."""
         assert self._trainer is not None
         swapped = self._ema is not None and self._ema.is_applied
         if swapped:
@@ -263,7 +248,8 @@ class FastEMATrainerCallback(TrainerCallback):
         try:
             save(output_dir, *args, **kwargs)
             if self._ema is not None and self._trainer.args.should_save:
-                write_average(self._ema, Path(output_dir or str(self._trainer.args.output_dir)))
+                folder = Path(output_dir or str(self._trainer.args.output_dir))
+                write_average(self._ema, folder, self._trainer.accelerator.unwrap_model(self._trainer.model))
         finally:
             if swapped:
                 assert self._ema is not None
@@ -272,13 +258,23 @@ class FastEMATrainerCallback(TrainerCallback):
     # ---- inside ----
 
     def _follow(self, optimizer: Any) -> None:
-        """Has the average updated at every step that really happens."""
-        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = optimizer.optimizer  # Accelerate's wrapper also "steps" where nothing happens
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"FastEMATrainerCallback needs a torch optimizer, the Trainer has {type(optimizer)!r}")
+        """Have the average updated at every step that really happens."""
         assert self._ema is not None
         self._handle = self._ema.attach(optimizer)
+
+    def _is_averaged(self, metric: str | None) -> bool:
+        """Whether a metric was measured with the averaged weights."""
+        if self._evaluate_weights == "both":
+            name = metric or ""
+            return (name if name.startswith("eval_") else f"eval_{name}").startswith(f"{_averaged_prefix('eval')}_")
+        return self._evaluate_weights == "ema"
+
+    def _build(self, model: nn.Module) -> FastEMA:
+        """Return a new average: of a PEFT model, of what trains."""
+        arguments = self._ema_args
+        if is_peft(model) and arguments.get("policy") is None:
+            arguments = {**arguments, "policy": what_trains}
+        return FastEMA(model, **arguments)
 
     def _detach(self) -> None:
         if self._handle is not None:
@@ -286,9 +282,9 @@ class FastEMATrainerCallback(TrainerCallback):
             self._handle = None
 
     def _load(self, model: nn.Module, folder: Path) -> None:
-        """Builds the average that a checkpoint holds; where it holds none, there is none yet."""
+        """Build the average that a checkpoint holds; where it holds none, there is none yet."""
         if (folder / EMA_STATE).is_file():
-            ema = FastEMA(model, **self._ema_args)
+            ema = self._build(model)
             read_average(ema, folder)
             self._ema = ema
 
@@ -307,21 +303,23 @@ class FastEMATrainerCallback(TrainerCallback):
             yield
 
     @contextmanager
-    def _hidden(self) -> Iterator[None]:
-        """A block in which an evaluation is only logged, and shown to no callback otherwise."""
+    def _hidden(self, rename: Callable[[dict[str, float]], dict[str, float]]) -> Iterator[None]:
+        """A block in which an evaluation is logged, with its metrics renamed, and shown to no callback otherwise."""
         assert self._trainer is not None
-        handler = self._trainer.callback_handler
+        handler, log = self._trainer.callback_handler, self._trainer.log
 
         def nothing(args: Any, state: Any, control: Any, *_: Any, **__: Any) -> Any:
             return control
 
-        names = ("on_prediction_step", "on_evaluate")
-        vars(handler).update(dict.fromkeys(names, nothing))
-        try:
+        def log_renamed(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            log(rename(logs), *args, **kwargs)
+
+        with (
+            replaced(handler, "on_prediction_step", nothing),
+            replaced(handler, "on_evaluate", nothing),
+            replaced(self._trainer, "log", log_renamed),
+        ):
             yield
-        finally:
-            for name in names:
-                del vars(handler)[name]
 
     def _joined(self, metrics: dict[str, float]) -> dict[str, float]:
         """The metrics of the average; before it has begun, the model's own under its names."""
@@ -329,65 +327,24 @@ class FastEMATrainerCallback(TrainerCallback):
         prefix, averaged = self._joining
         if averaged is not None:
             return averaged
-        new = _averaged_prefix(prefix)
-        return {
-            f"{new}{name.removeprefix(prefix)}": value
-            for name, value in metrics.items()
-            if name.startswith(f"{prefix}_") and not name.startswith(f"{new}_")
-        }
-
-
-def write_average(ema: FastEMA, folder: Path) -> None:
-    """Writes `ema.safetensors`, loadable into the model without fastema, and `ema.json`."""
-    state = ema.state_dict()
-    shadows = state.pop("shadow")
-    count = len(shadows) if isinstance(shadows, list) else 1
-    for which in range(count):
-        # Of a tensor with several names one is written, and the metadata says which: as safetensors itself does it.
-        kept: dict[Any, str] = {}
-        tensors: dict[str, Tensor] = {}
-        metadata = {"format": "pt"}
-        # Averaged tensors that the model itself does not save are needed to resume.
-        own = shadows[which] if isinstance(shadows, list) else shadows
-        for name, value in {**own, **ema.shadow_state_dict(which)}.items():
-            if not isinstance(value, Tensor):
-                continue
-            first = kept.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
-            if first == name or value.numel() == 0:
-                tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            else:
-                metadata[name] = first
-        safetensors.torch.save_file(tensors, _weights_file(folder, which), metadata=metadata)
-    (folder / EMA_STATE).write_text(json.dumps(state, indent=2) + "\n")
-
-
-def read_average(ema: FastEMA, folder: Path) -> None:
-    """Loads what `write_average` wrote, by value.
-
-    Raises:
-        ValueError: it is the average of another model; lists the first differences. Nothing is changed.
-    """
-    state: dict[str, Any] = json.loads((folder / EMA_STATE).read_text())
-    own = ema.state_dict()["shadow"]
-    shadows = []
-    for which in range(len(state["decay"]) if isinstance(state["decay"], list) else 1):
-        wanted = (own[0] if isinstance(own, list) else own).keys()
-        with safetensors.safe_open(_weights_file(folder, which), framework="pt") as file:
-            aliases = file.metadata()
-            held = set(file.keys())
-            found = {name: name if name in held else aliases.get(name) for name in wanted}
-            shadows.append({name: file.get_tensor(stored) for name, stored in found.items() if stored is not None})
-    ema.load_state_dict({**state, "shadow": shadows if isinstance(state["decay"], list) else shadows[0]})
-
-
-def _weights_file(folder: Path, which: int) -> Path:
-    return folder / (EMA_WEIGHTS if which == 0 else EMA_WEIGHTS.replace(".", f"_{which}."))
+        averaged_prefix = f"{_averaged_prefix(prefix)}_"
+        own = {name: value for name, value in metrics.items() if not name.startswith(averaged_prefix)}
+        return _averaged_metrics(prefix, own)
 
 
 def _averaged_prefix(prefix: str) -> str:
     """eval → eval_ema; eval_of_one_data_set → eval_ema_of_one_data_set: the Trainer wants `eval_` in front."""
     word, separator, rest = prefix.partition("_")
     return f"{word}_ema{separator}{rest}"
+
+
+def _averaged_metrics(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    """Return the metrics of an evaluation with `prefix` under the names of the average."""
+    averaged = _averaged_prefix(prefix)
+    return {
+        name if name in _AXES else f"{averaged}_{name.removeprefix(f'{prefix}_')}": value
+        for name, value in metrics.items()
+    }
 
 
 @contextmanager

@@ -1,85 +1,163 @@
-"""What a training run is told: one field a flag, checked before anything is read or built."""
+"""The options of a training, one field a flag, checked before anything is read or built."""
 
+# ruff: noqa: RUF009 - `_flag` returns a field
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fastema.segmentation.errors import UserError
 
-# The coarsest level of the usual pyramids has a 32nd of the size: below this it would be a single pixel.
+# The coarsest level of the usual pyramids has a 32nd of the size; smaller images leave it a single pixel.
 SMALLEST_IMAGE = 64
+
+SYNTHETIC = "synthetic"  # --dataset-path of the generated data set
+HELD_OUT = "validation"  # --split of what a run held out
 
 SCHEDULERS = ("cosine", "cosine_restart", "onecycle", "none")
 PRECISIONS = ("none", "bf16", "fp16")
 EMA_STARTS = ("now", "auto")
 
 
+def _parse_decays(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers like 0.99,0.999, got {text!r}") from None
+
+
+def _parse_decay_args(text: str) -> dict[str, float]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {name.strip(): float(value) for name, value in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected something like beta=15, got {text!r}") from None
+
+
+#: The groups of flags in `--help`, with their descriptions.
+GROUPS = {
+    "teacher": "A checkpoint of fastema train: its averaged weights where it has any. It may be of another backbone, "
+    "other experts, and another image size.",
+    "data": None,
+    "model": None,
+    "stages": "1: the decoder alone, the backbone frozen. 2: everything, the backbone at a tenth of the rate.",
+    "optimisation": "AdamW. The backbone is at a tenth of each rate, --min-lr too.",
+    "exponential moving average": None,
+    "checkpoints": None,
+}
+_EMA = "exponential moving average"
+
+
+def _flag(group: str, help: str, default: Any = dataclasses.MISSING, metavar: str | None = None, **more: Any) -> Any:
+    """Return a field and how its flag is shown; `more` are arguments of `argparse`'s `add_argument`."""
+    metadata = {"group": group, "help": help, "metavar": metavar, **more}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class TrainOptions:
-    """The options of `fastema train`; the defaults are the command's. None: as the option that it falls back to."""
+    """The options of `fastema train`; None means the value of the option it falls back to."""
 
-    dataset_path: str
-    checkpoint_dir: Path
-    # data
-    cam_only: bool = True
-    val_fraction: float = 0.1
-    num_workers: int = 0
-    # model
-    backbone: str = "edgenext_base"
-    pretrained: bool = True
-    num_experts: int = 7
-    top_k: int = 2
-    img_size: int = 384
-    device: str = "auto"
-    amp: str = "none"
-    fsdp: bool = False
-    # stages
-    epochs: int = 30
-    stage1_epochs: int = 0
-    skip_stage1: bool = False
-    progressive_unfreeze: bool = False
-    batch_size: int = 8
-    stage2_batch_size: int | None = None
-    accumulation_steps: int = 1
-    # optimisation
-    lr: float = 1e-3
-    stage2_lr: float | None = None
-    scheduler: str = "cosine"
-    min_lr: float = 1e-5
-    warmup_epochs: int = 0
-    weight_decay: float = 1e-4
-    clip_grad: float = 1.0
-    seed: int = 0
-    # exponential moving average
-    use_ema: bool = False
-    ema_decay: float = 0.999
-    ema_decays: tuple[float, ...] = ()
-    ema_decay_type: str = "threshold"
-    ema_decay_args: Mapping[str, float] | None = None
-    ema_start: str = "now"
-    ema_start_epoch: int = 1
-    # checkpoints
-    resume_from: Path | None = None
-    save_every: int = 0
+    dataset_path: str = _flag(
+        "data",
+        "folder with Train/Image and Train/GT_Object (COD10K-v3), Imgs and GT, or Image and Mask; "
+        f"or '{SYNTHETIC}': a camouflage data set, generated on the spot",
+        metavar="DIR",
+    )
+    checkpoint_dir: Path = _flag("checkpoints", "where everything is written", metavar="DIR")
+    cam_only: bool = _flag(
+        "data",
+        "of COD10K, only the images with a camouflaged object, as the papers do; this is the default",
+        True,
+        action=argparse.BooleanOptionalAction,
+    )
+    val_fraction: float = _flag("data", "share of Train held out to validate on", 0.1, "F")
+    num_workers: int = _flag("data", "processes that read images beside the training", 0, "N")
+
+    backbone: str = _flag("model", "any timm model with a feature pyramid", "edgenext_base", "NAME")
+    pretrained: bool = _flag("model", "start from random weights", True)
+    num_experts: int = _flag("model", "experts at every level of the decoder; 0: none", 7, "N")
+    top_k: int = _flag("model", "experts that each image is given to", 2, "K")
+    img_size: int = _flag("model", "images are trained on as squares of this size", 384, "PX")
+    device: str = _flag("model", "auto, cpu, cuda, cuda:1, …", "auto", "DEV")
+    amp: str = _flag(
+        "model",
+        "16-bit forward and backward; fp16 (with loss scaling) on CUDA only, bf16 on a CPU too",
+        "none",
+        choices=PRECISIONS,
+    )
+    fsdp: bool = _flag(
+        "model",
+        "under torchrun: each process keeps a part of weights, moments and averages (fully_shard), not all of it",
+        False,
+    )
+
+    epochs: int = _flag("stages", "in all, both stages and those before a resume included", 30, "N")
+    stage1_epochs: int = _flag("stages", "how many of them are stage 1", 0, "N")
+    skip_stage1: bool = _flag("stages", "all epochs are stage 2, whatever --stage1-epochs", False)
+    progressive_unfreeze: bool = _flag(
+        "stages", "in stage 2, open the backbone level by level, the deepest first, until half of the stage", False
+    )
+    batch_size: int = _flag("stages", "images a batch, in all processes together", 8, "N")
+    stage2_batch_size: int | None = _flag("stages", "in stage 2 (default: --batch-size)", None, "N")
+    accumulation_steps: int = _flag("stages", "batches an optimizer step, in both stages", 1, "N")
+
+    lr: float = _flag("optimisation", "highest learning rate", 1e-3, "LR")
+    stage2_lr: float | None = _flag("optimisation", "highest learning rate of stage 2 (default: --lr)", None, "LR")
+    scheduler: str = _flag(
+        "optimisation",
+        "over each stage anew: half a cosine; a cosine with warm restarts (3 cycles, each twice as long); "
+        "one-cycle; or constant",
+        "cosine",
+        choices=SCHEDULERS,
+    )
+    min_lr: float = _flag("optimisation", "learning rate at the end of a stage (not: none)", 1e-5, "LR")
+    warmup_epochs: int = _flag("optimisation", "linear warm-up at the start (not: onecycle)", 0, "N")
+    weight_decay: float = _flag("optimisation", "AdamW's, on weights only", 1e-4, "W")
+    clip_grad: float = _flag("optimisation", "gradient norm limit; 0: none", 1.0, "NORM")
+    seed: int = _flag("optimisation", "of weights, order, augmentation and synthetic data", 0, "N")
+
+    use_ema: bool = _flag(_EMA, "validate the averaged weights every epoch", False)
+    ema_decay: float = _flag(_EMA, "it looks back over 1 / (1 - D) steps", 0.999, "D")
+    ema_decays: tuple[float, ...] = _flag(
+        _EMA,
+        "several averages at once, in place of --ema-decay; the first is the main one, ema_net of last.pth",
+        (),
+        "D,D,…",
+        type=_parse_decays,
+    )
+    ema_decay_type: str = _flag(_EMA, "constant, threshold, exp, warmup, linear", "threshold", "TYPE")
+    ema_decay_args: Mapping[str, float] | None = _flag(
+        _EMA,
+        "what the type takes: beta=15 (exp), inv_gamma=1,power=0.67 (warmup)",
+        None,
+        "NAME=X,…",
+        type=_parse_decay_args,
+    )
+    ema_start_epoch: int = _flag(_EMA, "start it before epoch N", 1, "N")
+    ema_start: str = _flag(_EMA, "now, or auto: when the IoU so far shows that it helps", "now", choices=EMA_STARTS)
+
+    resume_from: Path | None = _flag("checkpoints", "go on from a checkpoint of fastema train", None, "FILE")
+    save_every: int = _flag("checkpoints", "keep checkpoint_epoch{N}.pth of every Nth epoch; 0: of none", 0, "N")
 
     @property
     def first_stage_epochs(self) -> int:
-        """How many epochs the backbone is frozen for."""
+        """Epochs with a frozen backbone."""
         return 0 if self.skip_stage1 else self.stage1_epochs
 
     @property
     def second_lr(self) -> float:
-        """The highest learning rate of stage 2."""
+        """Highest learning rate of stage 2."""
         return self.lr if self.stage2_lr is None else self.stage2_lr
 
     @property
     def second_batch_size(self) -> int:
-        """Images a batch in stage 2."""
+        """Images per batch in stage 2."""
         return self.batch_size if self.stage2_batch_size is None else self.stage2_batch_size
 
     @property
@@ -88,7 +166,7 @@ class TrainOptions:
         return self.ema_decays or (self.ema_decay,)
 
     def check(self) -> None:
-        """Raises `UserError` for a value that cannot be meant, or two that do not go together."""
+        """Raise `UserError` for a value that is not allowed, or two that do not go together."""
         for name, least in (("batch_size", 1), ("epochs", 1), ("accumulation_steps", 1), ("ema_start_epoch", 1)):
             _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         for name in ("warmup_epochs", "stage1_epochs", "num_workers", "seed", "save_every", "num_experts"):
@@ -97,7 +175,7 @@ class TrainOptions:
         _require(self.img_size >= SMALLEST_IMAGE, "img_size", self.img_size, f"at least {SMALLEST_IMAGE}")
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         for name, known in (("scheduler", SCHEDULERS), ("amp", PRECISIONS), ("ema_start", EMA_STARTS)):
-            _require(getattr(self, name) in known, name, getattr(self, name), _any_of(known))
+            _require(getattr(self, name) in known, name, getattr(self, name), f"{', '.join(known[:-1])} or {known[-1]}")
         if self.num_experts:
             _require(1 <= self.top_k <= self.num_experts, "top_k", self.top_k, f"from 1 to {self.num_experts} experts")
         self._check_rates()
@@ -105,9 +183,8 @@ class TrainOptions:
         self._check_averages()
 
     def plain(self) -> dict[str, Any]:
-        """The options as plain values, for a checkpoint."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: _plain(value) for name, value in values.items()}
+        """Return the options as plain values, for a checkpoint."""
+        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
 
     def _check_rates(self) -> None:
         for name in ("lr", "stage2_lr"):
@@ -138,7 +215,8 @@ class TrainOptions:
         for decay in self.ema_decays:
             _require(0 <= decay <= 1, "ema_decays", decay, "in [0, 1] each")
         if len(set(self.ema_decays)) < len(self.ema_decays):
-            raise UserError(f"--ema-decays must differ from each other, got {_joined(self.ema_decays)}")
+            given = ",".join(f"{decay:g}" for decay in self.ema_decays)
+            raise UserError(f"--ema-decays must differ from each other, got {given}")
         _require(0 <= self.ema_decay <= 1, "ema_decay", self.ema_decay, "in [0, 1]")
         if not self.use_ema:
             return
@@ -148,22 +226,66 @@ class TrainOptions:
             raise UserError("--ema-start auto and --ema-start-epoch both say when the EMA starts: give one of them")
 
 
+@dataclass(frozen=True)
+class DistillOptions(TrainOptions):
+    """The options of `fastema distill`: those of the student's training, and the teacher's."""
+
+    use_ema: bool = _flag(_EMA, "validate the averaged weights every epoch", True)
+    teacher_checkpoint: Path = dataclasses.field(
+        kw_only=True, metadata={"group": "teacher", "help": "the teacher's checkpoint", "metavar": "FILE"}
+    )
+    teacher_backbone: str | None = _flag(
+        "teacher", "the backbone that FILE must have; a check, since FILE itself says how it is built", None, "NAME"
+    )
+    distill_weight: float = _flag(
+        "teacher", "loss = (1 - A) x loss against the masks + A x distance to the teacher", 0.5, "A"
+    )
+    temperature: float = _flag("teacher", "divides the logits of both before they are compared", 2.0, "T")
+
+    def check(self) -> None:
+        super().check()
+        _require(0 <= self.distill_weight <= 1, "distill_weight", self.distill_weight, "in [0, 1]")
+        positive = math.isfinite(self.temperature) and self.temperature > 0
+        _require(positive, "temperature", self.temperature, "a number above 0")
+        own = self.checkpoint_dir.resolve()
+        if self.teacher_checkpoint.resolve().parent in (own, own / "previous"):
+            raise UserError(
+                f"--teacher-checkpoint {self.teacher_checkpoint} is in --checkpoint-dir {self.checkpoint_dir}, where "
+                "this run puts the student's files in place of the teacher's: give another --checkpoint-dir"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The options of `fastema evaluate`."""
+
+    checkpoint: Path
+    dataset_path: str
+    split: str = "Test"
+    cam_only: bool = True
+    img_size: int | None = None
+    batch_size: int = 8
+    num_workers: int = 0
+    device: str = "auto"
+    json: Path | None = None
+
+    def check(self) -> None:
+        """Raise `UserError` for a value that is not allowed."""
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(self.num_workers >= 0, "num_workers", self.num_workers, "at least 0")
+        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
+            fault = "is a folder" if self.json.is_dir() else "cannot be written: its folder does not exist"
+            raise UserError(f"--json: {self.json} {fault}")
+
+
 def option_flag(name: str) -> str:
-    """A field's flag."""
+    """Return a field's flag."""
     return f"--{name.replace('_', '-')}"
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise UserError(f"{option_flag(name)} must be {expected}, got {value}")
-
-
-def _any_of(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def _joined(decays: tuple[float, ...]) -> str:
-    return ",".join(f"{decay:g}" for decay in decays)
 
 
 def _plain(value: Any) -> Any:

@@ -1,9 +1,7 @@
-"""torchvision on a CPU-only torch.
+"""Make torchvision importable next to a CPU-only torch, which timm needs.
 
-timm imports torchvision, and the torchvision of the default registry is built against CUDA: next to a CPU-only
-torch its compiled half does not load, and then its own Python half refuses to be imported because two operators
-have no schema. The schemas are all it needs, so they are defined here, and only after the real import failed
-for exactly that reason.
+torchvision built for CUDA cannot load its compiled half there, and its Python half then fails to import because two
+operators have no schema. The schemas are defined here, after the real import failed for that reason.
 """
 
 from __future__ import annotations
@@ -17,12 +15,12 @@ import torch
 _SCHEMAS = ("nms", "qnms")
 _MISSING_OPERATOR = "torchvision::nms does not exist"
 
-# A torch library undefines its operators when it is collected: it has to live as long as the process.
+# Kept for the life of the process: a torch library undefines its operators when it is collected.
 _library: torch.library.Library | None = None
 
 
 def import_torchvision() -> None:
-    """Makes `import torchvision` (and so `import timm`) work, next to a CPU-only torch too.
+    """Make `import torchvision`, and so `import timm`, work.
 
     Raises:
         ImportError: torchvision is not installed.
@@ -37,18 +35,14 @@ def import_torchvision() -> None:
     except RuntimeError as error:
         if _MISSING_OPERATOR not in str(error):
             raise
-    _forget("torchvision")
+    # Drop what the failed import left half made, so that the next one starts again.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
     if _library is None:
         _library = torch.library.Library("torchvision", "FRAGMENT")
         for name in _SCHEMAS:
             _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     with warnings.catch_warnings():
-        # "Failed to load image Python extension": true, and of no interest to somebody who reads images with Pillow.
+        # Images are read with Pillow here.
         warnings.filterwarnings("ignore", message="Failed to load image Python extension")
         importlib.import_module("torchvision")
-
-
-def _forget(package: str) -> None:
-    """Drops the modules that a failed import left half made, so that the next import starts afresh."""
-    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
-        del sys.modules[name]

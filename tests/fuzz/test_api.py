@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
+from cases.twins import Twins
 from fastema import FastEMA, backends
-from twins import Twins
 
 pytest.importorskip("hypothesis", reason="needs hypothesis")
 from hypothesis import HealthCheck, Phase, given, settings

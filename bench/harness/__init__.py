@@ -1,0 +1,1 @@
+"""The machinery: cases, contenders, clocks, turns, records and tables on the console."""

@@ -1,0 +1,1 @@
+"""What the front doors stand on: storages, shadows, swaps, state."""

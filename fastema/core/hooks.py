@@ -1,0 +1,88 @@
+"""Hooks on optimizers: one update of the average for every step, however many optimizers make it."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class StepGroup:
+    """Optimizers that make one training step together: `after` is called when each of them has stepped.
+
+    They keep nothing alive: where the owner of the two methods is gone, the hooks do nothing.
+
+    Args:
+        optimizers: with step hooks.
+        before: bound method, called before every step of any of them.
+        after: bound method `(found_inf)`, called once all have stepped; found_inf is that of a step that all skip.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        before: Callable[[], None],
+        after: Callable[[Tensor | None], None],
+    ) -> None:
+        self._before = weakref.WeakMethod(before)
+        self._after = weakref.WeakMethod(after)
+        self._found_inf: dict[int, Tensor | None] = {}  # of those that have stepped
+        self._handles: dict[int, list[Any]] = {
+            id(optimizer): [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
+            for optimizer in optimizers
+        }
+
+    def discard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take one optimizer out."""
+        self._found_inf.pop(id(optimizer), None)
+        for handle in self._handles.pop(id(optimizer), ()):
+            handle.remove()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        before = self._before()
+        if before is not None:
+            before()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        after = self._after()
+        if after is None or id(optimizer) not in self._handles:
+            return
+        # A gradient scaler leaves its verdict on optimizers that skip the step themselves (fused ones).
+        self._found_inf[id(optimizer)] = getattr(optimizer, "found_inf", None)
+        if len(self._found_inf) == len(self._handles):
+            found, self._found_inf = list(self._found_inf.values()), {}
+            after(skipped_by_all(found))
+
+
+def skipped_by_all(found_inf: Sequence[Tensor | None]) -> Tensor | None:
+    """Return a scalar that is not 0 where every optimizer skipped its step; None where one of them cannot have."""
+    known = [each for each in found_inf if each is not None]
+    return reduce(torch.minimum, known) if len(known) == len(found_inf) else None
+
+
+def checked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that really steps: Accelerate's wrapper runs no hooks of its own.
+
+    Raises:
+        TypeError: it has no step hooks.
+    """
+    accelerate = sys.modules.get("accelerate.optimizer")
+    while accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    # torch marks the step() that runs hooks; timm's Lookahead has the hooks' dictionaries and never looks at them.
+    has_hooks = hasattr(optimizer, "_optimizer_step_post_hooks") and getattr(type(optimizer).step, "hooked", False)
+    if not (isinstance(optimizer, torch.optim.Optimizer) and has_hooks):
+        raise TypeError(
+            f"attach() needs a torch.optim.Optimizer with step hooks, got a {type(optimizer).__name__}. Wrappers that "
+            "step by themselves (schedule-free, Lookahead) run none: call update() after their step() instead. Give "
+            "several optimizers one by one: attach(first, second)"
+        )
+    return optimizer

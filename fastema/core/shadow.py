@@ -1,0 +1,479 @@
+"""The shadow of a whole model: its storages, the plan of an update, and the swap with the live weights.
+
+Storages are mirrored rather than tensors, so that tied weights are averaged once, flat RNN weights stay flat and every
+view of a weight follows when pointers change places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastema import backends, offload, sharded
+from fastema.backends import torch as plain_torch
+from fastema.core import swap
+from fastema.core.storages import ShadowStorage, whole
+from fastema.core.swap import Swap, SwapEntry
+from fastema.policy import Managed
+
+_OWNER = "another FastEMA is applied to the same model: the live weights are its average now; restore() that one first"
+_DROPPED = (
+    "a FastEMA was dropped while its weights were applied: the model keeps the averaged ones, and those it trained are "
+    "gone. Call restore() first; or copy_to(), if that is what you want"
+)
+
+
+class Shadow:
+    """`count` shadows of the managed tensors.
+
+    Args:
+        managed: what is averaged or copied, each tensor once.
+        count: how many: one for each decay.
+        dtype, device: the shadows'; None: see `storages.shadow_dtype`, and where the live tensor is.
+        backend: "auto" or the name of one.
+        modules: the modules whose slots are watched for replaced tensors.
+        tensors_now: return the model's tensors by name, as they are then.
+
+    Raises:
+        ValueError: a tensor whose storage cannot be mirrored; names it.
+    """
+
+    def __init__(
+        self,
+        managed: list[Managed],
+        count: int,
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+        backend: str,
+        modules: Sequence[nn.Module],
+        tensors_now: Callable[[], dict[str, Tensor]],
+    ) -> None:
+        self.managed = managed
+        self.count = count
+        self._bound = [entry for entry in managed if not entry.loose]
+        self._loose = [(index, entry) for index, entry in enumerate(managed) if entry.loose]
+        self._tensors = [entry.tensor for entry in self._bound]
+        self._host = backends.host(backend)
+        self._backend = backend
+        self._tensors_now = tensors_now
+        self._dicts = [slots for module in modules for slots in (module._parameters, module._buffers, module._modules)]
+        self._gathered = sharded.GatheredParameters(modules)
+        self._parts: list[tuple[Any, Tensor]] = [
+            (entry.whole, entry.tensor) for entry in managed if entry.tensor is not entry.whole
+        ]
+        self._swap: Swap | None = None  # the one that is entered, or was last
+        self._which = 0  # the shadow that it exchanges
+        self._swaps: dict[tuple[int, bool, int], Swap] = {}  # built at the first use of a shadow
+        self._loose_live: list[Tensor] = []  # the live values of loose buffers, while the averages are in
+        self.nonfinite_elsewhere = 0  # elements counted by updates of stand-ins, and by earlier plans
+        # Under inference_mode the shadow would become inference tensors, which nothing may ever update again.
+        with torch.inference_mode(False), torch.no_grad():
+            self._build(dtype, device)
+
+    # ---- building ----
+
+    def _build(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
+        groups: dict[int, list[Managed]] = {}
+        for entry in self._bound:
+            groups.setdefault(entry.tensor.untyped_storage()._cdata, []).append(entry)
+        _refuse_two_storages_over_one_memory([entries[0] for entries in groups.values()])
+        self.live_storages = frozenset(groups)
+        swap.refuse_foreign("building a FastEMA", self.live_storages)  # it would start from the other's average
+        by_live = {
+            key: ShadowStorage(entries, dtype, device, self.count, self._host) for key, entries in groups.items()
+        }
+        self._storages = list(by_live.values())
+        self._owners = [by_live[entry.tensor.untyped_storage()._cdata] for entry in self._bound]  # [bound]
+        self._views: list[list[Tensor]] = []  # [count][managed]
+        for which in range(self.count):
+            bound = iter(zip(self._owners, self._bound, strict=True))
+            self._views.append([])
+            for entry in self.managed:
+                if entry.loose:
+                    self._views[-1].append(entry.tensor.detach().clone())
+                else:
+                    owner, _ = next(bound)
+                    self._views[-1].append(owner.view_of(entry.tensor, which))
+        self.storages = self.live_storages | {
+            shadow.untyped_storage()._cdata for storage in self._storages for shadow in storage.shadows
+        }
+        self.is_on_cpu = all(s.live.device.type == s.device.type == "cpu" for s in self._storages)
+        self._plan()
+        for storage in self._storages:
+            for segments in storage.segments:
+                for segment, live in zip(segments, storage.lives, strict=True):
+                    segment.copy_(live)
+
+    def _plan(self) -> None:
+        """Build one plan per device: a mix of dtypes and rules is no reason for a second."""
+        places: dict[tuple[torch.device, bool], list[ShadowStorage]] = {}
+        for storage in self._storages:
+            device = storage.live.device
+            places.setdefault((device, device == storage.device), []).append(storage)
+        self.plans: list[Any] = []
+        self._plan_devices = [device for device, _ in places]  # of the live weights
+        self.offloaded: list[offload.OffloadedPlan] = []  # those of `plans` that run in a thread
+        names: list[str] = []
+        for (device, same_device), storages in places.items():
+            segments = [[segment for s in storages for segment in s.segments[which]] for which in range(self.count)]
+            lives = [live for storage in storages for live in storage.lives]
+            copies = [run.copy for storage in storages for run in storage.runs]
+            views = [] if self.plans else [view for views in self._views for view in views]
+            transfer = offload.transfer_between(device, storages[0].device)
+            if transfer is not None:
+                module = self._host
+                self.offloaded.append(offload.OffloadedPlan(transfer, module.Plan, segments, lives, copies, views))
+                self.plans.append(self.offloaded[-1])
+            else:  # only torch crosses devices
+                module = backends.select(self._backend if same_device else "torch", device)
+                self.plans.append(module.Plan(segments, lives, copies, views))
+            names.append(module.NAME)
+        self.backend_name = "+".join(dict.fromkeys(names))
+        loose = [slot for _, entry in self._loose for slot in entry.slots]
+        shadows = [shadow for storage in self._storages for shadow in storage.shadows]
+        with self._gathered.set_aside():
+            self._watch = self._host.Watch(self._dicts, self._tensors, shadows, loose)
+        is_simple = len(self.plans) == 1 and not self._gathered and not self._parts and not self._loose
+        native = getattr(self.plans[0], "update_watched", None) if is_simple else None
+        self._one_call = None if native is None else partial(native, self._watch)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether some tensors are DTensors."""
+        return bool(self._parts)
+
+    # ---- every step ----
+
+    def is_current(self) -> bool:
+        """Return whether model and averages still are the same tensors in the same memory."""
+        return self._holds(self._watch.holds)
+
+    def _is_unchanged(self) -> bool:
+        """Return whether the model has the same tensors in the same storages, wherever those have their memory."""
+        return self._holds(self._watch.layout_holds)
+
+    def _weights_now(self) -> dict[str, Tensor]:
+        """Return the model's tensors by name; for one that an FSDP module gathered, the sharded one behind it."""
+        now = self._tensors_now()
+        for entry in self._bound:
+            if entry.tensor is not entry.whole:
+                now.update({name: entry.whole for name in entry.names if not sharded.is_dtensor(now.get(name))})
+        return now
+
+    def _holds(self, watch: Callable[[], bool]) -> bool:
+        if not self._parts and not self._gathered:
+            return watch()
+        with self._gathered.set_aside():
+            return watch() and all(dtensor._local_tensor is part for dtensor, part in self._parts)
+
+    def follow_averages(self) -> None:
+        """Make the averages' memory, which somebody replaced, the one that plans use.
+
+        Where the model has changed too, nothing is done: a new shadow will take the averages over.
+        """
+        if self._watch.shadows_hold() or not self._is_unchanged():
+            return
+        self.synchronize()
+        self.nonfinite_elsewhere = self.nonfinite_count()
+        with torch.inference_mode(False), torch.no_grad():
+            for storage in self._storages:
+                storage.own_memory()
+            self._swaps.clear()
+            self._plan()
+
+    def settle(self) -> None:
+        """Copy an average whose memory was replaced in the middle of its update to where it is now."""
+        with torch.inference_mode(False), torch.no_grad():
+            for storage in self._storages:
+                storage.settle()
+
+    def refuse_resized(self) -> None:
+        """Raise RuntimeError where somebody resized the storage of an average."""
+        for storage in self._storages:
+            for shadow in storage.shadows:
+                if shadow.untyped_storage().nbytes() != shadow.numel():
+                    raise RuntimeError(
+                        "the storage of an average was resized (resize_() on a tensor of state_dict() or "
+                        "shadow_state_dict()): its values may be gone. Build a new FastEMA, and resize a clone()"
+                    )
+
+    def update_watched(self, weights: list[float], guard: bool, skip: Tensor | None = None) -> str | None:
+        """Look whether model and averages are where they were, and update; in one call of C++ where there is one plan.
+
+        Returns:
+            None; "moved" where nothing was done; "averages moved" where they were replaced during the update.
+        """
+        if self._one_call is not None:
+            return self._one_call(weights, guard, skip)
+        if not self.is_current():
+            return "moved"
+        self.update(weights, guard, skip)
+        return None if self._watch.shadows_hold() else "averages moved"
+
+    def update(
+        self, weights: list[float], guard: bool, skip: Tensor | None = None, device_weights: Tensor | None = None
+    ) -> None:
+        """shadow <- shadow + weight * (live - shadow), or a copy, for everything. Arguments: see csrc/plan.h.
+
+        Raises:
+            RuntimeError: an earlier average failed in its thread; nothing is averaged.
+        """
+        self.synchronize()
+        skips = backends.skips_on(self._plan_devices, skip)
+        for plan, own_skip in zip(self.plans, skips, strict=True):
+            plan.update(weights, guard, own_skip, device_weights)
+        for index, entry in self._loose:
+            self._copy_loose(index, entry.current(), skip)
+
+    def _copy_loose(self, index: int, live: Tensor, skip: Tensor | None) -> None:
+        for views in self._views:
+            shadow = views[index]
+            if (shadow.shape, shadow.dtype, shadow.device) != (live.shape, live.dtype, live.device):
+                views[index] = live.detach().clone()
+            elif skip is None:
+                shadow.copy_(live.detach())
+            else:
+                shadow.copy_(torch.where(skip.to(shadow.device) != 0, shadow, live.detach()))
+
+    def synchronize(self) -> None:
+        """Wait for averages that run in a thread; their errors come out here."""
+        for plan in self.offloaded:
+            plan.synchronize()
+
+    def defer_copies_until_step(self, parameters: Iterable[Tensor]) -> None:
+        """Let copies of `parameters` to the host last until `order_writes()`, called before each optimizer step.
+
+        Every other tensor is safe to write right after an update.
+        """
+        if not self.offloaded:
+            return
+        stepped = {id(parameter) for parameter in parameters}
+        others = {entry.tensor.untyped_storage()._cdata for entry in self._bound if id(entry.whole) not in stepped}
+        for plan in self.offloaded:
+            plan.leave_to_steps(self.live_storages - others)
+
+    def order_writes(self) -> None:
+        """Let what is enqueued from now on come after the copies to the host."""
+        for plan in self.offloaded:
+            plan.order_writes()
+
+    def nonfinite_count(self) -> int:
+        return self.nonfinite_elsewhere + sum(plan.nonfinite_count() for plan in self.plans)
+
+    # ---- the same in a compiled graph, which may keep the tensors elsewhere for now ----
+
+    def operands(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what an update changes, every shadow storage as a whole [count * storages], and what it reads.
+
+        Raises:
+            RuntimeError: the compiler may keep a DTensor, a replaced buffer or a shadow in host memory elsewhere than
+                its memory here.
+        """
+        reason = (
+            "the shadow is in host memory" if self.offloaded else
+            "the model is sharded" if self._parts else
+            "a buffer of the model is replaced by every forward" if self._loose else None
+        )  # fmt: skip
+        if reason is not None:
+            raise RuntimeError(f"{reason}: call update() outside the compiled function")
+        return [shadow for storage in self._storages for shadow in storage.shadows], self._tensors
+
+    def update_operands(
+        self,
+        shadows: list[Tensor],
+        lives: list[Tensor],
+        weights: list[float],
+        guard: bool,
+        skip: Tensor | None = None,
+        device_weights: Tensor | None = None,
+    ) -> None:
+        """Update `operands()` or stand-ins for them, of the same shapes.
+
+        Raises:
+            RuntimeError: managed tensors overlap, which stand-ins cannot show.
+        """
+        own_shadows, own_lives = self.operands()
+        own = [tensor.data_ptr() for tensor in (*own_shadows, *own_lives)]
+        if own == [tensor.data_ptr() for tensor in (*shadows, *lives)]:
+            self.update(weights, guard, skip, device_weights)
+            return
+        if any(storage.overlaps for storage in self._storages):
+            raise RuntimeError("tensors of the model overlap in memory: call update() outside the compiled function")
+        index_of = {id(storage): index for index, storage in enumerate(self._storages)}
+        targets: list[list[Tensor]] = []
+        for which, views in enumerate(self._views):
+            flats = [shadows[index * self.count + which] for index in range(len(self._storages))]
+            targets.append(
+                [
+                    flats[index_of[id(owner)]]
+                    .view(view.dtype)
+                    .as_strided(view.shape, view.stride(), view.storage_offset())
+                    for owner, view in zip(self._owners, views, strict=True)
+                ]
+            )
+        copies = [entry.rule == "copy" for entry in self._bound]
+        plan = plain_torch.Plan(targets, lives, copies, [])
+        plan.update(weights, guard, skip, device_weights)
+        self.nonfinite_elsewhere += plan.nonfinite_count()
+
+    # ---- the swap ----
+
+    @property
+    def is_applied(self) -> bool:
+        return self._swap is not None and self._swap.is_entered
+
+    @property
+    def applied(self) -> int:
+        """Which shadow is in the model, or was last."""
+        return self._which
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the last swap exchanged contents."""
+        return self._swap is not None and self._swap.by_contents
+
+    def versions(self) -> int:
+        """Return a number that changes whenever autograd sees a write to a managed tensor."""
+        return sum(tensor._version for tensor in self._tensors if not tensor.is_inference())
+
+    def refuse_foreign(self, what: str) -> None:
+        """Raise RuntimeError while somebody else's averages are in the same model, or this one's are in another."""
+        if swap.entered:
+            swap.refuse_foreign(what, self.storages, own=self._swap)
+
+    def apply(self, which: int, in_place: bool) -> None:
+        """Let live and shadow `which` change places. The caller has checked that they may.
+
+        Raises:
+            ValueError: in_place, and the contents could not be put back exactly. Nothing is changed.
+        """
+        self.synchronize()
+        self._gathered.drop()
+        versioned = self._versioned()
+        key = which, in_place, len(versioned)  # FSDP makes its gathered parameters in their first forward
+        if key not in self._swaps:
+            self._swaps[key] = self._new_swap(which, versioned, in_place)
+        chosen = self._swaps[key]
+        self._swap, self._which = chosen, which
+        if not self._loose:
+            chosen.enter()
+            return
+        self._loose_live = [entry.current() for _, entry in self._loose]
+        averages = [self._views[which][index].clone() for index, _ in self._loose]
+        chosen.enter()
+        self._set_loose(averages)
+
+    def _set_loose(self, tensors: list[Tensor]) -> None:
+        for (_, entry), tensor in zip(self._loose, tensors, strict=True):
+            entry.put(tensor)
+
+    def _new_swap(self, which: int, versioned: list[Tensor], in_place: bool) -> Swap:
+        if in_place and not all(storage.is_direct for storage in self._storages):
+            raise ValueError(
+                "in_place=True exchanges contents, and live and shadow differ in dtype or device, so that the live "
+                "weights could not be put back exactly: use apply_shadow() without it, or give FastEMA the model's own "
+                "dtype and device"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            buffers = sorted((s.swap_buffer(which) for s in self._storages), key=lambda buffer: bool(buffer.parts))
+            buffer_of = {buffer.live._cdata: buffer for buffer in buffers}
+            entries = [
+                SwapEntry(entry.names, place, entry.rule == "copy", buffer_of[place[0]].view_of(entry.tensor))
+                for entry, place in ((entry, swap.place_of(entry.tensor)) for entry in self._bound)
+            ]
+            exchange: Any
+            if in_place:
+                pairs = [(buffer.live, buffer.storage) for buffer in buffers]
+                exchange = plain_torch.ContentsExchange(self.plans, which, versioned, pairs)
+            else:
+                by_pointer = [buffer for buffer in buffers if not buffer.parts]
+                exchange = self._host.StorageExchange(
+                    [whole(buffer.live) for buffer in by_pointer],
+                    [whole(buffer.storage) for buffer in by_pointer],
+                    versioned,
+                    [part for buffer in buffers for part in buffer.parts],
+                )
+        return Swap(_OWNER, _DROPPED, entries, exchange, buffers)
+
+    def _versioned(self) -> list[Tensor]:
+        """Return what graphs may refer to."""
+        if not self._parts:
+            return self._tensors
+        return [*self._tensors, *(dtensor for dtensor, _ in self._parts), *self._gathered.tensors()]
+
+    def restore(self) -> None:
+        """Let them change back.
+
+        Raises:
+            SwapError: a tensor cannot take its live value; nothing is changed.
+            RuntimeError: copies of sharded averages stay in the model, out of reach; the exchange itself is done.
+        """
+        assert self._swap is not None
+        try:
+            self._gathered.drop()  # before the exchange: after it, an interrupt could leave them behind
+        finally:
+            averages = [entry.current() for _, entry in self._loose]
+            self._set_loose(self._loose_live)
+            try:
+                is_unchanged = self._swap.leave(self._is_unchanged, self._weights_now)
+            except swap.SwapError:
+                self._set_loose(averages)
+                raise
+        if not is_unchanged:
+            self.follow_averages()
+            self._swaps.clear()
+        if self._parts and not self.is_current():
+            raise RuntimeError(
+                "restored, but the model's parameters were replaced meanwhile, or are gathered by an FSDP module that "
+                "FastEMA was not given: call reshard() on that one, else its next forward uses averaged weights"
+            )
+
+    # ---- the average and the live values, by tensor ----
+
+    def averages(self, which: int) -> list[tuple[Managed, Tensor]]:
+        """Return every managed tensor with its average.
+
+        The averages share memory with the EMA; those that are in the model right now are copies, right then and after.
+        """
+        self.synchronize()
+        in_model = self.is_applied and which == self._which
+        owner_of = {id(entry): owner for entry, owner in zip(self._bound, self._owners, strict=True) if owner.is_direct}
+        result = []
+        for entry, view in zip(self.managed, self._views[which], strict=True):
+            if in_model and id(entry) in owner_of:
+                view = owner_of[id(entry)].in_model(view).clone()
+            result.append((entry, sharded.described_as(entry.whole, view.detach())))
+        return result
+
+    def live_values(self) -> dict[str, Tensor]:
+        """Return the live values by name, while the averages are in the model."""
+        assert self._swap is not None
+        loose = zip(self._loose, self._loose_live, strict=True)
+        return {
+            **self._swap.live_values(),
+            **{name: live for (_, entry), live in loose for name in entry.names},
+        }
+
+
+def _refuse_two_storages_over_one_memory(entries: list[Managed]) -> None:
+    """`entries`: one tensor of each storage."""
+    spans = []
+    for entry in entries:
+        storage = entry.tensor.untyped_storage()
+        if storage.nbytes() == 0:
+            continue
+        if storage.data_ptr() == 0:
+            raise ValueError(f"{entry.name!r} has no memory behind it: its storage was freed, or it is a fake tensor")
+        spans.append((str(storage.device), storage.data_ptr(), storage.data_ptr() + storage.nbytes(), entry.name))
+    spans.sort()
+    for (device, _, end, name), (next_device, begin, _, next_name) in pairwise(spans):
+        if device == next_device and begin < end:
+            raise ValueError(
+                f"{name!r} and {next_name!r} are different storages over the same memory, which an exchange of "
+                "pointers cannot follow: clone() one of them, or make one a view of the other"
+            )

@@ -1,0 +1,267 @@
+"""The averages by name: saving, loading, copying, and carrying them over to a rebuilt shadow.
+
+Everything here checks first and lists the first differences; nothing is changed before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import zip_longest
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fastema import sharded
+from fastema.checks import difference, listed, refuse_differences
+from fastema.core.shadow import Shadow
+from fastema.core.swap import place_of
+from fastema.policy import Managed, Source, named_tensors
+from fastema.uncut import Step, run_uncut
+
+Place: TypeAlias = tuple[Any, ...]
+
+
+def averages_by_name(shadow: Shadow, which: int, saved_only: bool = False) -> dict[str, Tensor]:
+    """Return every average under each of its names; `saved_only`: what a state holds."""
+    return by_name(shadow.averages(which), saved_only)
+
+
+def by_name(averages: list[tuple[Managed, Tensor]], saved_only: bool) -> dict[str, Tensor]:
+    """Return averages under each of their names; `saved_only`: what a state holds."""
+    return {name: average for entry, average in averages if entry.is_saved or not saved_only for name in entry.names}
+
+
+# ---- whole models ----
+
+
+def model_state(
+    source: Source,
+    shadow: Shadow,
+    averages: list[tuple[Managed, Tensor]],
+    is_in: bool,
+    swapped: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, Any]:
+    """Return the averaged model under the model's own keys; what is not managed, as it is in the model.
+
+    Entries that a hook of the module makes anew (clones, casts, slices) are taken while the averages are in the model.
+
+    Args:
+        averages: of all managed tensors.
+        is_in: whether these averages are in the model now.
+        swapped: open a block in which they are.
+    """
+    places = {_place(entry.current() if entry.loose else entry.tensor): average for entry, average in averages}
+    return _state_of_side(source, shadow, places, is_in, swapped, "averaged")
+
+
+def live_state(model: Source, shadow: Shadow, restored: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
+    """Return the trained model under its own keys, while the averages are in it.
+
+    Args:
+        restored: open a block in which they are not.
+    """
+    live = shadow.live_values()
+    places = {_place(entry.current() if entry.loose else entry.tensor): live[entry.name] for entry in shadow.managed}
+    described = {
+        _place(entry.tensor): sharded.described_as(entry.whole, live[entry.name].detach()) for entry in shadow.managed
+    }
+    return _state_of_side(model, shadow, {**places, **described}, False, restored, "trained")
+
+
+def _state_of_side(
+    source: Source,
+    shadow: Shadow,
+    places: dict[Place, Tensor],
+    is_there: bool,
+    go_there: Callable[[], AbstractContextManager[Any]],
+    side: str,
+) -> dict[str, Any]:
+    """Return `source.state_dict()` with the tensors of one side, found by their place in the model's memory."""
+    state: dict[str, Any] = source.state_dict() if isinstance(source, nn.Module) else dict(source)
+    managed = {place[0] for place in places} | shadow.live_storages
+    other = {_place(tensor)[0] for _, tensor in named_tensors(source) if sharded.has_storage(tensor)} - managed
+    result: dict[str, Any] = {}
+    made_anew: list[str] = []
+    for key, value in state.items():
+        result[key] = value
+        if not (isinstance(value, Tensor) and sharded.has_storage(value)):
+            continue
+        place = _place(value)
+        if place in places:
+            result[key] = places[place]
+        elif place[0] not in other:
+            made_anew.append(key)
+    if made_anew and is_there:
+        result.update({key: state[key].detach().clone() for key in made_anew})
+    elif made_anew:
+        try:
+            with go_there():
+                state = source.state_dict() if isinstance(source, nn.Module) else dict(source)
+                result.update({key: state[key].detach().clone() for key in made_anew})
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the model's state_dict() makes {listed([repr(key) for key in made_anew])} anew, so that the {side} "
+                f"value can only be taken while the {side} weights are in the model, and that failed: {error}"
+            ) from error
+    return result
+
+
+def _place(tensor: Tensor) -> Place:
+    return place_of(sharded.local_part(tensor))
+
+
+def is_complete(source: Source) -> bool:
+    """Return whether every module has its tensors: one that is being unpickled or copied has none yet."""
+    try:
+        return not isinstance(source, nn.Module) or all("_parameters" in vars(module) for module in source.modules())
+    except AttributeError:
+        return False
+
+
+def refuse_averages_as_weights(source: Source, shadow: Shadow) -> None:
+    """Raise RuntimeError where tensors of the model are the averages' own memory."""
+    own = shadow.storages - shadow.live_storages
+    names = [name for name, tensor in named_tensors(source) if sharded.has_storage(tensor) and _place(tensor)[0] in own]
+    if names:
+        raise RuntimeError(
+            f"{listed([repr(name) for name in names])} of the model are the memory of their own averages, as after "
+            "model.load_state_dict(ema.shadow_state_dict(), assign=True): whatever changes one changes the other. "
+            "Load without assign=True, or clone() the tensors before; ema.copy_to() does the same"
+        )
+
+
+def reference_counts(pairs: Source, others: Sequence[int] = ()) -> list[int]:
+    """Return how many references each tensor of a list of pairs has, less `others`; nothing for a module."""
+    if isinstance(pairs, nn.Module):
+        return []
+    counts = [sys.getrefcount(tensor) for _, tensor in pairs]
+    return [count - other for count, other in zip_longest(counts, others, fillvalue=0)]
+
+
+def refuse_orphans(pairs: Source, own: list[int]) -> None:
+    """Raise RuntimeError where nobody but the FastEMA has a tensor of `pairs` any more: its model has another one.
+
+    Args:
+        own: how many references to each tensor are the FastEMA's.
+    """
+    if isinstance(pairs, nn.Module):
+        return
+    (pair_alone,) = reference_counts([("", torch.empty(0))])
+    counts = zip(pairs, reference_counts(pairs, own), strict=True)
+    orphans = [name for (name, _), others in counts if others <= pair_alone]
+    if orphans:
+        raise RuntimeError(
+            f"nobody but this FastEMA has {listed([repr(name) for name in orphans])} any more: it was built from named "
+            "tensors and averages those, and the model has others by now (load_state_dict(assign=True), a new head). "
+            "Build FastEMA from the model itself, which it follows"
+        )
+
+
+def replaced_buffers(shadow: Shadow) -> set[str]:
+    """Return the names of copied buffers that the model assigned anew while everything averaged stayed."""
+    if any(entry.rule == "average" and entry.slots and entry.current() is not entry.whole for entry in shadow.managed):
+        return set()
+    return {
+        entry.name
+        for entry in shadow.managed
+        if entry.rule == "copy" and not entry.loose and entry.current() is not entry.whole
+    }
+
+
+# ---- copying and loading ----
+
+
+@torch.no_grad()
+def copy_averages(shadow: Shadow, which: int, target: Source) -> None:
+    """Copy every average into the tensors of `target` with the same names.
+
+    Raises:
+        ValueError: a name is missing there, or a shape differs.
+    """
+    averages = averages_by_name(shadow, which)
+    targets = dict(named_tensors(target))
+    refuse_differences(
+        "copy_to() got a model that differs from the averaged one",
+        [
+            difference(name, average, targets[name], dtypes=False) if name in targets else f"{name!r} is missing"
+            for name, average in averages.items()
+        ]
+        + [sharded.difference(name, targets[name], averages[name]) for name in averages if name in targets],
+    )
+    if isinstance(target, nn.Module):
+        sharded.GatheredParameters(target.modules()).drop()
+    run_uncut(_copies((targets[name], average) for name, average in averages.items()))
+
+
+@torch.no_grad()
+def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tuple[list[str], list[str], list[Step]]:
+    """Prepare to load saved averages, one dictionary for each shadow, by value. Nothing is changed yet.
+
+    Returns:
+        The names that are missing in the state, those that are only there, and the steps for `run_uncut`.
+
+    Raises:
+        ValueError: another number of shadows; shapes that differ; with `strict`, names or dtypes that differ.
+    """
+    if len(saved) != shadow.count:
+        raise ValueError(f"the state has {len(saved)} averages, this FastEMA has {shadow.count}: build it with as many")
+    missing: list[str] = []
+    unexpected: list[str] = []
+    differences: list[str | None] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for which, values in enumerate(saved):
+        own = averages_by_name(shadow, which, saved_only=True)
+        missing = [name for name in own if name not in values]
+        unexpected = [name for name in values if name not in own]
+        found = [name for name in own if name in values]
+        differences += [difference(name, own[name], values[name], dtypes=strict) for name in found]
+        differences += [sharded.difference(name, own[name], values[name]) for name in found]
+        differences += [_unreadable(name, values[name]) for name in found]
+        pairs += [(own[name], values[name]) for name in found]
+        if strict:
+            differences += [f"{name!r} is missing in the state" for name in missing]
+            differences += [f"{name!r} is in the state, not in the model" for name in unexpected]
+    refuse_differences("the state is of another model", differences)
+    return missing, unexpected, _copies(pairs)
+
+
+@torch.no_grad()
+def carry_over(old: Shadow, new: Shadow) -> None:
+    """Copy the averages of a shadow into one that was built anew for the same model.
+
+    What is only copied has no history: it may come, go and change.
+
+    Raises:
+        RuntimeError: an averaged tensor is new, gone, or of another shape, dtype or device.
+    """
+    was = {name: entry for entry in old.managed if entry.rule == "average" for name in entry.names}
+    now = {name: entry for entry in new.managed if entry.rule == "average" for name in entry.names}
+    differences = [f"{name!r} is gone" for name in was if name not in now]
+    differences += [f"{name!r} is new" for name in now if name not in was]
+    differences += [
+        f"{name!r} is now {entry.layout}, was {was[name].layout}"
+        for name, entry in now.items()
+        if name in was and was[name].layout != entry.layout
+    ]
+    refuse_differences("the model changed since FastEMA was built; build a new one", differences, RuntimeError)
+    for which in range(old.count):
+        before, after = averages_by_name(old, which), averages_by_name(new, which)
+        run_uncut(_copies((after[name], before[name]) for name in now))
+    new.nonfinite_elsewhere = old.nonfinite_count()
+
+
+def _unreadable(name: str, value: Any) -> str | None:
+    """Return why nothing can be copied from a tensor; None where it can."""
+    if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_quantized or value.is_meta):
+        kind = "on the meta device" if value.is_meta else f"quantised or of layout {value.layout}"
+        return f"{name!r} is {kind}, an ordinary tensor is expected"
+    return None
+
+
+def _copies(pairs: Iterable[tuple[Any, Any]]) -> list[Step]:
+    """Return steps that copy the second of every pair into the first."""
+    return [partial(Tensor.copy_, *sharded.assignment(target, value)) for target, value in pairs]

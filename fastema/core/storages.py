@@ -1,0 +1,343 @@
+"""One storage of a model and its shadows: which bytes are managed, views, allocation.
+
+A shadow has the layout of the live storage (wider, if its dtype is), so tied and overlapping tensors are averaged once
+and a transposed or channels_last tensor needs no special case. Where the managed tensors span less than half of the
+storage, the shadow holds that span alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastema.policy import Managed
+
+_UNIT = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+_COMPLEX = {torch.float64: torch.complex128}
+_WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
+_ALIGNMENT = 64  # bytes: a span begins at a multiple, so that live and shadow are aligned alike
+
+
+def shadow_dtype(live: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of the average of a `live` tensor: `wanted`, else float32 for 16-bit weights, else the same."""
+    if wanted is None:
+        return _WIDER.get(live, live)
+    return _COMPLEX.get(wanted, torch.complex64) if live.is_complex else wanted
+
+
+def _unit(dtype: torch.dtype) -> torch.dtype:
+    """Return what a kernel sees: complex numbers are pairs."""
+    return _UNIT.get(dtype, dtype)
+
+
+def flat(storage: torch.UntypedStorage, begin: int, end: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Return bytes [begin, end) of `storage` as a 1-D tensor."""
+    tensor = torch.empty(0, dtype=dtype, device=storage.device)
+    return tensor.set_(storage, begin // dtype.itemsize, ((end - begin) // dtype.itemsize,), (1,))
+
+
+def whole(storage: torch.UntypedStorage) -> Tensor:
+    """Return all bytes of `storage` as a 1-D tensor."""
+    return flat(storage, 0, storage.nbytes())
+
+
+def view_in(storage: torch.UntypedStorage, like: Tensor, dtype: torch.dtype, offset: Any) -> Tensor:
+    """Return a tensor of the shape and strides of `like` that begins `offset` elements into `storage`."""
+    view = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, like.shape, like.stride())
+    view = view.conj() if like.is_conj() else view  # flags beside the memory
+    return torch._neg_view(view) if like.is_neg() else view
+
+
+def allocate(nbytes: int, device: torch.device, like: torch.UntypedStorage) -> torch.UntypedStorage:
+    """Return new memory that can take the place of `like`'s."""
+    # What takes the place of pinned memory must be pinned: offloaded parameters are copied to the GPU meanwhile.
+    pin = device.type == "cpu" == like.device.type and like.is_pinned()
+    return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin).untyped_storage()
+
+
+# ---- which bytes are managed ----
+
+
+@dataclass(frozen=True)
+class Run:
+    """Bytes [begin, end) of a storage, seen as elements of `dtype`, averaged or copied."""
+
+    begin: int
+    end: int
+    dtype: torch.dtype
+    copy: bool
+
+
+def element_runs(tensor: Tensor) -> list[tuple[int, int]]:
+    """Return the elements [begin, end) of its storage that `tensor` covers, ascending.
+
+    Raises:
+        ValueError: two indices of the tensor share an element (it was expanded).
+    """
+    if tensor.numel() == 0:
+        return []
+    dense = span = 1  # elements that lie together; elements from first to last
+    outer: list[tuple[int, int]] = []
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride < span:
+            raise ValueError(
+                f"has overlapping elements (shape {tuple(tensor.shape)}, strides {tensor.stride()}): it was expanded; "
+                "make it contiguous()"
+            )
+        if not outer and stride == dense:
+            dense *= size
+        else:
+            outer.append((stride, size))
+        span += stride * (size - 1)
+    begins = torch.tensor([tensor.storage_offset()], device="cpu")
+    for stride, size in outer:
+        begins = (begins[:, None] + stride * torch.arange(size, device="cpu")).flatten()
+    return [(begin, begin + dense) for begin in begins.sort().values.tolist()]
+
+
+def merged(runs: Iterable[Run]) -> list[Run]:
+    """Return the union of runs of one rule, ascending and disjoint; neighbours of one dtype become one run.
+
+    Raises:
+        ValueError: tensors of different dtypes overlap.
+    """
+    result: list[Run] = []
+    for run in sorted(runs, key=lambda run: (run.begin, run.end)):
+        last = result[-1] if result else None
+        if last is None or run.begin > last.end or (run.begin == last.end and run.dtype != last.dtype):
+            result.append(run)
+        elif run.dtype != last.dtype:
+            raise ValueError(
+                f"shares memory as {run.dtype} with a tensor that is {last.dtype}: average only one of them"
+            )
+        elif run.end > last.end:
+            result[-1] = Run(last.begin, run.end, run.dtype, run.copy)
+    return result
+
+
+def without(runs: Iterable[Run], taken: list[Run]) -> list[Run]:
+    """Return `runs` minus the bytes of `taken`; both are merged()."""
+    result: list[Run] = []
+    for run in runs:
+        begin = run.begin
+        for other in taken:
+            if other.end <= begin or other.begin >= run.end:
+                continue
+            if other.begin > begin:
+                result.append(Run(begin, other.begin, run.dtype, run.copy))
+            begin = max(begin, other.end)
+        if begin < run.end:
+            result.append(Run(begin, run.end, run.dtype, run.copy))
+    return result
+
+
+def gaps(runs: Iterable[Run], nbytes: int) -> list[tuple[int, int]]:
+    """Return the bytes [begin, end) of a storage of `nbytes` that no run covers; `runs` are disjoint."""
+    result, position = [], 0
+    for run in sorted(runs, key=lambda run: run.begin):
+        if run.begin > position:
+            result.append((position, run.begin))
+        position = run.end
+    if position < nbytes:
+        result.append((position, nbytes))
+    return result
+
+
+# ---- a storage and its shadows ----
+
+
+class ShadowStorage:
+    """A live storage and its shadows, all of the same layout.
+
+    A shadow is two storages over one memory: `memory`, which the kernels use and nobody else sees, and the one whose
+    views are handed out and which changes places with the live storage. So whoever replaces the memory of a tensor
+    that was handed out frees nothing that a kernel writes to.
+
+    Args:
+        entries: the managed tensors on this storage.
+        wanted: the shadow's dtype; None: see `shadow_dtype`.
+        device: the shadow's; None: the live storage's.
+        count: how many shadows.
+        host: the backend whose `second_owner` to use.
+
+    Raises:
+        ValueError: tensors that cannot be mirrored together; names them.
+    """
+
+    def __init__(
+        self, entries: list[Managed], wanted: torch.dtype | None, device: torch.device | None, count: int, host: Any
+    ) -> None:
+        self.live = entries[0].tensor.untyped_storage()
+        self._host = host
+        self._shadow_unit = _common_shadow_unit(entries, wanted)  # None: every run keeps its dtype
+        self._live_itemsize = _unit(entries[0].tensor.dtype).itemsize
+        self.device = device or self.live.device
+        self.is_direct = self._shadow_unit is None and self.device == self.live.device
+        self.runs = _runs_of(entries, keep_bytes=self._shadow_unit is None)
+        self.begin, self.end = _span(self.runs, self.live.nbytes())  # bytes of the live storage that are mirrored
+        self.is_part = self.end - self.begin < self.live.nbytes()
+        self.rest = [] if self.is_part else gaps(self.runs, self.live.nbytes())
+        self.lives = [flat(self.live, run.begin, run.end, run.dtype) for run in self.runs]  # [runs]
+        self.shadows = [
+            whole(allocate(self._scaled(self.end) - self._scaled(self.begin), self.device, self.live))
+            for _ in range(count)
+        ]  # [count], bytes of the storages that are handed out
+        self.own_memory()
+        covered = sum(run.end - run.begin for run in self.runs)
+        self.overlaps = covered != sum(entry.tensor.numel() * entry.tensor.dtype.itemsize for entry in entries)
+
+    def own_memory(self) -> None:
+        """Take the memory that the shadows have now as the one that kernels use."""
+        self.memory = [self._host.second_owner(shadow) for shadow in self.shadows]  # [count], bytes
+        self.segments = [
+            [
+                flat(
+                    memory.untyped_storage(), self._in_shadow(run.begin), self._in_shadow(run.end), self._dtype_of(run)
+                )
+                for run in self.runs
+            ]
+            for memory in self.memory
+        ]  # [count][runs]
+
+    def settle(self) -> None:
+        """Copy what the kernels wrote to wherever the shadows are now."""
+        for shadow, memory in zip(self.shadows, self.memory, strict=True):
+            if shadow.data_ptr() != memory.data_ptr():
+                shadow.copy_(memory)
+
+    def _scaled(self, live_bytes: int) -> int:
+        if self._shadow_unit is None:
+            return live_bytes
+        return live_bytes // self._live_itemsize * self._shadow_unit.itemsize
+
+    def _in_shadow(self, live_byte: int) -> int:
+        """Return where a byte of the live storage is in a shadow."""
+        return self._scaled(live_byte) - self._scaled(self.begin)
+
+    def _dtype_of(self, run: Run) -> torch.dtype:
+        return self._shadow_unit or run.dtype
+
+    def view_of(self, tensor: Tensor, which: int) -> Tensor:
+        """Return the shadow of a live tensor: the same place, shape and strides."""
+        dtype = tensor.dtype if self._shadow_unit is None else shadow_dtype(tensor.dtype, self._shadow_unit)
+        offset = tensor.storage_offset() - self.begin // tensor.dtype.itemsize
+        return view_in(self.shadows[which].untyped_storage(), tensor, dtype, offset)
+
+    def in_model(self, shadow_view: Tensor) -> Tensor:
+        """Return the place in the live storage of which a direct shadow has `shadow_view`."""
+        offset = shadow_view.storage_offset() + self.begin // shadow_view.dtype.itemsize
+        return view_in(self.live, shadow_view, shadow_view.dtype, offset)
+
+    def swap_buffer(self, which: int) -> SwapBuffer:
+        """Return what takes the live storage's place: the shadow itself, or scratch memory for it in the live dtype."""
+        shadow = self.shadows[which].untyped_storage()
+        storage = shadow if self.is_direct else allocate(self.end - self.begin, self.live.device, self.live)
+        rest = [(flat(storage, *gap), flat(self.live, *gap)) for gap in self.rest]
+        casts = []
+        if not self.is_direct:
+            for run in self.runs:
+                scratch = flat(storage, run.begin - self.begin, run.end - self.begin, run.dtype)
+                average = flat(shadow, self._in_shadow(run.begin), self._in_shadow(run.end), self._dtype_of(run))
+                casts.append((scratch, average))
+        parts = []
+        if self.is_part:
+            for run in self.runs:
+                part = flat(storage, run.begin - self.begin, run.end - self.begin)
+                parts.append((flat(self.live, run.begin, run.end), part))
+        return SwapBuffer(self.live, storage, rest, casts, parts, self.begin)
+
+
+@dataclass
+class SwapBuffer:
+    """A storage that changes places with a live one, or whose contents do so with a part of it."""
+
+    live: torch.UntypedStorage
+    storage: torch.UntypedStorage
+    rest: list[tuple[Tensor, Tensor]]  # of the two: the bytes that nothing manages
+    casts: list[tuple[Tensor, Tensor]]  # scratch <- average; empty where the storage is the shadow itself
+    parts: list[tuple[Tensor, Tensor]]  # bytes of the two whose contents change places; empty: the pointers do
+    begin: int  # the byte of the live storage at which this one begins
+
+    def __post_init__(self) -> None:
+        self._nbytes = self.storage.nbytes()
+
+    @property
+    def needs_filling(self) -> bool:
+        return bool(self.rest or self.casts)
+
+    def fill(self) -> None:
+        """Cast the average into scratch memory, and copy what is not managed, before the exchange."""
+        if self.casts and self.storage.nbytes() != self._nbytes:
+            self.storage.resize_(self._nbytes)
+        for scratch, average in self.casts:
+            scratch.copy_(average)
+        self.copy_rest()
+
+    def copy_rest(self) -> None:
+        """Copy the bytes that nothing manages to the side that goes into the model."""
+        for other, live in self.rest:
+            other.copy_(live)
+
+    def free(self) -> None:
+        """Give scratch memory back, after it came out."""
+        # numpy() marks a storage as fixed: an array taken in the block still reads the scratch memory.
+        if self.casts and self.storage.resizable() and self.live.resizable():
+            scratch = self.casts[0][0]
+            if scratch.device.type != "cpu":  # what reads it was enqueued before on this stream, not the allocating one
+                scratch.record_stream(torch.get_device_module(scratch.device).current_stream(scratch.device))
+            self.storage.resize_(0)
+
+    def view_of(self, tensor: Tensor) -> Tensor:
+        """Return the place of a live tensor in this storage."""
+        offset = tensor.storage_offset() - self.begin // tensor.dtype.itemsize
+        return view_in(self.storage, tensor, tensor.dtype, offset)
+
+
+def _span(runs: list[Run], nbytes: int) -> tuple[int, int]:
+    """Return the bytes to mirror: from the first to the last managed one if that is less than half, else all."""
+    if not runs:
+        return 0, nbytes
+    begin, end = min(run.begin for run in runs) // _ALIGNMENT * _ALIGNMENT, max(run.end for run in runs)
+    return (begin, end) if 2 * (end - begin) < nbytes else (0, nbytes)
+
+
+def _common_shadow_unit(entries: list[Managed], wanted: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype of a shadow that is not of the live dtype, or None: a storage widens as a whole."""
+    units = {_unit(entry.tensor.dtype) for entry in entries}
+    averaged = [entry.tensor.dtype for entry in entries if entry.rule == "average"]
+    widened = {_unit(shadow_dtype(dtype, wanted)) for dtype in averaged if shadow_dtype(dtype, wanted) != dtype}
+    if not widened:
+        return None
+    if len(units) > 1:
+        names = ", ".join(repr(entry.name) for entry in entries[:3])
+        raise ValueError(
+            f"{names} share one storage with different dtypes ({', '.join(sorted(map(str, units)))}), so their shadow "
+            "cannot have another dtype than they have: clone() them apart"
+        )
+    return widened.pop()
+
+
+def _runs_of(entries: list[Managed], keep_bytes: bool) -> list[Run]:
+    """Return the disjoint runs of one storage; where tensors of both rules overlap, averaging wins."""
+    averaged: list[Run] = []
+    copied: list[Run] = []
+    for entry in entries:
+        copy = entry.rule == "copy"
+        itemsize = entry.tensor.dtype.itemsize
+        unit = torch.uint8 if copy and keep_bytes else _unit(entry.tensor.dtype)
+        try:
+            runs = element_runs(entry.tensor)
+        except ValueError as error:
+            raise ValueError(f"{entry.name!r} {error}. A policy that returns 'skip' for it leaves it alone.") from None
+        (copied if copy else averaged).extend(Run(begin * itemsize, end * itemsize, unit, copy) for begin, end in runs)
+    try:
+        average = merged(averaged)
+        return average + without(merged(copied), average)
+    except ValueError as error:
+        raise ValueError(f"{entries[0].name!r} {error}") from None

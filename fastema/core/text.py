@@ -1,0 +1,16 @@
+"""Small pieces of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def first_few(items: Sequence[object], shown: int = 3, separator: str = ", ") -> str:
+    """Join the first items, and say how many more there are.
+
+    Example:
+        >>> first_few("abcde", 2)
+        'a, b, and 3 more'
+    """
+    more = len(items) - shown
+    return separator.join(map(str, items[:shown])) + (f"{separator}and {more} more" if more > 0 else "")

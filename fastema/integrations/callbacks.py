@@ -1,0 +1,71 @@
+"""What the callbacks for Lightning and for the Hugging Face Trainer share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from fastema.ema import FastEMA
+
+_Result = TypeVar("_Result")
+
+# Said of the model itself or of its device, which are not known yet.
+_LATER = ("policy", "device", "backend", "capturable")
+
+
+class HoldsAverage:
+    """The average of a callback, which begins in the course of a training."""
+
+    _ema: FastEMA | None = None
+
+    @property
+    def ema(self) -> FastEMA | None:
+        """The average; None before it has begun."""
+        return self._ema
+
+    def ema_state_dict(self) -> dict[str, Any]:
+        """Return the averaged weights under the model's own keys: `model.load_state_dict(it)` works.
+
+        Raises:
+            RuntimeError: the average has not begun.
+        """
+        if self._ema is None:
+            raise RuntimeError("there is no average yet: it begins in the training, at start_step and start_epoch")
+        return self._with_current(FastEMA.shadow_state_dict)
+
+    def _with_current(self, call: Callable[[FastEMA], _Result]) -> _Result:
+        """Return what `call` makes of the average."""
+        assert self._ema is not None
+        return call(self._ema)
+
+
+def ema_arguments(decay: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments for FastEMA, checked now and not after the data has been prepared.
+
+    The callbacks' schedule is "constant" unless another is asked for, whatever FastEMA's own default is.
+
+    Raises:
+        ValueError, TypeError: what FastEMA would raise.
+    """
+    arguments = {"decay": decay, "decay_type": "constant", **given}
+    FastEMA([("", torch.zeros(1))], **{name: value for name, value in arguments.items() if name not in _LATER})
+    return arguments
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """A block in which an attribute of one object is another one."""
+    own = vars(owner)
+    was = own.get(name)
+    was_own = name in own
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        if was_own:
+            object.__setattr__(owner, name, was)
+        else:
+            object.__delattr__(owner, name)

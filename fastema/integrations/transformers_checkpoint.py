@@ -1,0 +1,100 @@
+"""The average in the Hugging Face Trainer's checkpoints: as safetensors, and of a PEFT model as an adapter."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastema.core.extras import require
+from fastema.ema import FastEMA
+from fastema.policy import Rule
+
+if TYPE_CHECKING:
+    import safetensors
+    import safetensors.torch
+else:
+    safetensors = require("safetensors", "transformers")
+    require("safetensors.torch", "transformers")
+
+#: The averaged weights under the model's own keys; of several averages, the others are in ema_1.safetensors, ...
+EMA_WEIGHTS = "ema.safetensors"
+#: The counters that the average resumes with.
+EMA_STATE = "ema.json"
+#: Of a PEFT model, the averaged adapter as `PeftModel.save_pretrained` writes it.
+EMA_ADAPTER = "ema_adapter"
+
+
+def write_average(ema: FastEMA, folder: Path, model: nn.Module) -> None:
+    """Write `ema.safetensors`, loadable into the model without fastema, and `ema.json`.
+
+    Of a PEFT model `ema.safetensors` holds the averaged tensors alone, and `ema_adapter/` the averaged adapter.
+    """
+    peft = is_peft(model)
+    state = ema.state_dict()
+    shadows = state.pop("shadow")
+    count = len(shadows) if isinstance(shadows, list) else 1
+    for which in range(count):
+        # Of a tensor with several names one is written, and the metadata says which: as safetensors itself does it.
+        kept: dict[Any, str] = {}
+        tensors: dict[str, Tensor] = {}
+        metadata = {"format": "pt"}
+        # Averaged tensors that the model itself does not save are needed to resume.
+        own = shadows[which] if isinstance(shadows, list) else shadows
+        averages = ema.shadow_state_dict(which)
+        if peft:
+            # The whole model's state with the averages in it, of which PEFT takes the adapter's part.
+            model.save_pretrained(_numbered(folder / EMA_ADAPTER, which), state_dict=averages)  # type: ignore[operator]
+            averages = {}
+        for name, value in {**own, **averages}.items():
+            if not isinstance(value, Tensor):
+                continue
+            first = kept.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
+            if first == name or value.numel() == 0:
+                tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            else:
+                metadata[name] = first
+        safetensors.torch.save_file(tensors, _numbered(folder / EMA_WEIGHTS, which), metadata=metadata)
+    (folder / EMA_STATE).write_text(json.dumps(state, indent=2) + "\n")
+
+
+def read_average(ema: FastEMA, folder: Path) -> None:
+    """Load what `write_average` wrote, by value.
+
+    Raises:
+        ValueError: it is the average of another model; lists the first differences. Nothing is changed.
+    """
+    state: dict[str, Any] = json.loads((folder / EMA_STATE).read_text())
+    own = ema.state_dict()["shadow"]
+    shadows = []
+    for which in range(len(state["decay"]) if isinstance(state["decay"], list) else 1):
+        wanted = (own[0] if isinstance(own, list) else own).keys()
+        with safetensors.safe_open(_numbered(folder / EMA_WEIGHTS, which), framework="pt") as file:
+            aliases = file.metadata()
+            held = set(file.keys())
+            found = {name: name if name in held else aliases.get(name) for name in wanted}
+            shadows.append({name: file.get_tensor(stored) for name, stored in found.items() if stored is not None})
+    ema.load_state_dict({**state, "shadow": shadows if isinstance(state["decay"], list) else shadows[0]})
+
+
+def _numbered(path: Path, which: int) -> Path:
+    """Return the path for one of several averages: the first has the plain name."""
+    return path if which == 0 else path.with_name(f"{path.stem}_{which}{path.suffix}")
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Return whether a model is PEFT's."""
+    peft = sys.modules.get("peft")  # nothing is a PeftModel where peft was not imported
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def what_trains(name: str, tensor: Tensor, module: nn.Module | None) -> Rule | None:
+    """Average the parameters that train and the buffers of their modules, and skip the rest: a policy for FastEMA."""
+    if isinstance(tensor, nn.Parameter):
+        return "average" if tensor.requires_grad else "skip"
+    trains = module is not None and any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    return None if trains else "skip"

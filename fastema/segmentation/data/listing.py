@@ -1,0 +1,169 @@
+"""Find the image and mask files of a data set, pair them, and hold some out for validation.
+
+COD10K-v3 is the model, `{Train,Test}/{Image,GT_Object}` with `a.jpg` and `a.png`; the other common names, and folders
+without the Train and Test level, are read too. Nothing in a Test folder is ever trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastema.core.text import first_few
+from fastema.segmentation.errors import UserError
+
+# (images, masks), in the order in which they are looked for.
+LAYOUTS = (("Image", "GT_Object"), ("Imgs", "GT"), ("Image", "Mask"))
+
+# COD10K's images without a camouflaged animal: 2,960 of its 6,000 training images, with all-black masks.
+NON_CAM = "cod10k-noncam-"
+
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image and its mask."""
+
+    image: Path
+    mask: Path
+
+    @property
+    def stem(self) -> str:
+        return self.image.stem
+
+
+@dataclass
+class Listing:
+    """The files of one split of a data set.
+
+    Attributes:
+        folder: the parent of the images' and the masks' folder.
+        pairs: sorted by stem.
+        problems: descriptions by kind.
+        left_out: number of COD10K-NonCAM images that are not in `pairs`.
+        all_black: number of empty masks. Those images stay in: their IoU is 1 for an empty prediction, else 0.
+            Set by `verify_pairs`.
+        repeated: images of the same bytes, as `a.jpg = b.jpg`. Set by `verify_pairs`.
+    """
+
+    folder: Path
+    pairs: list[Pair] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    left_out: int = 0
+    all_black: int = 0
+    repeated: list[str] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """Return remarks on what is unusual but no problem."""
+        notes = []
+        if self.left_out:
+            notes.append(f"{self.left_out} COD10K-NonCAM images left out")
+        if self.all_black:
+            notes.append(f"{self.all_black} all-black masks (IoU 1 for an empty prediction, else 0)")
+        if self.repeated:
+            notes.append(f"{len(self.repeated)} images are there under several names: {first_few(self.repeated)}")
+        return notes
+
+
+def list_pairs(root: Path, split: str = "Train", cam_only: bool = True) -> Listing:
+    """Pair the images and masks of one split by stem.
+
+    A root without folders Train and Test is one set, which is read for either split.
+
+    Args:
+        root: the data set's folder.
+        split: `Train` or `Test`.
+        cam_only: leave out `COD10K-NonCAM-*`, as the papers on COD10K do.
+    """
+    images, masks = _find_folders(root, split)
+    image_files, mask_files = _by_stem(images), _by_stem(masks)
+    if not image_files:
+        raise UserError(f"no images in {images}: expected files like a.jpg there and a.png in {masks}")
+    listing = Listing(images.parent)
+    if cam_only:
+        listing.left_out = _drop_non_cam(image_files)
+        _drop_non_cam(mask_files)
+        if not image_files:
+            raise UserError(f"all {listing.left_out} images in {images} are COD10K-NonCAM, which --cam-only leaves out")
+    for stem, files in sorted(image_files.items()):
+        own_masks = mask_files.get(stem, [])
+        if len(files) > 1 or len(own_masks) > 1:
+            names = [file.name for file in files + own_masks]
+            listing.problems["stems with several images or masks"].append(first_few(names))
+        elif not own_masks:
+            listing.problems["images without a mask"].append(f"{files[0].name} (no {masks.name}/{stem}.png)")
+        else:
+            listing.pairs.append(Pair(files[0], own_masks[0]))
+    for stem, files in sorted(mask_files.items()):
+        if stem not in image_files:
+            listing.problems["masks without an image"].append(f"{files[0].name} (no {images.name}/{stem}.jpg)")
+    return listing
+
+
+def hold_out(pairs: Sequence[Pair], fraction: float) -> tuple[list[Pair], list[Pair]]:
+    """Split pairs into (training, validation), with about `fraction` and at least one in the second.
+
+    By a hash of the stem, so the split is the same on every machine and does not change when images are added.
+    """
+    if len(pairs) < 2:
+        raise UserError(f"{len(pairs)} image(s) are not enough: one to train on and one to validate on are the least")
+    ordered = sorted(pairs, key=_hash)
+    count = min(max(sum(_hash(pair) < fraction for pair in pairs), 1), len(pairs) - 1)
+    validation = set(ordered[:count])
+    return [pair for pair in pairs if pair not in validation], [pair for pair in pairs if pair in validation]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files of a folder, sorted; no hidden ones, nothing from folders in it."""
+    return [file for file in sorted(folder.iterdir()) if file.suffix.lower() in _SUFFIXES and file.name[0] != "."]
+
+
+def _hash(pair: Pair) -> float:
+    """Map a stem to [0, 1)."""
+    return int.from_bytes(hashlib.sha256(pair.stem.encode()).digest()[:8], "big") / 2**64
+
+
+def _find_folders(root: Path, split: str) -> tuple[Path, Path]:
+    if not root.is_dir():
+        raise UserError(f"there is no data set at {root}: it is {'a file' if root.exists() else 'missing'}")
+    name, children = split.lower(), _subfolders(root)
+    if name == "train" and name not in children:
+        parent = root.resolve().parent
+        if root.resolve().name.lower() == "test" and "train" in _subfolders(parent):
+            raise UserError(f"{root} is a test set, for fastema evaluate only; to train, give {parent}")
+    where = children.get(name, root)
+    inside = _subfolders(where)
+    for images, masks in LAYOUTS:
+        if images.lower() in inside and masks.lower() in inside:
+            return inside[images.lower()], inside[masks.lower()]
+    if name == "test" and "train" in children and where is root:
+        raise UserError(
+            f"{root} has no Test folder, and what is in Train was trained on; to evaluate on that all the same, give "
+            f"{children['train']}"
+        )
+    expected = " or ".join(f"{split}/{images} + {split}/{masks}" for images, masks in LAYOUTS)
+    found = first_few(sorted(f"{folder.name}/" for folder in inside.values()), 6) or "no folders"
+    raise UserError(f"{root} is not a data set that is understood: expected {expected}; {where} has {found}")
+
+
+def _drop_non_cam(files: dict[str, list[Path]]) -> int:
+    stems = [stem for stem in files if stem.lower().startswith(NON_CAM)]
+    for stem in stems:
+        del files[stem]
+    return len(stems)
+
+
+def _subfolders(folder: Path) -> dict[str, Path]:
+    # By lower-case name: both `image` and `Image` are common.
+    return {child.name.lower(): child for child in sorted(folder.iterdir()) if child.is_dir()}
+
+
+def _by_stem(folder: Path) -> dict[str, list[Path]]:
+    files: dict[str, list[Path]] = defaultdict(list)
+    for file in image_files(folder):
+        files[file.stem].append(file)
+    return files

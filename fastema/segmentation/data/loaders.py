@@ -1,0 +1,218 @@
+"""Datasets, the sampler and the loaders.
+
+An image's augmentation is drawn from a seed made of run, epoch and image, which comes with its index. So it depends
+neither on the number of workers or processes nor on what ran before, and a resumed run sees the same images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from fastema.segmentation.data.images import read_pair
+from fastema.segmentation.data.listing import Pair
+from fastema.segmentation.errors import UserError
+from fastema.segmentation.torchvision_shim import import_torchvision
+
+import_torchvision()  # in a worker process too, which imports this module again
+
+from torchvision import tv_tensors  # noqa: E402
+from torchvision.transforms import v2  # noqa: E402
+
+T = TypeVar("T")
+
+
+class Draw(NamedTuple):
+    """An image's index, and the seed of its augmentation."""
+
+    image: int
+    seed: int
+
+
+class Validation(NamedTuple):
+    """A validation batch."""
+
+    images: Tensor  # [N, 3, S, S] float32 in [0, 1]
+    masks: list[Tensor]  # N of [H, W] bool, each at its file's size
+
+
+def mix_seed(*parts: int) -> int:
+    """Return one seed from several numbers; unlike with a sum, (1, 2) and (2, 1) differ."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def network_input(pixels: np.ndarray, size: int) -> Tensor:
+    """Resize an image, uint8 [H, W, 3], to float32 [3, size, size] in [0, 1], regardless of its proportions."""
+    image = v2.functional.resize(torch.from_numpy(pixels).permute(2, 0, 1), [size, size], antialias=True)
+    return image.float().div_(255)
+
+
+class TrainingSet(Dataset[tuple[Tensor, Tensor]]):
+    """Augmented images, float32 [3, S, S] in [0, 1], and masks, float32 [1, S, S] of 0 and 1."""
+
+    def __init__(self, pairs: Sequence[Pair], size: int) -> None:
+        self.pairs = list(pairs)
+        self._augment = v2.Compose(
+            [
+                v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.RandomVerticalFlip(),
+                v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        pixels, truth = read_pair(self.pairs[draw.image])
+        image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+        mask = tv_tensors.Mask(torch.from_numpy(truth)[None])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(draw.seed)  # torch.manual_seed would seed the accelerators too
+            image, mask = self._augment(image, mask)
+        return image.as_subclass(Tensor).float().div_(255), mask.as_subclass(Tensor).float()
+
+
+class ValidationSet(Dataset[tuple[Tensor, Tensor]]):
+    """Resized images, float32 [3, S, S] in [0, 1], and masks, bool [H, W] at their file's size."""
+
+    def __init__(self, pairs: Sequence[Pair], size: int) -> None:
+        self.pairs = list(pairs)
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        pixels, truth = read_pair(self.pairs[index])
+        return network_input(pixels, self._size), torch.from_numpy(truth).bool()
+
+
+def share_of(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
+    """Return one process's share: every `world_size`-th item from `rank` on.
+
+    Nothing is repeated to make the shares equal: that would change the mean over the validation images, and count a
+    training image twice.
+    """
+    return items[rank::world_size]
+
+
+class EpochSampler(Sampler[Draw]):
+    """This process's share of an order that depends on the seed and the epoch alone.
+
+    The order and the augmentation of each image are the same for any number of processes.
+
+    Attributes:
+        epoch: from 1; set it before each epoch.
+    """
+
+    def __init__(self, count: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.epoch = 1
+        self._count = count
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+
+    def __len__(self) -> int:
+        return len(share_of(range(self._count), self._rank, self._world_size))
+
+    def __iter__(self) -> Iterator[Draw]:
+        generator = torch.Generator().manual_seed(mix_seed(self._seed, self.epoch))
+        order = torch.randperm(self._count, generator=generator).tolist()
+        for index in share_of(order, self._rank, self._world_size):
+            yield Draw(index, mix_seed(self._seed, self.epoch, index))
+
+
+def training_loader(dataset: TrainingSet, sampler: EpochSampler, batch_size: int, workers: int) -> DataLoader:
+    """Return a loader of (images, masks) in the sampler's order; the last batch may be short.
+
+    Iterating raises `UserError` when a file cannot be read any more, or a worker dies.
+    """
+    return _loader(dataset, batch_size, workers, default_collate, sampler)
+
+
+def validation_loader(dataset: ValidationSet, batch_size: int, workers: int) -> DataLoader:
+    """Return a loader of `Validation` batches in the dataset's order; errors as in `training_loader`."""
+    return _loader(dataset, batch_size, workers, _collate_validation)
+
+
+def _loader(
+    dataset: Dataset, batch_size: int, workers: int, collate: Callable[[list], Any], sampler: Sampler | None = None
+) -> DataLoader:
+    return _Loader(
+        _ErrorsAsSamples(dataset),
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_interrupts,
+        collate_fn=partial(_collate_or_error, collate),
+        generator=torch.Generator().manual_seed(0),  # the global one is for dropout
+    )
+
+
+def _collate_validation(samples: list[tuple[Tensor, Tensor]]) -> Validation:
+    return Validation(torch.stack([image for image, _ in samples]), [mask for _, mask in samples])
+
+
+def _ignore_interrupts(_: int) -> None:
+    # A terminal sends Ctrl-C to the workers too: each would print a traceback before the parent ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# An exception in a worker reaches the trainer with the worker's traceback as its message. A `UserError` is returned as
+# a value instead, sample to batch, and raised where the batch is taken from the loader.
+
+
+class _ErrorsAsSamples(Dataset[Any]):
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self._dataset[index]
+        except UserError as error:
+            return error
+
+
+def _collate_or_error(collate: Callable[[list], Any], samples: list) -> Any:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
+
+
+class _Loader(DataLoader[Any]):
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        problem = None
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    problem = batch
+                    break
+                yield batch
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            problem = UserError(
+                f"a process that reads images died ({str(error).splitlines()[0]}). If memory ran out, lower "
+                "--num-workers; in a container, enlarge /dev/shm"
+            )
+        if problem is not None:
+            if self.num_workers > 0:
+                # Left to the garbage collector, which waits 5 s for each worker.
+                batches._shutdown_workers()  # type: ignore[attr-defined]
+                self._iterator = None
+            raise problem

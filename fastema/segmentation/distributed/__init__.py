@@ -1,0 +1,1 @@
+"""Several processes: the group, and the network replicated or sharded over it."""

@@ -1,0 +1,150 @@
+"""Evaluate a checkpoint, trained and averaged weights side by side: a table, and JSON with every image's values."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fastema
+from fastema.segmentation.console import progress, say
+from fastema.segmentation.data import synthetic
+from fastema.segmentation.data.listing import Listing, hold_out, list_pairs
+from fastema.segmentation.data.loaders import ValidationSet, validation_loader
+from fastema.segmentation.data.verify import verify_pairs
+from fastema.segmentation.distributed.process_group import select_device
+from fastema.segmentation.errors import UserError
+from fastema.segmentation.eval.scores import Scores, difference, mean_scores, score_weights
+from fastema.segmentation.model.load import AVERAGED, BASE, Checkpoint, load_both, read_checkpoint
+from fastema.segmentation.options import HELD_OUT, SYNTHETIC, EvaluateOptions
+
+T = TypeVar("T")
+
+_HEADINGS = {
+    "iou": "IoU ↑",
+    "dice": "Dice ↑",
+    "s_measure": "S ↑",
+    "weighted_f": "wF ↑",
+    "mean_e": "mean E ↑",
+    "mae": "MAE ↓",
+}
+_LABELS = {BASE: "base", AVERAGED: "EMA"}
+_CONVENTIONS = (
+    "Means over images, at the masks' own sizes. IoU and Dice: probability above 0.5. S-measure, weighted F (wF), mean "
+    "E and MAE: 8-bit maps, stretched to 0…1 image by image, as the toolkits behind published numbers do."
+)
+
+
+def evaluate_checkpoint(options: EvaluateOptions) -> None:
+    """Measure the checkpoint on the data, print a table and write the JSON."""
+    console = Console()
+    checkpoint = read_checkpoint(options.checkpoint, options.img_size)
+    listing = _list_images(options, checkpoint, console)
+    scores = _score(options, checkpoint, listing, console)
+    _print_table(console, scores)
+    if options.json is not None:
+        options.json.write_text(json.dumps(_record(options, checkpoint, listing, scores), indent=1) + "\n")
+        say(console, f"JSON:  {options.json}")
+
+
+def _list_images(options: EvaluateOptions, checkpoint: Checkpoint, console: Console) -> Listing:
+    root = Path(options.dataset_path)
+    if options.dataset_path == SYNTHETIC:
+        root = synthetic.ensure_dataset(checkpoint.path.parent, _trained_with(checkpoint, "seed", int))
+    held_out = options.split == HELD_OUT
+    listing = list_pairs(root, "Train" if held_out else options.split, options.cam_only)
+    if held_out:
+        listing.pairs = hold_out(listing.pairs, _trained_with(checkpoint, "val_fraction", float))[1]
+    verify_pairs(listing)
+    notes = [f"{len(listing.pairs)} images", *listing.notes()]
+    say(console, f"Data:  {listing.folder}{', held out' if held_out else ''}; {', '.join(notes)}")
+    if options.split == "Test" and listing.folder.resolve() == root.resolve() and root.name.lower() != "test":
+        say(
+            console,
+            f"Note:  {root} has no Test folder: these are all its images. If the run was trained on them, "
+            f"--split {HELD_OUT} takes only those that it held out.",
+        )
+    return listing
+
+
+def _trained_with(checkpoint: Checkpoint, name: str, kind: type[T]) -> T:
+    value = checkpoint.options.get(name)
+    if not isinstance(value, kind):
+        raise UserError(f"{checkpoint.path} does not say which images it was trained on: its options have no {name}")
+    return value
+
+
+def _score(
+    options: EvaluateOptions, checkpoint: Checkpoint, listing: Listing, console: Console
+) -> dict[str, list[Scores]]:
+    device = select_device(options.device)
+    net, ema = load_both(checkpoint, device)
+    weights: dict[str, Callable[[], AbstractContextManager[object]]] = {BASE: nullcontext}
+    if ema is not None:
+        weights[AVERAGED] = ema.swapped
+    epoch = "" if checkpoint.epoch is None else f", epoch {checkpoint.epoch}"
+    architecture = checkpoint.architecture
+    say(
+        console,
+        f"Model: {checkpoint.path}{epoch}; {architecture.backbone}, {architecture.num_experts} experts, images of "
+        f"{checkpoint.img_size} pixels, on {device}" + ("; no EMA in it" if ema is None else ""),
+    )
+    dataset = ValidationSet(listing.pairs, checkpoint.img_size)
+    loader = validation_loader(dataset, options.batch_size, options.num_workers)
+    with progress(console, "Evaluation", len(loader)) as bar:
+        try:
+            return score_weights(net, weights, loader, device, bar.advance)
+        except ValueError as error:
+            raise UserError(f"{checkpoint.path} cannot be evaluated: {error}") from error
+
+
+def _print_table(console: Console, scores: Mapping[str, list[Scores]]) -> None:
+    table = Table("weights")
+    for heading in _HEADINGS.values():
+        table.add_column(heading, justify="right")
+    for name, each in scores.items():
+        means = mean_scores(each)
+        table.add_row(_LABELS[name], *(f"{getattr(means, metric):.4f}" for metric in _HEADINGS))
+    if len(scores) == 2:
+        lead = difference(*scores.values())
+        table.add_section()
+        table.add_row("EMA - base", *(f"{lead[metric].mean:+.4f}" for metric in _HEADINGS))
+        table.add_row("± std. error", *(f"{lead[metric].error:.4f}" for metric in _HEADINGS))
+    console.print(table)
+    say(console, _CONVENTIONS)
+
+
+def _record(
+    options: EvaluateOptions, checkpoint: Checkpoint, listing: Listing, scores: Mapping[str, list[Scores]]
+) -> dict[str, Any]:
+    return {
+        "checkpoint": str(checkpoint.path),
+        "epoch": checkpoint.epoch,
+        "architecture": asdict(checkpoint.architecture),
+        "img_size": checkpoint.img_size,
+        "dataset": str(listing.folder),
+        "split": options.split,
+        "cam_only": options.cam_only,
+        "images": len(listing.pairs),
+        "all_black_masks": listing.all_black,
+        "conventions": _CONVENTIONS,
+        "versions": {"fastema": fastema.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "weights": [
+            {
+                "name": name,
+                "means": asdict(mean_scores(each)),
+                "per_image": [
+                    {"image": pair.image.name, **asdict(one)} for pair, one in zip(listing.pairs, each, strict=True)
+                ],
+            }
+            for name, each in scores.items()
+        ],
+    }

@@ -1,0 +1,1 @@
+"""The network: a timm backbone, a pyramid decoder, mixtures of experts."""

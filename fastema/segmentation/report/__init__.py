@@ -1,0 +1,1 @@
+"""Figures of a run: history, curves, pictures, the summary at the end."""

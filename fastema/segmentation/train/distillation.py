@@ -1,0 +1,192 @@
+"""Distillation: train a student towards the masks and towards a teacher's probabilities.
+
+The teacher is a network of its own. Nothing that trains, averages or saves the student reaches it, so it ends bit for
+bit as it began, and is in no checkpoint of the student's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+from fastema.segmentation.console import say
+from fastema.segmentation.data.listing import Pair
+from fastema.segmentation.data.loaders import ValidationSet, validation_loader
+from fastema.segmentation.errors import UserError
+from fastema.segmentation.eval.scores import evaluate
+from fastema.segmentation.model.load import load_net, read_checkpoint
+from fastema.segmentation.model.network import Output, SegmentationNet
+from fastema.segmentation.options import DistillOptions
+from fastema.segmentation.report.timers import Timers
+from fastema.segmentation.train.losses import BALANCE_WEIGHT, MakeObjective, Objective, training_loss
+from fastema.segmentation.train.optimizer import Precision
+
+
+class Teacher(nn.Module):
+    """A trained network in evaluation mode, without gradients.
+
+    Args:
+        net: with its trained weights.
+        img_size: side of its square images, pixels; it gets images resized to this.
+        origin: its weights and their file, in words.
+        val_fraction: share of its data that its training held out; None if unknown.
+    """
+
+    def __init__(
+        self, net: SegmentationNet, img_size: int, origin: str = "given", val_fraction: float | None = None
+    ) -> None:
+        super().__init__()
+        self.net = net.requires_grad_(False)
+        self.img_size = img_size
+        self.origin = origin
+        self.val_fraction = val_fraction
+        self.eval()
+
+    def forward(self, images: Tensor) -> Output:
+        """Map images, float [N, 3, H, W] in [0, 1], to logits [N, 1, H, W] at the images' size."""
+        size = images.shape[-2:]
+        own = torch.Size((self.img_size, self.img_size))
+        with torch.no_grad():
+            if size == own:
+                return self.net(images)
+            output: Output = self.net(F.interpolate(images, own, mode="bilinear", align_corners=False, antialias=True))
+            return output._replace(
+                logits=F.interpolate(output.logits, size, mode="bilinear", align_corners=False, antialias=True)
+            )
+
+
+def load_teacher(path: Path, backbone: str | None = None) -> Teacher:
+    """Load the network of a checkpoint of `fastema train` on the CPU, with averaged weights if it has any.
+
+    Args:
+        path: the checkpoint.
+        backbone: the expected one, without regard to a pretraining tag (`name.tag`).
+    """
+    checkpoint = read_checkpoint(path)
+    architecture = checkpoint.architecture
+    if backbone is not None and backbone.partition(".")[0] != architecture.backbone.partition(".")[0]:
+        raise UserError(
+            f"--teacher-checkpoint {path} has the backbone {architecture.backbone}, not {backbone}: give the "
+            "checkpoint that you mean, or leave out --teacher-backbone, which is only a check"
+        )
+    weights = checkpoint.weights[-1]
+    net = load_net(checkpoint, torch.device("cpu"), weights)
+    parts = [f"{weights} of {path}", architecture.backbone]
+    if architecture.num_experts:
+        parts.append(f"{architecture.num_experts} experts a level")
+    if checkpoint.epoch is not None:
+        parts[0] += f" after epoch {checkpoint.epoch}"
+    parts.append(f"{sum(parameter.numel() for parameter in net.parameters()) / 1e6:.1f} M parameters")
+    val_fraction = checkpoint.options.get("val_fraction")
+    return Teacher(
+        net, checkpoint.img_size, "; ".join(parts), val_fraction if isinstance(val_fraction, float) else None
+    )
+
+
+@dataclass
+class Distillation:
+    """The objective of a student:
+
+        (1 - weight) · loss against the masks + weight · distance to the teacher + the experts' balance
+
+    The balance is no supervision, so it keeps its full weight.
+
+    Attributes:
+        teacher: runs in the student's precision.
+        weight: of the teacher, in [0, 1].
+        temperature: of `distillation_loss`.
+        seconds: time with the teacher, per batch so far.
+    """
+
+    teacher: Teacher
+    weight: float
+    temperature: float
+    seconds: list[float] = field(default_factory=list)
+
+    def make_objective(self, net: nn.Module, precision: Precision) -> Objective:
+        """Return the objective of a run; moves the teacher to the run's device."""
+        teacher = self.teacher.to(precision.device)
+        timers = Timers(device=precision.device)
+
+        def objective(images: Tensor, masks: Tensor) -> tuple[Tensor, Output]:
+            # The teacher first, so that its activations are gone before the student's are kept for backward.
+            with timers.timed(self.seconds), precision.autocast():
+                taught = teacher(images).logits
+            with precision.autocast():
+                output: Output = net(images)
+            return self.loss(output, masks, taught), output
+
+        return objective
+
+    def announced_objective(
+        self, options: DistillOptions, validation: Sequence[Pair], console: Console
+    ) -> MakeObjective:
+        """Return `make_objective`, which also prints how good the teacher is on the validation images."""
+        teacher = self.teacher
+
+        def make_objective(net: nn.Module, precision: Precision) -> Objective:
+            objective = self.make_objective(net, precision)
+            score = mean_iou(teacher, validation, options.img_size, options.num_workers, precision.device)
+            say(console, f"Teacher: IoU {score:.4f} ({teacher.origin})")
+            if teacher.img_size != options.img_size:
+                size = f"images of {options.img_size} pixels resized to its {teacher.img_size}"
+                say(console, f"Teacher: shown the {size}")
+            if teacher.val_fraction is not None and teacher.val_fraction < options.val_fraction:
+                say(
+                    console,
+                    f"Teacher: it held out {teacher.val_fraction:.0%} of its images, this run "
+                    f"{options.val_fraction:.0%}: if they are the same images, it was trained on some that are "
+                    "validated on here, and so is better on them than on new ones",
+                )
+            return objective
+
+        return make_objective
+
+    def loss(self, output: Output, masks: Tensor, taught: Tensor) -> Tensor:
+        """Return the mean loss of a batch, a scalar.
+
+        Args:
+            output: the student's.
+            masks: float [N, 1, H, W] of 0 and 1.
+            taught: the teacher's logits, [N, 1, H, W].
+        """
+        to_masks = training_loss(output, masks, balance_weight=0.0)
+        to_teacher = distillation_loss(output.logits, taught, self.temperature)
+        return (1 - self.weight) * to_masks + self.weight * to_teacher + BALANCE_WEIGHT * output.balance
+
+    def cost(self, step_seconds: Sequence[float]) -> str:
+        """Describe what the teacher cost of a training with these optimizer steps."""
+        if not self.seconds:
+            return "it was not asked"
+        share = sum(self.seconds) / sum(step_seconds)
+        return f"{median(self.seconds) * 1e3:.1f} ms a batch (median), {share:.0%} of the training time"
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return KL(teacher ‖ student) of softened probabilities, averaged over images and pixels.
+
+    Each pixel is a Bernoulli variable with its logit divided by the temperature. The factor temperature² keeps the
+    gradient's scale (Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015). Pixel by pixel as in
+    Liu et al., "Structured Knowledge Distillation for Semantic Segmentation", CVPR 2019.
+
+    Args:
+        student: logits, any shape.
+        teacher: logits of the same shape; they get no gradient.
+        temperature: above 0; 1 compares the probabilities themselves, a large one the logits.
+    """
+    ours, theirs = student / temperature, teacher.detach() / temperature
+    # p·log(p/q) + (1-p)·log((1-p)/(1-q)), without the logarithm of a probability that may be 0 in float32.
+    divergence = F.softplus(ours) - F.softplus(theirs) - theirs.sigmoid() * (ours - theirs)
+    return temperature**2 * divergence.mean()
+
+
+def mean_iou(teacher: Teacher, validation: Sequence[Pair], size: int, workers: int, device: torch.device) -> float:
+    """Return a teacher's mean IoU on validation images of the student's size, pixels."""
+    return fmean(evaluate(teacher, validation_loader(ValidationSet(validation, size), 8, workers), device))

@@ -1,0 +1,158 @@
+"""What a run prints beside its bars and tables: a line an epoch, and other messages when they change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastema.advisor import Finding, diagnose, lag, settle_epochs, window
+from fastema.segmentation.console import say
+from fastema.segmentation.distributed.process_group import Processes
+from fastema.segmentation.model.experts import expert_names
+from fastema.segmentation.options import TrainOptions
+from fastema.segmentation.report.history import EpochRecord
+from fastema.segmentation.train.averages import Averages
+from fastema.segmentation.train.stages import Stage
+
+# With fewer epochs, a finding could be chance.
+_EPOCHS_FOR_A_FINDING = 3
+# Chosen for a smaller share of the images on every level, an expert hardly learns.
+_IDLE = 0.01
+# Share of the training time spent waiting for images that is reported.
+_LONG_WAIT = 0.2
+
+
+class Messages:
+    """Print a run's messages to a console, and remember the last one on each topic."""
+
+    def __init__(self, console: Console, options: TrainOptions) -> None:
+        self._console = console
+        self._options = options
+        self._last: dict[str, object] = {}
+
+    def say(self, text: str) -> None:
+        say(self._console, text)
+
+    def changed(self, topic: str, message: object) -> bool:
+        """Return whether a message differs from the last one on its topic, and remember it."""
+        before = self._last.get(topic)
+        self._last[topic] = message
+        return before != message
+
+    def model(self, net: nn.Module, weights: str, device: torch.device, processes: Processes) -> None:
+        """Print what is trained, from which weights, and where."""
+        options = self._options
+        parameters = sum(parameter.numel() for parameter in net.parameters())
+        experts = f"{options.num_experts} experts a level, {options.top_k} an image" if options.num_experts else ""
+        self.say(f"Model: {_join(options.backbone, experts)}; {parameters / 1e6:.1f} M parameters")
+        precision = options.amp if options.amp != "none" else ""
+        place = _join(f"on {device}", precision, processes.describe(options.fsdp))
+        self.say(f"       weights: {options.resume_from or weights}; {place}")
+
+    def averages(self, averages: Averages, updates_per_epoch: int) -> None:
+        """Print which averages start, and what to expect of each."""
+        options, several = self._options, len(averages.names) > 1
+        decays = f"{'decays' if several else 'decay'} {', '.join(averages.names)}"
+        self.say(f"EMA: {decays}, {options.ema_decay_type}, backend {averages.ema.backend_name}")
+        for name, decay in zip(averages.names, options.decays, strict=True):
+            expected = describe_window(decay, options.ema_decay_type, updates_per_epoch, averages.total_steps)
+            self.say(f"{f'EMA {name}' if several else 'EMA'}: {expected}")
+
+    def stage(self, stage: Stage, opened: int, levels: int) -> None:
+        """Print what trains, if that changes: `opened` of the backbone's `levels` levels."""
+        if not self.changed("stage", (stage.number, opened)):
+            return
+        images = f"{stage.group_size} images a step"
+        if stage.group_size > stage.batch_size:
+            images += f" in batches of {stage.batch_size}"
+        if stage.number == 1:
+            parts = "the decoder trains, the backbone is frozen"
+        elif opened < levels:
+            parts = f"the decoder and the deepest {opened} of {levels} levels of the backbone train"
+        else:
+            parts = "everything trains, the backbone at a tenth of the rate"
+        self.say(f"Stage {stage.number}: {parts}; {images}")
+
+    def epoch(self, history: Sequence[EpochRecord], averages: Averages | None, updates_per_epoch: int) -> None:
+        """Print the last epoch's line, and what changed since the epoch before."""
+        record = history[-1]
+        self.say(record.line("" if averages is None else averages.names[0]))
+        if record.expert_usage:
+            names = expert_names(self._options.num_experts)
+            self.say(usage_line(names, record.expert_usage))
+            idle = idle_experts(names, record.expert_usage)
+            if self.changed("idle", idle) and idle:
+                self.say(f"Experts: hardly learning, since chosen for less than 1 % of the images: {', '.join(idle)}")
+        if record.data_wait >= _LONG_WAIT and self.changed("data", True):
+            self.say(
+                f"Data: {record.data_wait:.0%} of the training time went by waiting for images; try more --num-workers "
+                f"than {self._options.num_workers}"
+            )
+        if averages is None:
+            return
+        finding = latest_finding(
+            [record.iou for record in history],
+            [record.ema_iou for record in history],
+            self._options.decays[0],
+            self._options.ema_decay_type,
+            updates_per_epoch,
+            averages.total_steps,
+        )
+        if finding is not None and self.changed("advice", finding.kind):
+            self.say(f"EMA: {finding.text} {finding.next_step}")
+
+
+def describe_window(decay: float, decay_type: str, updates_per_epoch: int, total_steps: int) -> str:
+    """Describe window, lag and the wait before an average can be judged; of a schedule, its final window."""
+    if decay == 1.0:
+        return "decay 1 never moves from the weights it starts with"
+    settle = settle_epochs(decay, updates_per_epoch, decay_type=decay_type, total_steps=total_steps)
+    # A schedule drops the starting weights at once, but still has to fill its window.
+    wait = math.ceil(max(settle, lag(decay, updates_per_epoch)))
+    text = f"looks back over up to {window(decay):,.0f} updates, {lag(decay, updates_per_epoch):.3g} epochs"
+    return f"{text}; judge it after {wait} {'epoch' if wait == 1 else 'epochs'}"
+
+
+def latest_finding(
+    base: Sequence[float],
+    ema: Sequence[float | None],
+    decay: float,
+    decay_type: str,
+    updates_per_epoch: int,
+    total_steps: int,
+) -> Finding | None:
+    """Return the advisor's most urgent finding, or None while there are too few epochs.
+
+    A run that was resumed without its average for a while has a gap in `ema`: only the epochs after it count.
+    """
+    start = max((i + 1 for i, value in enumerate(ema) if value is None), default=0)
+    if len(ema) - start < _EPOCHS_FOR_A_FINDING:
+        return None
+    averaged = [None] * start + list(ema[start:])
+    return diagnose(base, averaged, decay, updates_per_epoch, decay_type=decay_type, total_steps=total_steps)[0]
+
+
+def usage_line(names: Sequence[str], usage: Sequence[Sequence[float]]) -> str:
+    """Format each expert's share of the images, the most chosen first.
+
+    Args:
+        names: of the experts.
+        usage: [levels][experts].
+    """
+    means = sorted((fmean(shares), name) for name, shares in zip(names, zip(*usage, strict=True), strict=True))
+    listed = ", ".join(f"{name} {mean:.0%}" for mean, name in reversed(means))
+    return f"  Experts, share of images (mean of {len(usage)} levels): {listed}"
+
+
+def idle_experts(names: Sequence[str], usage: Sequence[Sequence[float]]) -> list[str]:
+    """Return the experts that hardly any image chose on any level."""
+    return [name for name, shares in zip(names, zip(*usage, strict=True), strict=True) if max(shares) < _IDLE]
+
+
+def _join(*parts: str) -> str:
+    return ", ".join(filter(None, parts))

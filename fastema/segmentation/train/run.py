@@ -1,0 +1,88 @@
+"""Run a training from its options: read the data, train to the last epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from rich.console import Console
+
+from fastema.checkpoint import CheckpointError
+from fastema.segmentation.console import progress, say
+from fastema.segmentation.data import synthetic
+from fastema.segmentation.data.listing import Pair, hold_out, list_pairs
+from fastema.segmentation.data.verify import verify_pairs
+from fastema.segmentation.distributed.process_group import Processes
+from fastema.segmentation.errors import UserError
+from fastema.segmentation.options import SYNTHETIC, DistillOptions, TrainOptions
+from fastema.segmentation.train.distillation import Distillation, load_teacher
+from fastema.segmentation.train.losses import MakeObjective, supervised
+from fastema.segmentation.train.out_of_memory import explain_out_of_memory
+from fastema.segmentation.train.run_dir import ensure_writable, move_previous_run
+from fastema.segmentation.train.signals import sigterm_raises
+from fastema.segmentation.train.trainer import Trainer
+
+#: Build an objective's factory from the validation images; it may print.
+ObjectiveFor: TypeAlias = Callable[[Sequence[Pair], Console], MakeObjective]
+
+
+def run_training(
+    options: TrainOptions, processes: Processes, objective_for: ObjectiveFor = lambda *_: supervised
+) -> Trainer:
+    """Read the data and train to the last epoch."""
+    console = Console(quiet=not processes.is_first)
+    with sigterm_raises():
+        processes.check(options)
+        if processes.is_first:
+            ensure_writable(options.checkpoint_dir)
+        training, validation = processes.from_first(lambda: _read_data(options, console))
+        stage = 1 if options.first_stage_epochs else 2
+        with explain_out_of_memory(options, stage, processes.device(options.device), "before the first step"):
+            make_objective = objective_for(validation, console)
+            trainer = Trainer(options, training, validation, console, make_objective, processes)
+        if processes.is_first and (previous := move_previous_run(options.checkpoint_dir, keep=options.resume_from)):
+            say(console, f"The files of the run that was here before are in {previous} now")
+        try:
+            trainer.fit()
+        except KeyboardInterrupt as interrupt:
+            raise type(interrupt)(*_how_to_resume(options, console)) from None
+        return trainer
+
+
+def run_distillation(options: DistillOptions, processes: Processes) -> Trainer:
+    """Train a student from a teacher."""
+    try:
+        # Before the images are read, which may take minutes.
+        teacher = load_teacher(options.teacher_checkpoint, options.teacher_backbone)
+    except CheckpointError as error:
+        raise UserError(f"--teacher-checkpoint: {error}") from error
+    distillation = Distillation(teacher, options.distill_weight, options.temperature)
+    trainer = run_training(options, processes, lambda *given: distillation.announced_objective(options, *given))
+    say(trainer.console, f"Teacher: {distillation.cost(trainer.timers.step)}")
+    return trainer
+
+
+def _read_data(options: TrainOptions, console: Console) -> tuple[Sequence[Pair], Sequence[Pair]]:
+    if options.dataset_path == SYNTHETIC:
+        say(console, f"Data: camouflage, generated once and kept in {options.checkpoint_dir}")
+        root = synthetic.ensure_dataset(options.checkpoint_dir, options.seed)
+    else:
+        root = Path(options.dataset_path)
+    listing = list_pairs(root, cam_only=options.cam_only)
+    with progress(console, "Reading every file", len(listing.pairs)) as bar:
+        pairs = verify_pairs(listing, bar.advance)
+    training, validation = hold_out(pairs, options.val_fraction)
+    counts = f"{len(training)} images to train on, {len(validation)} held out to validate on"
+    say(console, "\n      ".join([f"Data: {root}, every file read; {counts}", *listing.notes()]))
+    return training, validation
+
+
+def _how_to_resume(options: TrainOptions, console: Console) -> list[str]:
+    last = options.checkpoint_dir / "last.pth"
+    if last.exists():
+        return [f"go on with --resume-from {last}"]
+    if options.resume_from is not None:
+        return [f"no epoch was finished; start again from {options.resume_from}"]
+    say(console, "No epoch was finished, so there is nothing to go on from")
+    return []

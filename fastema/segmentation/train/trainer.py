@@ -1,0 +1,395 @@
+"""A run: epochs in two stages, with base and averages validated after each.
+
+Everything that an epoch depends on is a function of seed and epoch (order, augmentation, dropout, freezing) or of the
+number of optimizer steps (learning rate). So a resumed run gives the same results as one without an interruption.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+
+from fastema import FastEMA
+from fastema.advisor import should_start, window
+from fastema.checkpoint import CheckpointError, load_weights
+from fastema.segmentation.console import progress
+from fastema.segmentation.data.listing import Pair
+from fastema.segmentation.data.loaders import (
+    EpochSampler,
+    TrainingSet,
+    Validation,
+    ValidationSet,
+    mix_seed,
+    share_of,
+    training_loader,
+    validation_loader,
+)
+from fastema.segmentation.distributed.parallel import ParallelModel
+from fastema.segmentation.distributed.process_group import Processes
+from fastema.segmentation.errors import UserError
+from fastema.segmentation.eval.scores import evaluate, predict
+from fastema.segmentation.model.backbones import check_input_size
+from fastema.segmentation.model.network import Architecture, SegmentationNet, create_net
+from fastema.segmentation.options import TrainOptions
+from fastema.segmentation.report.curves import write_curves
+from fastema.segmentation.report.history import EpochRecord, append_csv
+from fastema.segmentation.report.prediction_grid import Example, write_predictions
+from fastema.segmentation.report.summary import Comparison, print_summary
+from fastema.segmentation.report.tensorboard import TensorBoardLog
+from fastema.segmentation.report.timers import Timers
+from fastema.segmentation.train.averages import Averages
+from fastema.segmentation.train.checkpoints import (
+    BEST,
+    BEST_EMA,
+    LAST,
+    changed_options,
+    read_resumable,
+    restore_rng,
+    write_epoch,
+)
+from fastema.segmentation.train.epoch import EpochResult, train_epoch
+from fastema.segmentation.train.losses import MakeObjective, supervised
+from fastema.segmentation.train.messages import Messages
+from fastema.segmentation.train.optimizer import NotFiniteError, Precision, TrainOptimizer
+from fastema.segmentation.train.out_of_memory import explain_out_of_memory
+from fastema.segmentation.train.run_dir import TENSORBOARD, is_inside, require_space
+from fastema.segmentation.train.signals import defer_signals
+from fastema.segmentation.train.stages import Stage, freeze, open_levels, plan_stages
+
+_EXAMPLES = 4
+
+T = TypeVar("T")
+
+#: IoU per image of the trained weights, and of each average.
+Ious = tuple[list[float], list[list[float]]]
+
+
+class Trainer:
+    """One run of `fastema train`.
+
+    Args:
+        options: checked.
+        training: images to train on.
+        validation: images to validate on.
+        console: to print to.
+        make_objective: the objective's factory; the loss against the masks unless given.
+        processes: of the run, each with a trainer of its own.
+    """
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        training: Sequence[Pair],
+        validation: Sequence[Pair],
+        console: Console,
+        make_objective: MakeObjective = supervised,
+        processes: Processes | None = None,
+    ) -> None:
+        self.processes = processes or Processes()
+        self.processes.check(options, len(training))
+        self.options = options
+        self.console = console
+        self.history: list[EpochRecord] = []
+        self.averages: Averages | None = None
+        self.device = self.processes.device(options.device)
+        self.timers = Timers(device=self.device)
+        self.stages = plan_stages(options, len(training))
+        self._messages = Messages(console, options)
+        self._saved: int | None = None  # the epoch of `last.pth`, if this process wrote it
+
+        rank, world_size = self.processes.rank, self.processes.world_size
+        self._sampler = EpochSampler(len(training), options.seed, rank, world_size)
+        self._training_set = TrainingSet(training, options.img_size)
+        self._training: tuple[Stage, Any] | None = None
+        self._validation_pairs = validation
+        validation_set = ValidationSet(share_of(validation, rank, world_size), options.img_size)
+        self._validation = validation_loader(validation_set, options.batch_size // world_size, options.num_workers)
+
+        precision = Precision(options.amp, self.device)
+        resumed = None if options.resume_from is None else read_resumable(options.resume_from, options)
+        torch.default_generator.manual_seed(mix_seed(options.seed))
+        self.net = self._build_net(resumed)
+        self._levels = self.net.backbone_stages()
+        self._parallel = ParallelModel(self.net, self.processes, self.device, options.fsdp)
+        self.optimizer = TrainOptimizer(self.net, options.weight_decay, options.clip_grad, precision)
+        if resumed is not None:
+            self._resume(resumed)
+        # A run that continues in another folder needs best files there, so its bests count from here.
+        same_folder = options.resume_from is None or is_inside(options.resume_from, options.checkpoint_dir)
+        self._bests_after = 0 if same_folder else self.epoch
+        # After the checkpoint is loaded: averages start from the weights that are there.
+        self._resume_averages(resumed or {})
+        self._start_averages_when_due(options.resume_from)
+        self._objective = make_objective(self._parallel.forward, precision)
+        if self.processes.is_first:
+            self._require_space()
+
+    @property
+    def epoch(self) -> int:
+        """Number of finished epochs."""
+        return self.history[-1].epoch if self.history else 0
+
+    @property
+    def ema(self) -> FastEMA | None:
+        """The FastEMA, once it has started."""
+        return None if self.averages is None else self.averages.ema
+
+    def fit(self) -> None:
+        """Train to the last epoch; write checkpoints, history, summary and pictures."""
+        log = TensorBoardLog(self._file(TENSORBOARD), self.epoch + 1, writes=self.processes.is_first)
+        try:
+            self._messages.say(log.note)
+            ious: Ious = ([], [])
+            for epoch in range(self.epoch + 1, self.options.epochs + 1):
+                started = time.perf_counter()
+                stage = self.stages.at(epoch).number
+                with explain_out_of_memory(self.options, stage, self.device, f"in epoch {epoch}; {self._last_good()}"):
+                    result = self._train_epoch(epoch)
+                    ious = self._validate()
+                self._record(epoch, result, ious, time.perf_counter() - started)
+                self._messages.epoch(self.history, self.averages, self.stages.at(epoch).steps_per_epoch)
+                with defer_signals():
+                    self._save()
+                log.record(self.history[-1])
+                self._start_averages_when_due()
+            self._finish(*ious)
+        finally:
+            log.close()
+
+    # --- building ----------------------------------------------------------------------------------------------------
+
+    def _build_net(self, resumed: dict[str, Any] | None) -> SegmentationNet:
+        options = self.options
+        architecture = Architecture(options.backbone, options.num_experts, options.top_k)
+        net, weights = create_net(architecture, options.pretrained and resumed is None)
+        check_input_size(net, options.backbone, options.img_size)
+        self._messages.model(net, weights, self.device, self.processes)
+        if resumed is not None:
+            load_weights(net, resumed, prefer="net")  # before the network is sharded
+        return net.to(self.device)
+
+    def _resume(self, checkpoint: dict[str, Any]) -> None:
+        origin = self.options.resume_from
+        self.optimizer.load(checkpoint, origin)
+        self._parallel.shard_optimizer_state(self.optimizer.adamw)
+        self.history = [EpochRecord(**record) for record in checkpoint["history"]]
+        if "rng" in checkpoint:
+            restore_rng(checkpoint["rng"])
+        changed = f"; {', '.join(changes)}" if (changes := changed_options(checkpoint, self.options)) else ""
+        self._messages.say(f"Resuming from {origin} after epoch {self.epoch}{changed}")
+
+    def _require_space(self) -> None:
+        # Weights and two moments; each average is stored once, under two names.
+        tensors = [tensor for tensor in self.net.state_dict().values() if torch.is_tensor(tensor)]
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        averages = len(self.options.decays) if self.options.use_ema else 0
+        require_space(self.options.checkpoint_dir, weights * (3 + averages))
+
+    # --- averages ----------------------------------------------------------------------------------------------------
+
+    def _resume_averages(self, checkpoint: dict[str, Any]) -> None:
+        if "ema" not in checkpoint:
+            return
+        origin = self.options.resume_from
+        if not self.options.use_ema:
+            self._messages.say(f"The EMA in {origin} is left behind: --use-ema is not given")
+            return
+        self._build_averages(checkpoint.get("ema_start_epoch") or 1)
+        assert self.averages is not None
+        fresh = self.averages.load(checkpoint["ema"])
+        if fresh:
+            self._messages.say(
+                f"{origin} has no EMA of decay {', '.join(fresh)}: from the weights of epoch {self.epoch}"
+            )
+
+    def _start_averages_when_due(self, origin: Path | None = None) -> None:
+        """Start the averages before the next epoch if --ema-start-epoch or the advisor (--ema-start auto) says so."""
+        options = self.options
+        if self.averages is not None or not options.use_ema or self.epoch >= options.epochs:
+            return
+        if options.ema_start == "auto":
+            if self._messages.changed("wait", True):
+                self._messages.say("EMA: waits until the base IoU says that it pays (--ema-start auto)")
+            if not self._advisor_says_start():
+                return
+        elif self.epoch + 1 < options.ema_start_epoch:
+            if self._messages.changed("wait", True):
+                self._messages.say(f"EMA: starts before epoch {options.ema_start_epoch} (--ema-start-epoch)")
+            return
+        elif origin is not None:
+            self._messages.say(f"{origin} has no EMA: it starts here, from the weights of epoch {self.epoch}")
+        self._build_averages(self.epoch + 1)
+
+    def _advisor_says_start(self) -> bool:
+        """Ask the advisor about the epochs so far; print its advice when it changes."""
+        if not self.history:
+            return False
+        advice = should_start([record.iou for record in self.history])
+        if advice.action == "start":
+            self._messages.say(f"EMA: starts after epoch {self.epoch}, {advice.pattern}: {advice.reason}")
+            return True
+        if self._messages.changed("advice", advice.pattern):
+            self._messages.say(f"EMA: not started, {advice.pattern}: {advice.reason}")
+        return False
+
+    def _build_averages(self, start_epoch: int) -> None:
+        total_steps = self.stages.total_steps - self.stages.steps_before(start_epoch)
+        self.averages = Averages(self.net, self.optimizer.adamw, self.options, start_epoch, total_steps, self.timers)
+        self._messages.averages(self.averages, self.stages.at(start_epoch).steps_per_epoch)
+
+    # --- an epoch ----------------------------------------------------------------------------------------------------
+
+    def _train_epoch(self, epoch: int) -> EpochResult:
+        stage = self.stages.at(epoch)
+        levels = len(self._levels)
+        opened = open_levels(stage, epoch, levels, self.options.progressive_unfreeze)
+        self._messages.stage(stage, opened, levels)
+        self.net.train()
+        freeze(self.net.backbone, self._levels, opened)
+        self._sampler.epoch = epoch
+        # Dropout differs from process to process.
+        torch.manual_seed(mix_seed(self.options.seed, epoch, *filter(None, [self.processes.rank])))
+        loader = self._loader_of(stage)
+        with progress(self.console, f"Epoch {epoch}/{self.options.epochs}", len(loader)) as bar:
+            try:
+                result = train_epoch(
+                    self._objective,
+                    loader,
+                    self.optimizer,
+                    stage,
+                    epoch,
+                    len(self._training_set),
+                    self.device,
+                    lambda loss: bar.advance(f"loss {loss:.4f}"),
+                    self._parallel,
+                )
+            except NotFiniteError as error:
+                raise UserError(
+                    f"{error} in epoch {epoch}; {self._last_good()}. Try a lower --lr, --warmup-epochs, or a smaller "
+                    "--clip-grad"
+                ) from error
+        self.timers.step += result.step_seconds
+        return result
+
+    def _loader_of(self, stage: Stage) -> Any:
+        if self._training is None or self._training[0] != stage:
+            self._training = None  # ends the workers of the previous stage
+            batch_size = stage.batch_size // self.processes.world_size
+            loader = training_loader(self._training_set, self._sampler, batch_size, self.options.num_workers)
+            self._training = (stage, loader)
+        return self._training[1]
+
+    def _validate(self) -> Ious:
+        base, *averaged = self._with_each(lambda: evaluate(self.net, self._validation, self.device))
+        gather = self.processes.gather_shares
+        return gather(base), [gather(one) for one in averaged]
+
+    def _with_each(self, score: Callable[[], T]) -> list[T]:
+        """Call `score` with the trained weights and with each average. All processes must call this."""
+
+        def score_unsharded() -> T:
+            with self._parallel.unsharded():
+                return score()
+
+        return [score_unsharded(), *([] if self.averages is None else self.averages.with_each(score_unsharded))]
+
+    def _record(self, epoch: int, result: EpochResult, ious: Ious, seconds: float) -> None:
+        base, averaged = ious
+        scores = [fmean(one) for one in averaged]
+        names = [] if self.averages is None else self.averages.names
+        decays: list[float] = [] if self.averages is None else self.averages.decays_now()
+        self.history.append(
+            EpochRecord(
+                epoch=epoch,
+                loss=result.loss,
+                iou=fmean(base),
+                ema_iou=scores[0] if scores else None,
+                lr=self.optimizer.adamw.param_groups[0]["lr"],
+                ema_decay=decays[0] if decays else None,
+                seconds=seconds,
+                stage=self.stages.at(epoch).number,
+                data_wait=result.data_wait,
+                other_ema_ious=dict(zip(names[1:], scores[1:], strict=True)),
+                other_ema_decays=dict(zip(names[1:], decays[1:], strict=True)),
+                expert_usage=result.usage.tolist() if result.usage.numel() else (),
+            )
+        )
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        try:
+            write_epoch(
+                self.options.checkpoint_dir,
+                self.net,
+                self.averages,
+                self.optimizer,
+                self.history,
+                self.options,
+                self._bests_after,
+                self._parallel,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {self._last_good()}") from error
+        self._saved = self.epoch
+        if self.processes.is_first:
+            append_csv(self._file("history.csv"), self.history)
+
+    def _last_good(self) -> str:
+        if self._saved is not None:
+            return f"the last good checkpoint is {self._file(LAST)} (epoch {self._saved})"
+        if self.options.resume_from is not None:
+            return f"the last good checkpoint is {self.options.resume_from} (epoch {self.epoch})"
+        return "no epoch was finished yet"
+
+    def _finish(self, base: list[float], averaged: list[list[float]]) -> None:
+        comparison = None
+        if self.averages is not None and averaged:
+            self.timers.measure_swaps(self.averages.ema)
+            stage = self.stages.at(self.epoch)
+            comparison = Comparison(
+                base,
+                averaged[0],
+                updates=self.averages.ema.num_updates,
+                window=window(self.averages.decays_now()[0]),
+                updates_per_epoch=stage.steps_per_epoch,
+                final_rate=self.history[-1].lr / stage.schedule.highest,
+            )
+        examples = self._examples()
+        if not self.processes.is_first:
+            return
+        write_predictions(self._file("predictions.png"), examples)
+        write_curves(self._file("curves.png"), self.history)
+        written = (BEST, BEST_EMA, LAST, "history.csv", "curves.png", "predictions.png")
+        files = [self._file(name) for name in written if self._file(name).exists()]
+        names = ["EMA"] if self.averages is None else self.averages.names
+        print_summary(self.console, self.history, comparison, self.timers, files, names)
+
+    def _examples(self) -> list[Example]:
+        """Predict the first few validation images with the last epoch's weights."""
+        self.net.eval()
+        if not self.processes.is_first:  # it has the first images
+            self._with_each(lambda: None)
+            return []
+        averages = [] if self.averages is None else self.averages.names
+        names = ["base", *(f"EMA {name}" if len(averages) > 1 else "EMA" for name in averages)]
+        batch: Validation = next(iter(self._validation))
+        columns = dict(zip(names, self._with_each(lambda: predict(self.net, batch, self.device)), strict=True))
+        return [
+            Example(
+                self._validation_pairs[i].stem,
+                batch.images[i],
+                batch.masks[i],
+                {name: predictions[i] for name, predictions in columns.items()},
+            )
+            for i in range(min(_EXAMPLES, len(batch.masks)))
+        ]
+
+    def _file(self, name: str) -> Path:
+        return self.options.checkpoint_dir / name

@@ -1,0 +1,27 @@
+"""The packages of the `train` extra, looked for before anything heavy is imported."""
+
+from __future__ import annotations
+
+from fastema.core import extras
+from fastema.segmentation.errors import UserError
+
+# Module: its name on the package index.
+_NEEDED = {
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "PIL": "pillow",
+    "timm": "timm",
+    "rich": "rich",
+    "matplotlib": "matplotlib",
+}
+
+
+def missing_packages() -> list[str]:
+    """Return the packages of the `train` extra that are not installed."""
+    return extras.missing_packages(_NEEDED)
+
+
+def require_train_extra() -> None:
+    """Raise `UserError` with the command to run if a package of the `train` extra is missing."""
+    if missing := missing_packages():
+        raise UserError(f"{', '.join(missing)} not installed: pip install 'fastema[train]'")

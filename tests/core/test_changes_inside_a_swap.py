@@ -1,0 +1,301 @@
+"""A model that is changed inside a swap gets its trained weights back, or says that it cannot."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastema import FastEMA
+from fastema.core.swap import SwapError
+from fastema.swa_utils import AveragedModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Swapped = Callable[[], AbstractContextManager[Any]]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+
+
+def shift(model: nn.Module, by: float = 1.0) -> None:
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.add_(int(by) if tensor.dtype == torch.int64 else by)
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    return network()
+
+
+@pytest.fixture(params=["native", "torch", "in_place", "averaged_model"])
+def swapped(request: pytest.FixtureRequest, model: nn.Sequential) -> Iterator[Swapped]:
+    """Opens a block with averages that differ from the model by 0.5, or by 1 (AveragedModel)."""
+    if request.param == "averaged_model":
+        averaged = AveragedModel(model)
+        averaged.update_parameters(model)
+        shift(model)
+        yield lambda: averaged.swapped(model)
+    else:
+        in_place = request.param == "in_place"
+        ema = FastEMA(model, decay=0.5, backend="native" if in_place else request.param)
+        shift(model)
+        ema.update()
+        shift(model)
+        yield lambda: ema.swapped(in_place=in_place)
+
+
+def replace_parameter(model: nn.Sequential) -> None:
+    model[0].weight = nn.Parameter(torch.zeros_like(model[0].weight))
+
+
+def replace_data(model: nn.Sequential) -> None:
+    model[0].weight.data = torch.zeros_like(model[0].weight)
+
+
+def replace_buffer(model: nn.Sequential) -> None:
+    model[1].running_mean = torch.zeros(4)
+
+
+def assign_state(model: nn.Sequential) -> None:
+    model.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}, assign=True)
+
+
+def to_inference_tensor(model: nn.Sequential) -> None:
+    with torch.inference_mode():
+        model[0].weight.data = torch.zeros_like(model[0].weight)
+
+
+MOVES: dict[str, Callable[[nn.Sequential], Any]] = {
+    "half_and_back": lambda model: model.half().float(),
+    "double_and_back": lambda model: model.double().float(),
+    "channels_last": lambda model: model.to(memory_format=torch.channels_last),
+    "to_empty": lambda model: model.to_empty(device="cpu"),
+    "new_parameter": replace_parameter,
+    "other_data": replace_data,
+    "new_buffer": replace_buffer,
+    "load_state_dict_assign": assign_state,
+    "inference_tensor": to_inference_tensor,
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
+@pytest.mark.filterwarnings("ignore:the model was changed")
+def test_the_trained_values_follow_to_where_the_tensors_are_now(
+    model: nn.Sequential, swapped: Swapped, move: Callable[[nn.Sequential], Any]
+) -> None:
+    trained = values(model)
+    with swapped():
+        averaged = values(model)
+        move(model)
+    assert not all(torch.equal(trained[name], averaged[name]) for name in trained)
+    for name, value in values(model).items():
+        assert torch.equal(value, trained[name]), name
+
+
+def test_another_dtype_takes_the_trained_values_rounded(model: nn.Sequential, swapped: Swapped) -> None:
+    trained = values(model)
+    with pytest.warns(UserWarning, match="'0.weight' was replaced or moved"), swapped():
+        model.half()
+    assert model[0].weight.dtype == torch.float16
+    assert torch.equal(model[0].weight, trained["0.weight"].half())
+    assert torch.equal(model[1].num_batches_tracked, trained["1.num_batches_tracked"])
+
+
+def test_the_average_goes_on_after_it(model: nn.Sequential, backend: str) -> None:
+    ema = FastEMA(model, decay=0.5, backend=backend)
+    before = ema.shadow_state_dict()["0.weight"].clone()
+    shift(model)
+    with pytest.warns(UserWarning, match="replaced or moved"), ema.swapped():
+        model.double().float()
+    ema.update()
+    average = torch.lerp(before, model[0].weight.detach(), 0.5)
+    assert torch.equal(ema.shadow_state_dict()["0.weight"], average)
+    with ema.swapped():
+        assert torch.equal(model[0].weight, average)
+
+
+def test_unchanged_models_give_no_warning(model: nn.Sequential, swapped: Swapped) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with swapped():
+            model.eval()
+            model(torch.randn(1, 2, 5, 5))
+
+
+def test_tied_weights_that_are_untied_all_get_their_value(backend: str) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    ema = FastEMA(model, decay=0.5, backend=backend)
+    shift(model)
+    trained = values(model)
+    with pytest.warns(UserWarning, match=r"'b\.weight' was replaced"), ema.swapped():
+        model["b"].weight = nn.Parameter(torch.zeros(3, 3))
+    assert torch.equal(model["a"].weight, trained["a.weight"])
+    assert torch.equal(model["b"].weight, trained["b.weight"])
+
+
+# ---- what cannot take its value back ----
+
+
+def other_shape(model: nn.Sequential) -> None:
+    model[0].weight = nn.Parameter(torch.zeros(4, 5))
+
+
+def fused(model: nn.Sequential) -> None:
+    model.eval()
+    model[0] = nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1])
+    model[1] = nn.Identity()
+
+
+def resized(model: nn.Sequential) -> None:
+    model[0].weight.data.resize_(100, 100)
+
+
+def freed(model: nn.Sequential) -> None:
+    model[0].weight.untyped_storage().resize_(0)
+
+
+def on_meta(model: nn.Sequential) -> None:
+    model.to("meta")
+
+
+def into_another(model: nn.Sequential) -> None:
+    model[2].bias = nn.Parameter(model[1].running_mean[:2])
+
+
+REFUSED = {
+    "other_shape": (other_shape, r"'0\.weight' has shape \(4, 5\) now, was \(4, 2, 3, 3\)"),
+    "fused": (fused, r"'1\.weight' is gone"),
+    "resized": (resized, r"'0\.weight' .*40,000 bytes now, had 288"),
+    "freed": (freed, r"'0\.weight' is in a storage of 0 bytes now, had 288"),
+    "on_meta": (on_meta, r"'0\.weight' is on the meta device now"),
+    "into_another": (into_another, r"'2\.bias' is in the memory of other weights"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.filterwarnings("ignore:.*was dropped while")
+def test_what_cannot_take_its_value_is_named_and_nothing_is_lost(
+    model: nn.Sequential, swapped: Swapped, change: Callable[[nn.Sequential], Any], message: str
+) -> None:
+    trained = values(model)
+    others = {name: tensor for name, tensor in model.named_parameters() if name == "2.weight"}
+    with pytest.raises(SwapError, match=message) as caught, swapped():
+        averaged = values(model)
+        change(model)
+        raise ZeroDivisionError
+    assert isinstance(caught.value.__context__, ZeroDivisionError), "the block's own exception must stay visible"
+    assert caught.value.live.keys() == trained.keys()
+    for name, value in caught.value.live.items():
+        assert torch.equal(value, trained[name]), name
+    if "meta" not in message:
+        assert torch.equal(others["2.weight"], averaged["2.weight"]), "nothing changes where not all can"
+
+
+def test_restore_works_once_the_change_is_undone(model: nn.Sequential, backend: str) -> None:
+    ema = FastEMA(model, decay=0.5, backend=backend)
+    shift(model)
+    trained, weight = values(model), model[0].weight
+    ema.apply_shadow()
+    model[0].weight = nn.Parameter(torch.zeros(1))
+    with pytest.raises(SwapError):
+        ema.restore()
+    assert ema.is_applied
+    model[0].weight = weight
+    ema.restore()
+    assert all(torch.equal(value, trained[name]) for name, value in values(model).items())
+
+
+def test_a_copied_buffer_that_was_resized_keeps_the_blocks_value(model: nn.Sequential, backend: str) -> None:
+    model.register_buffer("seen", torch.zeros(2))
+    ema = FastEMA(model, decay=0.5, backend=backend)
+    shift(model)
+    trained = values(model)
+    with pytest.warns(UserWarning, match=r"'seen' has shape \(1000,\) now, was \(2,\) and keeps"), ema.swapped():
+        model.seen.resize_(1000).fill_(7)
+    assert torch.equal(model.seen, torch.full((1000,), 7.0))
+    assert torch.equal(model[0].weight, trained["0.weight"])
+    ema.update()
+    assert torch.equal(ema.shadow_state_dict()["seen"], model.seen)
+
+
+def test_storage_that_is_freed_and_filled_again(model: nn.Sequential, swapped: Swapped, request: Any) -> None:
+    if request.node.callspec.params["swapped"] == "in_place":
+        pytest.skip("addresses must not move there")
+    trained = values(model)
+    with swapped():
+        storage = model[0].weight.untyped_storage()
+        size, content = storage.nbytes(), model[0].weight.detach().clone()
+        storage.resize_(0)
+        storage.resize_(size)
+        model[0].weight.data.copy_(content)
+    assert all(torch.equal(value, trained[name]) for name, value in values(model).items())
+
+
+def test_contents_that_were_exchanged_in_place_need_their_addresses(model: nn.Sequential) -> None:
+    ema = FastEMA(model, decay=0.5)
+    shift(model)
+    trained = values(model)
+    with pytest.raises(SwapError, match="contents were exchanged in place") as caught, ema.swapped(in_place=True):
+        model.share_memory()
+    assert all(torch.equal(value, trained[name]) for name, value in caught.value.live.items())
+    del ema, caught
+
+
+def test_a_lower_precision_model_gets_its_exact_bits_back(backend: str) -> None:
+    model = network().to(torch.bfloat16)
+    ema = FastEMA(model, decay=0.5, backend=backend)
+    shift(model)
+    trained = values(model)
+    with pytest.warns(UserWarning, match="replaced or moved"), ema.swapped():
+        model.float().bfloat16()
+    assert all(torch.equal(value, trained[name]) for name, value in values(model).items())
+
+
+# ---- autocast ----
+
+
+@contextmanager
+def autocast() -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+def test_autocast_forgets_its_casts_on_the_way_in_and_out(backend: str) -> None:
+    model = nn.Linear(4, 4)
+    ema = FastEMA(model, decay=0.5, backend=backend)
+    shift(model)
+    x = torch.ones(1, 4)
+    with autocast():
+        live = model(x)
+        with ema.swapped():
+            averaged = model(x)
+        assert not torch.equal(live, averaged)
+        assert torch.equal(model(x), live)
+        ema.copy_to()
+        assert torch.equal(model(x), averaged)
+
+
+def test_autocast_forgets_its_casts_with_averaged_model() -> None:
+    model = nn.Linear(4, 4)
+    averaged_model = AveragedModel(model)
+    averaged_model.update_parameters(model)
+    shift(model)
+    x = torch.ones(1, 4)
+    with autocast():
+        live = model(x)
+        with averaged_model.swapped(model):
+            assert not torch.equal(model(x), live)
+        assert torch.equal(model(x), live)

@@ -1,0 +1,76 @@
+"""The CUDA kernels' own source on the host, under AddressSanitizer and UBSan, against the CPU kernels bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastema.clock import DeviceClock
+from fastema.decays import Decays
+
+ROOT = Path(__file__).parents[2]
+SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = ["-std=c++17", "-O1", "-g1", *SANITIZED, "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+FOLDERS = ["-I", str(ROOT / "tests/csrc/cuda_on_host/include"), "-I", str(ROOT / "csrc")]
+SHARED = ["csrc/cpu_kernels.cpp", "csrc/sharing.cpp", "tests/csrc/cuda_on_host/matrix.cpp"]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to run the CUDA source on the host")
+
+
+def built(kernels: Path, program: Path) -> Path:
+    sources = ["-x", "c++", str(kernels), *(str(ROOT / name) for name in SHARED)]
+    result = subprocess.run(["g++", *FLAGS, *FOLDERS, *sources, "-o", str(program)], capture_output=True, text=True)
+    if "cannot find" in result.stderr and "san" in result.stderr:
+        pytest.skip("this g++ comes without the sanitizers' runtime")
+    assert result.returncode == 0, result.stderr
+    return program
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(ROOT / "csrc/cuda_kernels.cu", tmp_path_factory.mktemp("host") / "matrix")
+
+
+def test_matrix_is_bit_equal_to_the_cpu_kernels(program: Path) -> None:
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    cases, elements = (int(word) for word in result.stdout.split() if word.isdigit() and word != "0")
+    assert cases > 300 and elements > 1_000_000, result.stdout
+
+
+def test_a_planted_access_beyond_the_end_is_caught(tmp_path: Path) -> None:
+    source = (ROOT / "csrc/cuda_kernels.cu").read_text()
+    right = "begin = head + packs * kCount, end = elements;"
+    assert source.count(right) == 1
+    planted = tmp_path / "planted.cu"
+    planted.write_text(source.replace(right, right.replace("elements", "elements + 1")))
+    result = subprocess.run([built(planted, tmp_path / "planted")], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
+
+
+@pytest.mark.parametrize("update_every", [1, 3])
+@pytest.mark.parametrize(
+    "decays",
+    [Decays(0.99, "exp", 40, 2, {}), Decays([0.9, 0.99, 0.9999], "linear", 12, 0, {})],
+    ids=["one decay", "three decays"],
+)
+def test_the_clock_is_bit_equal_to_the_one_in_torch(program: Path, decays: Decays, update_every: int) -> None:
+    clock = DeviceClock(decays, update_every, torch.device("cpu"))
+    found = ["1", "none", "0", "0", "inf", "nan", "0", *["none"] * 20, "-1", *["0"] * 5]
+    expected = []
+    for word in found:
+        skip = clock.advance(None if word == "none" else torch.tensor(float(word)))
+        expected.append([int(clock.step), int(clock.num_updates), float(skip), *clock.weights.tolist()])
+    rows, shadows = clock._table.shape
+    numbers = [shadows, rows, update_every, *(weight.hex() for weight in clock._table.flatten().tolist()), *found]
+    given = " ".join(map(str, numbers))
+    result = subprocess.run([program, "clock"], input=given, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    found_numbers = [[*map(int, line[:2]), float(line[2]), *map(float.fromhex, line[3:])] for line in lines]
+    assert found_numbers == expected

@@ -1,0 +1,414 @@
+"""`fastema.integrations.timm.ModelEmaV3` against timm's own: the same random run, the same bits."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import inspect
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastema.integrations.timm
+from bench.harness.cases import Unavailable, import_timm
+from cases import bits, raw, small_model, tensors_of, train, values
+from fastema.integrations.timm import ModelEmaV3
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def original() -> Any:
+    """timm's class."""
+    try:
+        return import_timm().utils.ModelEmaV3
+    except Unavailable as error:
+        pytest.skip(f"timm: {error}")
+
+
+class _Recurrent(nn.Module):
+    """Flat RNN weights, a 0-dim parameter and a buffer outside the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 7, num_layers=2)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.register_buffer("table", torch.arange(5.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x + self.table)[0] * self.scale
+
+
+def _convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1)
+    )
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "convolutional": (_convolutional, (2, 3, 6, 6)),
+    "recurrent": (_Recurrent, (4, 2, 5)),
+    "transformer": (lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), (2, 3, 16)),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "not foreach": {"foreach": False},
+    "warm-up": {"use_warmup": True, "warmup_gamma": 2.0, "warmup_power": 0.75},
+    "least decay": {"use_warmup": True, "min_decay": 0.6},
+    "start later": {"update_after_step": 7},
+    "buffers copied": {"exclude_buffers": True},
+}
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(3)
+    return MODELS[name][0]()
+
+
+def state_bits(module: nn.Module) -> dict[str, bytes]:
+    return {name: raw(tensor) for name, tensor in module.state_dict().items()}
+
+
+# ---- held to the original ----
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_bits_over_a_run(original: Any, name: str, options: dict[str, Any]) -> None:
+    model = made(name)
+    theirs, ours = original(model, 0.95, **options), ModelEmaV3(model, 0.95, **options)
+    for step in range(60):
+        train(model, seed=step)
+        for ema in (theirs, ours):
+            ema.update(model, step=step if step % 3 else None)
+        assert bits(ours.module) == bits(theirs.module), f"step {step}"
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    inputs = values(*MODELS[name][1])
+    assert raw(ours(inputs)) == raw(theirs(inputs))
+    assert bits(ours.module) != bits(model)
+
+
+def test_the_same_bits_over_a_thousand_steps(original: Any) -> None:
+    model = nn.Sequential(nn.Linear(33, 17), nn.BatchNorm1d(17))
+    theirs, ours = original(model, 0.999), ModelEmaV3(model, 0.999)
+    for step in range(1000):
+        train(model, seed=step)
+        theirs.update(model)
+        ours.update(model)
+    assert state_bits(ours) == state_bits(theirs)
+
+
+def test_a_real_model(original: Any) -> None:
+    model = import_timm().create_model("edgenext_xx_small", num_classes=10)
+    theirs, ours = original(model, 0.9), ModelEmaV3(model, 0.9)
+    for step in range(3):
+        with torch.no_grad():
+            for tensor in model.parameters():
+                tensor.mul_(1 + 0.01 * (step + 1))
+        theirs.update(model, step)
+        ours.update(model, step)
+    assert state_bits(ours) == state_bits(theirs)
+
+
+def test_the_decay_is_the_same(original: Any) -> None:
+    model = nn.Linear(2, 1)
+    for options in (*OPTIONS.values(), {"use_warmup": True, "min_decay": 0.3, "update_after_step": 4}):
+        theirs, ours = original(model, 0.9, **options), ModelEmaV3(model, 0.9, **options)
+        assert [ours.get_decay(step) for step in (None, *range(40))] == [
+            theirs.get_decay(step) for step in (None, *range(40))
+        ]
+
+
+def test_the_decay_may_be_changed_on_the_way(original: Any) -> None:
+    model = small_model()
+    theirs, ours = original(model, 0.9), ModelEmaV3(model, 0.9)
+    for decay in (0.9, 0.5, 0.0, 1.0, 0.99):
+        train(model)
+        for ema in (theirs, ours):
+            ema.decay = decay
+            ema.update(model)
+        assert state_bits(ours) == state_bits(theirs)
+    ours.decay = 1.5
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
+        ours.update(model)
+
+
+def test_the_constructor_takes_the_same_arguments(original: Any) -> None:
+    theirs, ours = (inspect.signature(each.__init__).parameters for each in (original, ModelEmaV3))
+    assert list(theirs) == list(ours)
+    for name, parameter in theirs.items():
+        assert ours[name].default == parameter.default
+        assert ours[name].kind == parameter.kind
+
+
+def test_states_go_both_ways(original: Any) -> None:
+    model = small_model()
+    theirs, ours = original(model, 0.9), ModelEmaV3(model, 0.9)
+    for step in range(4):
+        train(model, seed=step)
+        theirs.update(model)
+    ours.load_state_dict(theirs.state_dict())
+    back = original(model, 0.9)
+    back.load_state_dict(ours.state_dict())
+    for step in range(4):
+        train(model, seed=9 + step)
+        for ema in (theirs, ours, back):
+            ema.update(model)
+    assert state_bits(ours) == state_bits(theirs) == state_bits(back)
+
+
+def test_nan_spreads_as_in_the_original_and_set_starts_over(original: Any) -> None:
+    model = small_model()
+    theirs, ours = original(model, 0.9), ModelEmaV3(model, 0.9)
+    clean = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")  # type: ignore[index]
+    for ema in (theirs, ours):
+        ema.update(model)
+    assert ours.module[0].weight.isnan().sum() == theirs.module[0].weight.isnan().sum() == 1  # type: ignore[index]
+    model.load_state_dict(clean)
+    train(model)
+    for ema in (theirs, ours):
+        ema.set(model)
+    assert state_bits(ours) == state_bits(theirs)
+    assert bits(ours.module) == bits(model)
+    train(model)
+    ours.update(model)
+    theirs.update(model)
+    assert state_bits(ours) == state_bits(theirs), "set() took the average out of the plan"
+
+
+@pytest.mark.parametrize("exclude_buffers", [False, True])
+def test_buffers_outside_the_state_as_in_the_original(original: Any, exclude_buffers: bool) -> None:
+    model = made("recurrent")
+    assert isinstance(model, _Recurrent)
+    emas = [kind(model, 0.9, exclude_buffers=exclude_buffers) for kind in (original, ModelEmaV3)]
+    model.table.fill_(7.0)
+    for ema in emas:
+        ema.update(model)
+    tables = [ema.module.table.tolist() for ema in emas]
+    assert tables[0] == tables[1] == ([7.0] * 5 if exclude_buffers else [0.0, 1.0, 2.0, 3.0, 4.0])
+
+
+def test_another_model_is_averaged_as_in_the_original(original: Any) -> None:
+    first, second = small_model(), small_model(seed=5)
+    theirs, ours = original(first, 0.9), ModelEmaV3(first, 0.9)
+    for model in (first, second, second, first):
+        train(model)
+        theirs.update(model)
+        ours.update(model)
+        assert state_bits(ours) == state_bits(theirs)
+
+
+def test_a_wider_average(original: Any) -> None:
+    """timm multiplies and adds where dtypes differ, and rounds once more: not the same bits."""
+    model = nn.ModuleList([small_model(), made("recurrent")])
+    theirs, ours = original(model, 0.9, dtype=torch.float64), ModelEmaV3(model, 0.9, dtype=torch.float64)
+    for step in range(20):
+        train(model, seed=step)
+        theirs.update(model)
+        ours.update(model)
+    dtypes = [[tensor.dtype for tensor in tensors_of(ema.module)] for ema in (theirs, ours)]
+    assert dtypes[0] == dtypes[1]
+    assert torch.float32 not in dtypes[1]
+    for mine, other in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-13, atol=1e-13)
+
+
+def test_a_float64_module_goes_on_with_float32_weights(original: Any) -> None:
+    model = small_model()
+    theirs, ours = original(model, 0.9), ModelEmaV3(model, 0.9)
+    for step in range(6):
+        if step == 3:
+            theirs.to(torch.float64)
+            ours.to(torch.float64)
+        train(model, seed=step)
+        theirs.update(model)
+        ours.update(model)
+    assert ours.module[0].weight.dtype == torch.float64  # type: ignore[index]
+    for mine, other in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+# ---- the module ----
+
+
+def test_the_module_is_the_shadow_and_in_eval_mode() -> None:
+    model = small_model().train()
+    ema = ModelEmaV3(model, 0.5)
+    addresses = {tensor.data_ptr() for tensor in tensors_of(ema.module)}
+    assert ema._bound is not None
+    assert addresses == {average.data_ptr() for average in ema._bound.averages().values()}, "memory of its own"
+    assert not addresses & {tensor.data_ptr() for tensor in tensors_of(model)}
+    assert not any(part.training for part in ema.module.modules())
+    assert all(part.training for part in model.modules())
+    assert not any(parameter is other for parameter in ema.parameters() for other in model.parameters())
+
+
+def test_the_module_stays_bound_whatever_happens_to_its_tensors() -> None:
+    """Tensors that were replaced are the average from then on, and the next update finds them."""
+    model = small_model()
+    ema, expected = ModelEmaV3(model, 0.5), copy.deepcopy(model).double()
+
+    def replace() -> None:
+        state = {name: tensor.clone() for name, tensor in ema.state_dict().items()}
+        ema.load_state_dict(state, assign=True)
+
+    def move() -> None:
+        for tensor in tensors_of(ema.module):
+            tensor.data = tensor.data.clone()
+
+    def move_the_live_weights() -> None:
+        for tensor in tensors_of(model):
+            tensor.data = tensor.data.clone()
+
+    held = ema.module
+    for step, change in enumerate((lambda: None, replace, move, move_the_live_weights)):
+        change()
+        train(model, seed=step)
+        ema.update(model)
+        with torch.no_grad():
+            for average, live in zip(tensors_of(expected), tensors_of(model), strict=True):
+                average.lerp_(live.double(), 0.5) if average.is_floating_point() else average.copy_(live)
+        for average, wanted in zip(tensors_of(ema.module), tensors_of(expected), strict=True):
+            torch.testing.assert_close(average.double(), wanted.double(), rtol=1e-6, atol=1e-6)
+    assert ema.module is held
+
+
+def test_a_graph_through_the_module_notices_an_update() -> None:
+    model = nn.Linear(3, 2)
+    ema = ModelEmaV3(model, 0.5)
+    loss = ema.module.weight.square().sum()  # type: ignore[operator,union-attr]
+    train(model)
+    ema.update(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_wrapper_needs_no_new_plan() -> None:
+    model = small_model()
+    ema = ModelEmaV3(model, 0.5)
+    bound = ema._bound
+    for wrapper in (nn.DataParallel(model), torch.compile(model), nn.ModuleList([model])):
+        train(model)
+        before = bits(ema.module)
+        ema.update(wrapper)  # type: ignore[arg-type]
+        assert bits(ema.module) != before
+        assert ema._bound is bound
+
+
+def test_a_compiled_model_keeps_its_names(original: Any) -> None:
+    model = torch.compile(small_model())
+    theirs, ours = original(model, 0.5), ModelEmaV3(model, 0.5)  # type: ignore[arg-type]
+    train(model)  # type: ignore[arg-type]
+    for ema in (theirs, ours):
+        ema.update(model)
+    assert state_bits(ours) == state_bits(theirs)
+    assert "module._orig_mod.0.weight" in ours.state_dict()
+
+
+def test_tied_weights_are_averaged_once() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    model["b"].weight = model["a"].weight
+    nn.init.zeros_(model["a"].weight)  # type: ignore[arg-type]
+    ema = ModelEmaV3(model, 0.9)
+    nn.init.ones_(model["a"].weight)  # type: ignore[arg-type]
+    ema.update(model)
+    torch.testing.assert_close(ema.module["b"].weight, torch.full((3, 3), 0.1))  # type: ignore[index]
+    assert ema.module["a"].weight is ema.module["b"].weight  # type: ignore[index]
+
+
+@pytest.mark.parametrize("exclude_buffers", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32])
+def test_sixteen_bits_are_averaged_in_float32_and_the_module_runs_in_its_dtype(
+    exclude_buffers: bool, dtype: torch.dtype | None
+) -> None:
+    model = small_model(torch.bfloat16)
+    ema = ModelEmaV3(model, 0.999, exclude_buffers=exclude_buffers, dtype=dtype)
+    exact = model[0].weight.detach().double()  # type: ignore[operator,union-attr]
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)  # type: ignore[operator]
+        model[1].running_mean.fill_(0.25)  # type: ignore[operator,union-attr]
+    held = ema.module[0].weight  # type: ignore[index]
+    for _ in range(50):
+        ema.update(model)
+        exact = 0.999 * exact + 0.001 * model[0].weight.double()  # type: ignore[operator,union-attr]
+    assert ema.module[0].weight is held  # type: ignore[index]
+    expected = dtype or torch.bfloat16
+    floats = [tensor for tensor in tensors_of(ema.module) if tensor.is_floating_point()]
+    assert {tensor.dtype for tensor in floats} == {expected}
+    assert ema(values(2, 3).to(expected)).dtype == expected
+    # One rounding, of the result; an average that moves in 16 bits stands still or rounds at every step.
+    torch.testing.assert_close(
+        held.double(), exact, rtol=torch.finfo(expected).eps / 2 if expected.itemsize == 2 else 1e-5, atol=1e-6
+    )
+    mean = ema.module[1].running_mean  # type: ignore[index]
+    torch.testing.assert_close(
+        mean.float(), torch.full((5,), 0.25 if exclude_buffers else 0.25 * (1 - 0.999**50)), rtol=4e-3, atol=1e-5
+    )
+
+
+def test_what_is_loaded_into_a_module_in_sixteen_bits_is_averaged_further() -> None:
+    model = small_model(torch.bfloat16)
+    ema, other = ModelEmaV3(model, 0.5), ModelEmaV3(small_model(torch.bfloat16), 0.5)
+    train(model)
+    ema.update(model)
+    other.load_state_dict(ema.state_dict())
+    train(model)
+    before = ema.module[0].weight.double()  # type: ignore[index]
+    ema.update(model)
+    other.update(model)
+    torch.testing.assert_close(other.module[0].weight, ema.module[0].weight, rtol=8e-3, atol=1e-6)  # type: ignore[index]
+    expected = (0.5 * before + 0.5 * model[0].weight.double()).bfloat16()  # type: ignore[operator,union-attr]
+    assert torch.equal(other.module[0].weight, expected)  # type: ignore[index]
+
+
+def test_a_rebuilt_plan_keeps_the_unrounded_average() -> None:
+    model = small_model(torch.bfloat16)
+    ema, other = ModelEmaV3(model, 0.999), ModelEmaV3(model, 0.999)
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)  # type: ignore[operator]
+    for _ in range(20):
+        ema.update(model)
+        other.update(copy.deepcopy(model))  # another model each time
+    assert bits(ema.module) == bits(other.module)
+
+
+def test_copies_hold_the_average_and_not_the_model() -> None:
+    model = small_model()
+    ema = ModelEmaV3(model, 0.5)
+    train(model)
+    ema.update(model)
+    for copied in (copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))):
+        other = copied(ema)
+        assert other._bound is None
+        assert bits(other.module) == bits(ema.module)
+        before = bits(ema.module)
+        train(model)
+        other.update(model)
+        assert bits(ema.module) == before, "they share memory"
+        ema.update(model)
+        assert bits(other.module) == bits(ema.module)
+
+
+def test_a_model_of_another_structure_is_refused() -> None:
+    ema = ModelEmaV3(small_model(), 0.5)
+    before = bits(ema.module)
+    with pytest.raises(ValueError, match=r"not built like the averaged one: it has 2 .* the average has 9"):
+        ema.update(nn.Linear(3, 2))
+    other = small_model()
+    other[0] = nn.Linear(4, 5)
+    with pytest.raises(ValueError, match=r"'0\.weight' has shape \(5, 4\), expected \(5, 3\)"):
+        ema.update(other)
+    assert bits(ema.module) == before
+
+
+def test_examples() -> None:
+    result = doctest.testmod(fastema.integrations.timm, extraglobs={"torch": torch})
+    assert result.attempted >= 5
+    assert result.failed == 0

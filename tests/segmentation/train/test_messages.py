@@ -1,0 +1,110 @@
+"""The advisor's messages in a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastema.segmentation.errors import UserError
+from fastema.segmentation.train.messages import describe_window, latest_finding
+from fastema.segmentation.train_extra import missing_packages
+
+
+def test_the_outlook() -> None:
+    assert (
+        describe_window(0.999, "constant", 400, 40_000)
+        == "looks back over up to 1,000 updates, 2.5 epochs; judge it after 8 epochs"
+    )
+    assert describe_window(0.999, "threshold", 400, 40_000).endswith("judge it after 3 epochs")
+    assert describe_window(0.9, "linear", 400, 40_000).endswith("judge it after 1 epoch")
+    assert "never moves" in describe_window(1.0, "constant", 400, 40_000)
+    assert describe_window(0.0, "constant", 400, 40_000).endswith("judge it after 1 epoch")
+
+
+def test_nothing_is_said_too_early_in_a_run() -> None:
+    assert latest_finding([0.5, 0.6], [0.4, 0.5], 0.9999, "constant", 400, 4000) is None
+    found = latest_finding([0.5, 0.6, 0.65], [0.4, 0.42, 0.44], 0.9999, "constant", 400, 4000)
+    assert found is not None
+    assert found.kind == "too early"
+
+
+def test_a_resume_that_left_the_average_behind_counts_anew() -> None:
+    base = [0.1 * i for i in range(1, 8)]
+    ema = [0.1, 0.2, None, None, 0.2, 0.3, 0.4]
+    found = latest_finding(base, ema, 0.9999, "constant", 400, 4000)
+    assert found is not None
+    assert found.evidence["updates"] == pytest.approx(3 * 400)
+    assert latest_finding(base[:6], ema[:6], 0.9999, "constant", 400, 4000) is None
+
+
+# --- whole, tiny trainings -------------------------------------------------------------------------------------------
+
+needs_train = pytest.mark.skipif(bool(missing_packages()), reason="the train extra is not installed")
+
+
+@pytest.fixture
+def train(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Any, str]]:
+    """Train with given (base, ema) IoUs per epoch in place of the validation."""
+    from fastema.segmentation.train.trainer import Trainer
+    from segmentation.runs import output_of, tiny_options, tiny_run
+
+    def run(base: list[float], ema: list[float], **changes: Any) -> tuple[Any, str]:
+        def validate(self: Trainer) -> tuple[list[float], list[list[float]]]:
+            epoch = self.epoch
+            return [base[epoch]] * 2, [] if self.ema is None else [[ema[epoch]] * 2]
+
+        monkeypatch.setattr(Trainer, "_validate", validate)
+        chosen = {"epochs": len(base), "use_ema": True, **changes}
+        trainer = tiny_run(request.getfixturevalue("pairs"), tiny_options(tmp_path / "run", **chosen))
+        trainer.fit()
+        return trainer, output_of(trainer)
+
+    return run
+
+
+@needs_train
+def test_a_run_says_the_outlook_and_each_change_once(train: Callable[..., tuple[Any, str]]) -> None:
+    base = [0.30, 0.40, 0.50, 0.60, 0.70]
+    _, text = train(base, [0.1, 0.1, 0.1, 0.1, 0.1], ema_decay=0.9999, ema_decay_type="constant")
+    assert "EMA: looks back over up to 10,000 updates" in text
+    assert text.count("EMA: Too early") == 1
+    assert text.index("Epoch 3: Loss") < text.index("EMA: Too early") < text.index("Epoch 4: Loss")
+
+
+@needs_train
+def test_auto_starts_when_it_pays(train: Callable[..., tuple[Any, str]]) -> None:
+    trainer, text = train([0.30, 0.40, 0.50, 0.55], [0.0, 0.0, 0.0, 0.56], ema_start="auto")
+    assert "EMA: waits until" in text
+    assert "EMA: starts after epoch 3, improving" in text
+    assert [record.ema_iou for record in trainer.history] == [None, None, None, pytest.approx(0.56)]
+    assert trainer.ema.num_updates == trainer.stages.at(4).steps_per_epoch
+
+
+@needs_train
+def test_auto_never_starts_a_run_that_collapses(train: Callable[..., tuple[Any, str]], tmp_path: Path) -> None:
+    trainer, text = train([0.5480, 0.1136, 0.11], [0.0] * 3, ema_start="auto")
+    assert trainer.ema is None
+    assert text.count("EMA: not started, collapse") == 1
+    assert not (tmp_path / "run" / "best_ema.pth").exists()
+
+
+@needs_train
+def test_auto_goes_on_after_a_resume(train: Callable[..., tuple[Any, str]], tmp_path: Path) -> None:
+    last = tmp_path / "run" / "last.pth"
+    train([0.30, 0.40], [0.0] * 2, ema_start="auto")
+    resumed, text = train([0.30, 0.40, 0.50, 0.60], [0.0] * 4, ema_start="auto", resume_from=last)
+    assert "EMA: starts after epoch 3" in text
+    again, text = train([0.30, 0.40, 0.50, 0.60, 0.65], [0.0] * 5, ema_start="auto", resume_from=last)
+    assert "starts after" not in text
+    assert again.ema.num_updates == 2 * resumed.ema.num_updates  # the average went on
+
+
+@needs_train
+def test_an_unknown_start_is_refused(train: Callable[..., tuple[Any, str]]) -> None:
+    with pytest.raises(UserError, match="--ema-start must be now or auto, got later"):
+        train([0.3], [0.3], ema_start="later")

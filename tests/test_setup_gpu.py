@@ -1,0 +1,288 @@
+"""What setup.py builds for a GPU: which toolkit it finds, in whose folders, and which architectures it compiles for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import setup_gpu
+from setup_gpu import NoGpuCode, find_toolkit, gencode_flags, toolkit_homes
+
+ROOT = Path(__file__).parent.parent
+CUDA_13 = ["75", "80", "86", "87", "88", "89", "90", "100", "103", "110", "120", "121"]  # nvcc --list-gpu-code
+TORCH = ["75", "80", "86", "90", "100", "120"]  # torch 2.14's wheels of CUDA 13.0
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A machine of these files alone; those named nvcc or hipcc are programs."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+
+    def make(*names: str) -> None:
+        for name in names:
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+            if path.name == "nvcc":
+                program(path, f"echo '#$ _HERE_={path.parent}'")
+
+    return make
+
+
+def program(path: Path, lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+
+
+def found(root: Path, torch_major: int | None = 13, **environment: str) -> tuple[str, str, str]:
+    """The parts of the toolkit that is taken, from the root of the machine."""
+    toolkit = find_toolkit(toolkit_homes(environment, root), torch_major)
+    nvcc, include, runtime = (
+        path.relative_to(root).as_posix() for path in (toolkit.nvcc, toolkit.include, toolkit.runtime)
+    )
+    return nvcc, include, runtime
+
+
+# ---- toolkits ----
+
+
+def test_the_toolkit_of_nvidias_installer(tree: Callable[..., None], tmp_path: Path) -> None:
+    for version in ("9.2", "12.9", "13.0"):
+        home = f"usr/local/cuda-{version}"
+        tree(f"{home}/bin/nvcc", f"{home}/include/cuda_runtime.h", f"{home}/lib64/libcudart_static.a")
+    assert found(tmp_path)[0] == "usr/local/cuda-13.0/bin/nvcc", "the newest"
+    older = tmp_path / "usr/local/cuda-12.9"
+    assert found(tmp_path, CUDA_HOME=str(older))[0] == "usr/local/cuda-12.9/bin/nvcc", "what the user named"
+
+
+def test_the_toolkit_of_conda(tree: Callable[..., None], tmp_path: Path) -> None:
+    parts = "conda/targets/x86_64-linux"
+    tree("conda/bin/nvcc", f"{parts}/include/cuda_runtime.h", f"{parts}/lib/libcudart_static.a")
+    expected = ("conda/bin/nvcc", f"{parts}/include", f"{parts}/lib/libcudart_static.a")
+    assert found(tmp_path, CONDA_PREFIX=str(tmp_path / "conda")) == expected
+
+
+def test_the_toolkit_of_pips_wheels_of_cuda_13(tree: Callable[..., None], tmp_path: Path) -> None:
+    home = "site-packages/nvidia/cu13"
+    tree(f"{home}/bin/nvcc", f"{home}/include/cuda_runtime.h", f"{home}/lib/libcudart.so.13")
+    assert found(tmp_path) == (f"{home}/bin/nvcc", f"{home}/include", f"{home}/lib/libcudart.so.13")
+    tree(f"{home}/lib/libcudart_static.a")
+    assert found(tmp_path)[2] == f"{home}/lib/libcudart_static.a", "works with any torch"
+
+
+def test_the_toolkit_of_pips_wheels_of_cuda_12(tree: Callable[..., None], tmp_path: Path) -> None:
+    home = "site-packages/nvidia"
+    tree(f"{home}/cuda_nvcc/bin/nvcc", f"{home}/cuda_runtime/include/cuda_runtime.h")
+    tree(f"{home}/cuda_runtime/lib/libcudart.so.12")
+    runtime = f"{home}/cuda_runtime/lib/libcudart.so.12"
+    assert found(tmp_path, torch_major=12) == (f"{home}/cuda_nvcc/bin/nvcc", f"{home}/cuda_runtime/include", runtime)
+
+
+def test_the_toolkit_of_debian(tree: Callable[..., None], tmp_path: Path) -> None:
+    tree("usr/lib/nvidia-cuda-toolkit/bin/nvcc", "usr/include/cuda_runtime.h")
+    tree("usr/lib/x86_64-linux-gnu/libcudart_static.a")
+    expected = ("usr/lib/nvidia-cuda-toolkit/bin/nvcc", "usr/include", "usr/lib/x86_64-linux-gnu/libcudart_static.a")
+    assert found(tmp_path) == expected
+
+
+def test_a_script_on_path_leads_to_the_real_compiler(tree: Callable[..., None], tmp_path: Path) -> None:
+    tree("cuda/bin/nvcc", "cuda/include/cuda_runtime.h", "cuda/lib64/libcudart_static.a")
+    program(tmp_path / "bin/nvcc", f'exec "{tmp_path}/cuda/bin/nvcc" "$@"')
+    assert found(tmp_path, PATH=str(tmp_path / "bin"))[0] == "cuda/bin/nvcc"
+
+
+def test_what_is_incomplete_is_passed_over_and_said(tree: Callable[..., None], tmp_path: Path) -> None:
+    tree("mine/bin/nvcc", "mine/include/cuda_runtime.h", "mine/lib64/libcudart.so.12")
+    with pytest.raises(NoGpuCode, match=r"mine/bin/nvcc has no libcudart_static\.a beside it; set CUDA_HOME"):
+        found(tmp_path, CUDA_HOME=str(tmp_path / "mine"))  # torch has loaded the runtime of CUDA 13
+    home = "usr/local/cuda"
+    tree(f"{home}/bin/nvcc", f"{home}/include/cuda_runtime.h", f"{home}/lib64/libcudart_static.a")
+    assert found(tmp_path, CUDA_HOME=str(tmp_path / "mine"))[0] == f"{home}/bin/nvcc"
+
+
+def test_without_a_toolkit_the_reason_says_so(tree: Callable[..., None], tmp_path: Path) -> None:
+    with pytest.raises(NoGpuCode, match="no CUDA toolkit found; set CUDA_HOME"):
+        found(tmp_path)
+
+
+# ---- architectures ----
+
+
+def code(*names: str) -> list[str]:
+    return [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+
+
+def ptx(*names: str) -> list[str]:
+    return [f"-gencode=arch=compute_{name},code=compute_{name}" for name in names]
+
+
+def test_by_default_it_is_what_torch_was_built_for_with_ptx_of_the_newest() -> None:
+    assert gencode_flags(None, CUDA_13, TORCH) == [*code(*TORCH), *ptx("120")]
+    assert code("75")[0] in gencode_flags("", CUDA_13), "T4s are what people are lent"
+
+
+def test_what_nvcc_does_not_know_is_left_out_of_the_default() -> None:
+    cuda_12_4 = ["50", "60", "70", "75", "80", "86", "89", "90", "90a"]
+    assert gencode_flags(None, cuda_12_4, TORCH) == [*code("75", "80", "86", "90"), *ptx("90")]
+    with pytest.raises(NoGpuCode, match="none of sm_50, sm_60"):
+        gencode_flags(None, CUDA_13, ["50", "60"])
+
+
+def test_the_gpu_at_hand_is_always_among_them() -> None:
+    assert gencode_flags(None, CUDA_13, ["80", "90"], ["89"]) == [*code("80", "89", "90"), *ptx("90")]
+    assert gencode_flags(None, CUDA_13, ["90a"], ["90"]) == [*code("90"), *ptx("90")], "features are of one chip"
+    assert gencode_flags("native", CUDA_13, TORCH, ["90"]) == [*code("90"), *ptx("90")]
+    assert gencode_flags("native", CUDA_13, TORCH) == [*code(*TORCH), *ptx("120")], "without a GPU, all"
+
+
+@pytest.mark.parametrize(
+    ("listed", "flags"),
+    [
+        ("8.0;9.0+PTX", [*code("80", "90"), *ptx("90")]),
+        ("8.6+PTX", [*code("86"), *ptx("86")]),
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", [*code("75", "80", "86", "90", "100", "120"), *ptx("120")]),
+        ("9.0a", code("90a")),
+        ("Hopper", [*code("90"), *ptx("90")]),
+        ("Turing;Ampere", [*code("75", "80", "86"), *ptx("75", "86")]),
+        ("Ampere+Tegra", code("87")),
+        ("9.0; Hopper;", [*code("90"), *ptx("90")]),
+    ],
+)
+def test_the_list_of_torch_extensions(listed: str, flags: list[str]) -> None:
+    assert gencode_flags(listed, CUDA_13, TORCH, ["75"]) == flags
+
+
+def test_the_names_are_torchs_own() -> None:
+    source = Path(torch.__file__).with_name("utils") / "cpp_extension.py"
+    for name, numbers in setup_gpu.NAMED_ARCHITECTURES.items():
+        assert f"('{name}', '{numbers}')" in source.read_text() or torch.__version__ < "2.13"
+
+
+@pytest.mark.parametrize("listed", ["Hoper", "9", "sm_90", "9.0+ptx"])
+def test_a_wrong_name_is_refused_with_what_may_be_written(listed: str) -> None:
+    with pytest.raises(NoGpuCode, match=r"no architecture: write 9\.0 or 9\.0\+PTX, or .*Hopper"):
+        gencode_flags(listed, CUDA_13)
+
+
+def test_an_architecture_that_nvcc_dropped_is_named() -> None:
+    with pytest.raises(NoGpuCode, match=r"does not compile for sm_70 \(TORCH_CUDA_ARCH_LIST='7.0;8.0'\)"):
+        gencode_flags("7.0;8.0", CUDA_13)
+
+
+# ---- the compilation ----
+
+
+@pytest.fixture
+def toolkit(tree: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A toolkit whose nvcc writes down its arguments."""
+    tree("cuda/include/cuda_runtime.h", "cuda/lib64/libcudart_static.a")
+    names = "\\n".join(f"sm_{name}" for name in CUDA_13)
+    log = f'echo "$@" >> {tmp_path}/log'
+    program(tmp_path / "cuda/bin/nvcc", f'{log}; [ "$1" = --list-gpu-code ] && printf "{names}\\n"; exit 0')
+    for name in ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setenv("FASTEMA_CUDA", "1")
+    monkeypatch.setattr(torch.version, "hip", None)
+    return tmp_path / "cuda"
+
+
+def test_all_architectures_are_compiled_at_once(toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_JOBS", "3")
+    gpu = setup_gpu.compile_gpu_code(tmp_path / "build")
+    assert gpu.objects == [str(tmp_path / "build/cuda_kernels.o"), str(toolkit / "lib64/libcudart_static.a")]
+    command = (tmp_path / "log").read_text().splitlines()[-1].split()
+    assert {"-c", "--fmad=false", code("75")[0], code("90")[0]} <= set(command)
+    assert command[command.index("--threads") + 1] == "3"
+
+
+def test_what_the_compiler_said_is_the_reason(toolkit: Path, tmp_path: Path) -> None:
+    program(
+        toolkit / "bin/nvcc", "echo sm_90; [ $1 = --list-gpu-code ] || { echo 'x.h: error: unsupported gcc'; exit 2; }"
+    )
+    with pytest.raises(NoGpuCode, match=r"nvcc failed with status 2: x\.h: error: unsupported gcc"):
+        setup_gpu.compile_gpu_code(tmp_path / "build")
+
+
+def test_a_cpu_torch_gets_no_kernels_unless_they_are_asked_for(
+    toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("FASTEMA_CUDA", "")
+    with pytest.raises(NoGpuCode, match="torch is a CPU build"):
+        setup_gpu.compile_gpu_code(tmp_path / "build")
+    monkeypatch.setenv("FASTEMA_CUDA", "0")
+    with pytest.raises(NoGpuCode, match="FASTEMA_CUDA=0"):
+        setup_gpu.compile_gpu_code(tmp_path / "build")
+
+
+def test_on_rocm_hipcc_compiles_the_same_source(toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a hipcc that only writes down its arguments: nothing was run on an AMD GPU."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.0")
+    monkeypatch.setattr(torch, "__version__", "2.11.0+rocm6.4")
+    monkeypatch.setattr(setup_gpu, "_torch_architectures", lambda: ["gfx90a:sramecc+:xnack-", "gfx942"])
+    monkeypatch.delenv("PYTORCH_ROCM_ARCH", raising=False)
+    monkeypatch.setenv("ROCM_HOME", str(tmp_path / "rocm"))
+    program(tmp_path / "rocm/bin/hipcc", f'echo "$@" > {tmp_path}/log')
+    gpu = setup_gpu.compile_gpu_code(tmp_path / "build")
+    assert (gpu.libraries, gpu.library_dirs) == (["amdhip64"], [str(tmp_path / "rocm/lib")])
+    command = (tmp_path / "log").read_text().split()
+    assert command[:2] == ["-x", "hip"] and str(setup_gpu.SOURCE) in command
+    assert [word for word in command if "offload" in word] == ["--offload-arch=gfx90a", "--offload-arch=gfx942"]
+    monkeypatch.setenv("PYTORCH_ROCM_ARCH", "gfx1100")
+    setup_gpu.compile_gpu_code(tmp_path / "build")
+    assert "--offload-arch=gfx1100" in (tmp_path / "log").read_text()
+    monkeypatch.setattr(torch, "__version__", "2.6.0")
+    with pytest.raises(NoGpuCode, match=r"on ROCm the kernels need torch 2\.11"):
+        setup_gpu.compile_gpu_code(tmp_path / "build")
+
+
+@pytest.mark.skipif(shutil.which("hipcc") is None, reason="no hipcc on PATH: the source is not compiled for AMD GPUs")
+def test_a_real_hipcc_compiles_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one AMD GPU. Not run on one."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.0")
+    monkeypatch.setattr(torch, "__version__", "2.11.0+rocm6.4")
+    monkeypatch.setenv("FASTEMA_CUDA", "1")
+    monkeypatch.setenv("PYTORCH_ROCM_ARCH", "gfx90a")
+    (code_object,) = setup_gpu.compile_gpu_code(tmp_path).objects
+    assert b"gfx90a" in Path(code_object).read_bytes()
+
+
+def test_rocm_without_hipcc_is_a_reason(tmp_path: Path) -> None:
+    if Path("/opt/rocm/bin/hipcc").exists():
+        pytest.skip("this machine has ROCm")
+    with pytest.raises(NoGpuCode, match="there is no hipcc; set ROCM_HOME"):
+        setup_gpu.find_rocm({"PATH": str(tmp_path)})
+
+
+# ---- setuptools ----
+
+
+@pytest.mark.parametrize(("version", "wheel"), [("65.5.0", False), ("65.5.0", True), ("70.1.0", False)])
+def test_an_old_setuptools_without_wheel_is_told_before_it_fails(tmp_path: Path, version: str, wheel: bool) -> None:
+    (tmp_path / "setuptools.py").write_text(f"__version__ = {version!r}\ndef setup(**arguments): print('set up')\n")
+    if wheel:
+        (tmp_path / "wheel.py").write_text("")
+    result = subprocess.run(
+        [sys.executable, "-S", "setup.py", "dist_info"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "FASTEMA_CUDA": ""},
+        capture_output=True,
+        text=True,
+    )
+    if version == "65.5.0" and not wheel:
+        assert result.returncode != 0
+        assert "pip install 'setuptools>=70.1'" in result.stderr
+        assert "Traceback" not in result.stderr
+    else:
+        assert result.returncode == 0, result.stderr
+        assert "set up" in result.stdout
