@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema import backends, compiled
-from fastema.checks import checked_count, checked_decays, checked_device, checked_shadow_dtype
+from fastema.checks import checked_count, checked_device, checked_shadow_dtype
 from fastema.clock import DeviceClock
 from fastema.core import state, swap
 from fastema.core.hooks import StepGroup, checked_optimizer
@@ -178,7 +178,8 @@ class FastEMA:
 
         Raises:
             RuntimeError: the EMA weights are applied; the model's structure, shapes, dtypes or devices changed.
-            ValueError: `decay` is outside [0, 1], or not as many as there are averages.
+            ValueError: `decay` is outside [0, 1], not as many as there are averages, or given to a schedule that has no
+                target decay ("power", the half-lives).
         """
         if torch.compiler.is_compiling():
             compiled.update(*self._shadow.operands(), self._compiled_handle(), step, found_inf)
@@ -190,7 +191,10 @@ class FastEMA:
                     return
             step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
             if step % self._update_every == 0:
-                decays = self._decays.at(step, self._last_update) if decay is None else self._decays_once(decay)
+                if decay is None:
+                    decays = self._decays.at(step, self._last_update)
+                else:
+                    decays = self._decays.checked(decay, "update(decay=)")
                 weights = [1.0 - each for each in decays]
                 # One call that looks and launches, where nobody's averages are in any model.
                 outcome = "moved" if swap.entered else self._shadow.update_watched(weights, self._guard, found_inf)
@@ -229,12 +233,6 @@ class FastEMA:
         if outcome == "averages moved":
             self._shadow.settle()
             self._shadow.follow_averages()
-
-    def _decays_once(self, decay: float | Sequence[float]) -> Sequence[float]:
-        decays, _ = checked_decays(decay)
-        if len(decays) not in (1, len(self._decays)):
-            raise ValueError(f"update() got {len(decays)} decays for {len(self._decays)} averages")
-        return decays if len(decays) == len(self._decays) else decays * len(self._decays)
 
     @one_thread
     def _update_operands(

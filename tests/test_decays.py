@@ -358,6 +358,9 @@ def test_schedules_without_a_target_refuse_one(arguments: dict[str, Any]) -> Non
     _, ema = made(**arguments)
     with pytest.raises(ValueError, match=r"set_decay\(\) needs a target decay, and the '[a-z_]+' schedule has none"):
         ema.set_decay(0.9)
+    with pytest.raises(ValueError, match=r"update\(decay=\) needs a target decay, and the '[a-z_]+' schedule has none"):
+        ema.update(decay=0.9)
+    assert ema.num_updates == 0
 
 
 @pytest.mark.parametrize("decay_type", ["power", "half_life", "half_life_fraction"])

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastema import sharded, state
+from fastema import sharded
 from fastema.checks import checked_count
+from fastema.core import state
 from fastema.posthoc import files
 from fastema.posthoc.files import COPY, Manifest, SnapshotError, tensor_key
 from fastema.posthoc.profiles import profiles_of
