@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from distributed_cases import Rank, on_ranks
+from cases.distributed import Rank, on_ranks
 from fastema import FastEMA
 from fastema.posthoc import SnapshotError, Snapshots, files, synthesize
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_posthoc import make_model, run
 
 from fastema import cli
 from fastema.posthoc import synthesize
-from test_posthoc import make_model, run
 
 pytest.importorskip("safetensors")
 load_file = pytest.importorskip("safetensors.torch").load_file
