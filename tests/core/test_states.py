@@ -39,7 +39,7 @@ def assert_equal(got: dict[str, Any], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_state_taken_inside_the_block_is_right_after_it(backend: str, in_place: bool) -> None:
     model = nn.Linear(3, 2)
-    ema = FastEMA(model, decay=[0.5, 0.9], backend=backend)
+    ema = FastEMA(model, decay=[0.5, 0.9], decay_type="constant", backend=backend)
     shift(model)
     ema.update()
     expected = [clones(ema.shadow_state_dict(which)) for which in (0, 1)]
@@ -76,7 +76,7 @@ class Packed(nn.Module):
 def test_what_a_state_dict_hook_makes_is_averaged(backend: str) -> None:
     model = Packed()
     before = clones(model.state_dict())
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     shift(model)
     ema.update()
     live = clones(model.state_dict())
@@ -93,7 +93,7 @@ def test_what_a_state_dict_hook_makes_is_averaged(backend: str) -> None:
 
 def test_what_cannot_be_taken_is_named() -> None:
     model = Packed()
-    ema = FastEMA(model, decay=[0.5, 0.9])
+    ema = FastEMA(model, decay=[0.5, 0.9], decay_type="constant")
     with ema.swapped(which=1), pytest.raises(RuntimeError, match=r"makes 'head\.weight', .*'q'.* anew"):
         ema.shadow_state_dict(which=0)
 
@@ -101,7 +101,7 @@ def test_what_cannot_be_taken_is_named() -> None:
 def test_a_skipped_weight_that_a_hook_clones_stays_live(backend: str) -> None:
     model = Packed()
     skip_head = lambda name, tensor, module: "skip" if name.startswith("head") else None  # noqa: E731
-    ema = FastEMA(model, decay=0.5, backend=backend, policy=skip_head)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend, policy=skip_head)
     shift(model)
     assert torch.equal(ema.shadow_state_dict()["head.weight"], model.head.weight)
 
@@ -113,7 +113,7 @@ def test_a_skipped_weight_that_a_hook_clones_stays_live(backend: str) -> None:
 def test_a_checkpoint_saved_inside_the_block_has_both_sides(tmp_path: Path, backend: str, make: Any) -> None:
     """A handler of a preemption signal saves whenever it is called."""
     model = make()
-    ema = FastEMA(model, decay=0.5, backend=backend)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
     shift(model)
     ema.update()
     shift(model)
@@ -136,7 +136,7 @@ def test_a_checkpoint_saved_inside_the_block_has_both_sides(tmp_path: Path, back
 def test_a_checkpoint_saved_inside_the_block_through_a_wrapper(tmp_path: Path) -> None:
     model = nn.Linear(4, 3)
     wrapped = nn.DataParallel(model)
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     shift(model)
     live = clones(wrapped.state_dict())
     with ema.swapped():
@@ -147,7 +147,7 @@ def test_a_checkpoint_saved_inside_the_block_through_a_wrapper(tmp_path: Path) -
 @pytest.mark.parametrize("applied", [False, True])
 def test_a_file_holds_each_average_once(tmp_path: Path, applied: bool) -> None:
     model = nn.Linear(300, 300)
-    ema = FastEMA(model, decay=0.5)
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
     if applied:
         ema.apply_shadow()
     save_checkpoint(tmp_path / "a.pth", net=model, ema=ema)
@@ -164,7 +164,7 @@ class SelfAveraging(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(2, 2)
-        self.ema = FastEMA(self, decay=0.5)
+        self.ema = FastEMA(self, decay=0.5, decay_type="constant")
 
 
 def through_a_file(module: nn.Module) -> nn.Module:

@@ -404,6 +404,16 @@ def test_a_schedule_without_a_known_profile_is_refused(tmp_path: Path, decay_typ
         Snapshots(tmp_path, ema)
 
 
+def test_a_state_dict_that_a_hook_changes_is_refused(tmp_path: Path) -> None:
+    def split(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+        state["top"], state["bottom"] = state.pop("weight").chunk(2)
+
+    model = nn.Linear(3, 4)
+    model.register_state_dict_post_hook(split)
+    with pytest.raises(ValueError, match="'weight' is not in the model's state_dict"):
+        Snapshots(tmp_path, FastEMA(model, decay_type="power", sigma_rel=0.1), verbose=False)
+
+
 def test_half_lives_have_the_profile_of_their_decay() -> None:
     ema = FastEMA([("w", torch.zeros(1))], decay_type="half_life", half_life=[10, 1000], batch_size=5)
     assert [each.values[0] for each in profiles_of(ema._decays, 1)] == pytest.approx(list(ema.decay_at(9)))
