@@ -181,7 +181,7 @@ class Snapshots:
         unseen = averaged.keys() - {_place(value) for value in tensors.values()}
         if unseen:
             raise ValueError(
-                f"{averaged[min(unseen)]!r} is not in the model's state_dict() as it is in the model: a hook there splits, "
+                f"{averaged[min(unseen)]!r} is not in the model's state_dict() as it is in the model: a hook splits, "
                 "casts or copies it, and snapshots cannot tell what of the state is averaged"
             )
         return tensors, names
