@@ -187,7 +187,8 @@ class FastEMA:
 
         Raises:
             RuntimeError: the EMA weights are applied; the model's structure, shapes, dtypes or devices changed.
-            ValueError: `decay` is outside [0, 1], or not as many as there are averages.
+            ValueError: `decay` is outside [0, 1], not as many as there are averages, or given to a schedule that has no
+                target decay ("power", the half-lives).
         """
         if torch.compiler.is_compiling():
             compiled.update(*self._shadow.operands(), self._compiled_handle(), step, found_inf)
@@ -202,7 +203,7 @@ class FastEMA:
                 if decay is None:
                     decays = self._decays.at(step, self._last_update)
                 else:
-                    decays = self._decays.checked(decay, "update(decay=...)")
+                    decays = self._decays.checked(decay, "update(decay=)")
                 weights = [1.0 - each for each in decays]
                 # One call that looks and launches, where nobody's averages are in any model.
                 outcome = "moved" if swap.entered else self._shadow.update_watched(weights, self._guard, found_inf)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastema.segmentation.errors import UserError
 
 if TYPE_CHECKING:
-    from fastema.posthoc import Averaged, Profile
+    from fastema.posthoc import Averaged
 
 HELP = "choose the average after the training, from snapshots"
 DESCRIPTION = (
@@ -131,7 +131,7 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
     from fastema.posthoc import power, snapshots_in, synthesize_all
 
     start = snapshots_in(arguments.folder)[-1].profiles[0].start
-    targets: list[Profile] = [power(sigma, start=start) for sigma in arguments.sweep]
+    targets = [power(sigma, start=start) for sigma in arguments.sweep]
     results = synthesize_all(arguments.folder, targets, arguments.step, arguments.max_error)
     scores = []
     print(f"{'sigma_rel':>9}  {'error':>6}  score")

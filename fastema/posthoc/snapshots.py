@@ -155,9 +155,11 @@ class Snapshots:
     def _tensors(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Return the tensors by key, each once, and the other names of those that have several."""
         shadow = self._ema._shadow
-        averaged_names = {name for entry in shadow.managed if entry.rule == "average" for name in entry.names}
+        names_averaged = [
+            name for entry in shadow.managed if entry.rule == "average" and entry.is_saved for name in entry.names
+        ]
         own = state.averages_by_name(shadow, 0)
-        averaged = {_place(own[name]) for name in averaged_names if own[name].numel()}
+        averaged = {_place(own[name]): name for name in names_averaged if own[name].numel()}
         tensors: dict[str, Any] = {}
         names: dict[str, str] = {}
         for which in range(len(self._ema._decays)):
@@ -175,6 +177,12 @@ class Snapshots:
                     tensors[tensor_key(0 if is_averaged else COPY, name)] = value
                 elif tensor_key(0, name) in tensors:
                     tensors[tensor_key(which, name)] = value
+        unseen = averaged.keys() - {_place(value) for value in tensors.values()}
+        if unseen:
+            raise ValueError(
+                f"{averaged[min(unseen)]!r} is not in the model's state_dict() as it is in the model: a hook splits, "
+                "casts or copies it, and snapshots cannot tell what of the state is averaged"
+            )
         return tensors, names
 
     def _rounded(self, tensors: dict[str, Any]) -> tuple[dict[str, Any], float]:

@@ -358,6 +358,9 @@ def test_schedules_without_a_target_refuse_one(arguments: dict[str, Any]) -> Non
     _, ema = made(**arguments)
     with pytest.raises(ValueError, match=r"set_decay\(\) needs a target decay, and the '[a-z_]+' schedule has none"):
         ema.set_decay(0.9)
+    with pytest.raises(ValueError, match=r"update\(decay=\) needs a target decay, and the '[a-z_]+' schedule has none"):
+        ema.update(decay=0.9)
+    assert ema.num_updates == 0
 
 
 @pytest.mark.parametrize("decay_type", ["power", "half_life", "half_life_fraction"])
@@ -382,8 +385,10 @@ def test_a_loaded_state_keeps_its_own_schedule() -> None:
     _, ema = made(decay_type="power", sigma_rel=0.1)
     ema.update()
     twin = made()[1]
-    with pytest.warns(UserWarning, match="decay_type='power' and goes on with it, not with 'threshold'"):
+    with pytest.warns(UserWarning) as seen:
         twin.load_state_dict(ema.state_dict())
+    told = [str(warning.message) for warning in seen]
+    assert any("decay_type='power' and goes on with it, not with 'threshold'" in text for text in told)
     assert twin.decay_at(50) == ema.decay_at(50)
 
 

@@ -172,7 +172,7 @@ def test_an_average_is_the_one_that_was_kept_within_the_error(tmp_path: Path, ev
         ({"sigma_rel": 0.15}, {"decay_type": "power", "sigma_rel": 0.15}),
         ({"sigma_rel": 0.03}, {"decay_type": "power", "sigma_rel": 0.03}),
         ({"gamma": 4.0}, {"decay_type": "power", "gamma": 4.0}),
-        ({"decay": 0.97}, {"decay_type": "constant", "decay": 0.97}),
+        ({"decay": 0.97**every}, {"decay_type": "constant", "decay": 0.97**every}),
     ):
         found = synthesize(tmp_path, **arguments)  # type: ignore[arg-type]
         expected = direct(320, **kept, update_every=every)  # type: ignore[arg-type]
@@ -402,6 +402,16 @@ def test_a_schedule_without_a_known_profile_is_refused(tmp_path: Path, decay_typ
     ema = FastEMA(make_model(), decay_type=decay_type)
     with pytest.raises(ValueError, match=f"power, constant or half_life; got '{decay_type}'"):
         Snapshots(tmp_path, ema)
+
+
+def test_a_state_dict_that_a_hook_changes_is_refused(tmp_path: Path) -> None:
+    def split(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+        state["top"], state["bottom"] = state.pop("weight").chunk(2)
+
+    model = nn.Linear(3, 4)
+    model.register_state_dict_post_hook(split)
+    with pytest.raises(ValueError, match="'weight' is not in the model's state_dict"):
+        Snapshots(tmp_path, FastEMA(model, decay_type="power", sigma_rel=0.1), verbose=False)
 
 
 def test_half_lives_have_the_profile_of_their_decay() -> None:
