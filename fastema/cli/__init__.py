@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         parsed.run(parsed)
-    except (UserError, CheckpointError) as error:
+    except (UserError, CheckpointError, OSError) as error:
         print(f"fastema: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

@@ -6,7 +6,6 @@ import argparse
 
 from fastema.cli import train
 from fastema.segmentation.distributed.process_group import process_group
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import DistillOptions
 
 HELP = "train a small student from a trained teacher, the student averaged"
@@ -27,7 +26,4 @@ def run(arguments: argparse.Namespace) -> None:
         options = train.runnable_options(arguments, DistillOptions)
         from fastema.segmentation.train.run import run_distillation
 
-        try:
-            run_distillation(options, processes)
-        except OSError as error:
-            raise UserError(str(error)) from error
+        run_distillation(options, processes)

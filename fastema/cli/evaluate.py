@@ -6,7 +6,6 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import HELD_OUT, SYNTHETIC, EvaluateOptions
 from fastema.segmentation.train_extra import require_train_extra
 
@@ -47,7 +46,4 @@ def run(arguments: argparse.Namespace) -> None:
     require_train_extra()
     from fastema.segmentation.eval.evaluate import evaluate_checkpoint
 
-    try:
-        evaluate_checkpoint(options)
-    except OSError as error:
-        raise UserError(str(error)) from error
+    evaluate_checkpoint(options)

@@ -39,7 +39,4 @@ def run(arguments: argparse.Namespace) -> None:
     from fastema.segmentation.eval.predict import write_masks
 
     weights = None if arguments.weights is None else _WEIGHTS[arguments.weights]
-    try:
-        write_masks(arguments.checkpoint, arguments.images, arguments.out, weights, threshold, arguments.device)
-    except OSError as error:
-        raise UserError(str(error)) from error
+    write_masks(arguments.checkpoint, arguments.images, arguments.out, weights, threshold, arguments.device)

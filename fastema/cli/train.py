@@ -141,7 +141,4 @@ def run(arguments: argparse.Namespace) -> None:
         options = runnable_options(arguments, TrainOptions)
         from fastema.segmentation.train.run import run_training
 
-        try:
-            run_training(options, processes)
-        except OSError as error:
-            raise UserError(str(error)) from error
+        run_training(options, processes)

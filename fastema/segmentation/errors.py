@@ -1,4 +1,4 @@
-"""The errors that a command prints as one line, without a traceback."""
+"""The errors that a command prints as one line, without a traceback. Anything in the trainer may raise `UserError`."""
 
 from __future__ import annotations
 

@@ -40,6 +40,16 @@ TINY = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the pictures at the end of a run, which take a second."""
+    if not missing_packages():
+        from fastema.segmentation.train import trainer
+
+        monkeypatch.setattr(trainer, "write_curves", lambda *_: None)
+        monkeypatch.setattr(trainer, "write_predictions", lambda *_: None)
+
+
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a command that must fail with a user's error; return its message."""
     assert cli.main(arguments) == 2

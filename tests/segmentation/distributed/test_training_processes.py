@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -255,9 +254,8 @@ class Run:
     """Two processes as torchrun starts them, of a training that does not end by itself."""
 
     def __init__(self, data: Path, folder: Path, *more: str) -> None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = str(found.getsockname()[1])
+        # As torchrun does, this process keeps the store, at a port that is free.
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         arguments = [
             "train",
             "--dataset-path",
@@ -267,12 +265,12 @@ class Run:
             *TINY.split(),
             *more,
         ]
-        launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
         self.ranks = [
             Command(
                 folder / f"rank{rank}",
                 [*arguments, "--num-experts", "0", "--epochs", "999"],
-                environment(RANK=str(rank), LOCAL_RANK=str(rank), **launcher),
+                environment(RANK=str(rank), LOCAL_RANK=str(rank), TORCHELASTIC_USE_AGENT_STORE="True", **launcher),
             )
             for rank in range(2)
         ]
@@ -323,7 +321,9 @@ def test_an_error_in_one_process_is_said_once_and_ends_all(data: Path, tmp_path:
         folder.unlink()
     ends = run.ends()
     assert all(status for status, _ in ends)
-    (line,) = [line for _, said in ends for line in said]
+    lines = [line for _, said in ends for line in said]
+    assert len(lines) == 1, lines
+    (line,) = lines
     assert line.startswith("fastema: error: ")
     assert str(own) in line
 
