@@ -34,7 +34,7 @@ CPP_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-unswitch-loops",  # gcc 12 leaves some of the copies scalar: float16 <- float32 took four times as long
-    "-Wno-ignored-optimization-argument",  # clang does not know the flag above; gcc does not know this one, and is silent
+    "-Wno-ignored-optimization-argument",  # clang does not know the flag above; gcc is silent about this one
     "-g0",
 ]
 

@@ -84,6 +84,14 @@ const void* scalars(const std::optional<at::Tensor>& tensor, at::ScalarType type
 }
 
 #ifdef FASTEMA_WITH_CUDA
+void* native_handle(const c10::Stream& stream) {
+#ifdef FASTEMA_STREAM_FROM_C10_CUDA  // torch before 2.11
+  return c10::cuda::CUDAStream(c10::cuda::CUDAStream::UNCHECKED, stream).stream();
+#else  // no CUDA header of torch, so that this compiles against CPU-only torch too
+  return stream.native_handle();
+#endif
+}
+
 void check(CudaError error, const char* what) {
   if (error != nullptr) throw std::runtime_error(std::string("CUDA error in ") + what + ": " + error);
 }
@@ -170,11 +178,7 @@ void* Plan::current_stream() {
     for (const std::vector<at::Tensor>& shadow : shadows_) std::for_each(shadow.begin(), shadow.end(), record);
     streams_.push_back(stream);
   }
-#ifdef FASTEMA_STREAM_FROM_C10_CUDA  // torch before 2.11
-  return c10::cuda::CUDAStream(c10::cuda::CUDAStream::UNCHECKED, stream).stream();
-#else  // no CUDA header of torch, so that this compiles against CPU-only torch too
-  return stream.native_handle();
-#endif
+  return native_handle(stream);
 }
 #endif
 
@@ -225,5 +229,34 @@ void Plan::exchange(int which) {
 }
 
 int64_t Plan::nonfinite_count() const { return device_.is_cpu() ? kept_on_cpu_ : device_kept_.item<int64_t>(); }
+
+void advance_clock(const at::Tensor& table, int64_t update_every, const std::optional<at::Tensor>& found_inf,
+                   const at::Tensor& step, const at::Tensor& num_updates, const at::Tensor& weights,
+                   const at::Tensor& skip) {
+  const at::Device device = table.device();
+  if (!device.is_cuda()) throw std::invalid_argument("the clock kernel runs on CUDA, the table is on " + device.str());
+  const auto* found = static_cast<const float*>(scalars(found_inf, at::kFloat, 1, device, "found_inf"));
+  const auto written = [&](const at::Tensor& tensor, at::ScalarType type, int64_t count, const char* name) {
+    return const_cast<void*>(scalars(tensor, type, count, device, name));
+  };
+#ifdef FASTEMA_WITH_CUDA
+  const int64_t shadows = weights.numel();
+  ClockArgs args{};
+  args.table = static_cast<const double*>(scalars(table, at::kDouble, table.size(0) * shadows, device, "table"));
+  args.rows = table.size(0);
+  args.shadows = static_cast<int>(shadows);
+  args.update_every = update_every;
+  args.found_inf = found;
+  args.step = static_cast<int64_t*>(written(step, at::kLong, 1, "step"));
+  args.num_updates = static_cast<int64_t*>(written(num_updates, at::kLong, 1, "num_updates"));
+  args.weights = static_cast<double*>(written(weights, at::kDouble, shadows, "weights"));
+  args.skip = static_cast<float*>(written(skip, at::kFloat, 1, "skip"));
+  const c10::DeviceGuard on_device(device);
+  const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+  check(launch_clock(args, device.index(), native_handle(stream)), "clock");
+#else
+  (void)found, (void)written, (void)update_every;
+#endif
+}
 
 }  // namespace fastema

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema import EMA_DECAY_FUNCTIONS, FastEMA, IDecayFunction
+from fastema.backends import native
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {},
@@ -146,3 +147,48 @@ def test_a_schedule_that_takes_too_long_to_settle_is_refused(monkeypatch: pytest
     monkeypatch.setattr("fastema.clock._MOST_ROWS", 50)
     with pytest.raises(ValueError, match="has not reached its decay after 50 steps"):
         FastEMA(make_model(), decay=0.999, decay_type="threshold", capturable=True)
+
+
+@pytest.mark.parametrize("update_every", [1, 3])
+def test_the_clock_kernel_is_given_what_it_reads_and_writes(update_every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the steps of csrc/cuda_kernels.cu in Python: the order of the arguments is what may be wrong."""
+
+    def kernel(
+        table: Tensor,
+        every: int,
+        found_inf: Tensor | None,
+        step: Tensor,
+        updates: Tensor,
+        weights: Tensor,
+        skip: Tensor,
+    ) -> None:
+        skipped = found_inf is not None and bool(found_inf)
+        step += 0 if skipped else 1
+        weights.copy_(table[min(max(int(step) - 1, 0), len(table) - 1)])
+        idle = skipped or int(step) % every != 0
+        skip.fill_(float(idle))
+        updates += 0 if idle else 1
+
+    models = [nn.Linear(3, 3) for _ in range(2)]
+    arguments: dict[str, Any] = {"decay": [0.9, 0.99], "decay_type": "threshold", "update_every": update_every}
+    models[1].load_state_dict(models[0].state_dict())
+    expected = FastEMA(models[0], capturable=True, **arguments)
+    monkeypatch.setattr(native, "clock_kernel", lambda device: kernel)
+    ema = FastEMA(models[1], capturable=True, **arguments)
+    for number in range(8):
+        for model, each in zip(models, (expected, ema), strict=True):
+            with torch.no_grad():
+                model.weight.add_(0.1 * number)
+            each.update(found_inf=torch.tensor(float(number in (0, 4))))
+    assert ema.num_updates == expected.num_updates
+    for which in (0, 1):
+        for name, average in expected.shadow_state_dict(which=which).items():
+            assert torch.equal(ema.shadow_state_dict(which=which)[name], average)
+
+
+def test_on_a_cpu_there_is_no_clock_kernel() -> None:
+    assert native.clock_kernel(torch.device("cpu")) is None
+    if native.why_unusable("cpu") is None:
+        numbers = [torch.zeros(1, 1, dtype=torch.float64), 1, None, *(torch.zeros(1) for _ in range(4))]
+        with pytest.raises(ValueError, match="the clock kernel runs on CUDA, the table is on cpu"):
+            native._C.advance_clock(*numbers)

@@ -69,6 +69,13 @@ def probe(device: torch.device) -> str | None:
     )
 
 
+def clock_kernel(device: torch.device) -> Any:
+    """Return what advances fastema/clock.py in one launch on `device`, or None. See csrc/plan.h for the arguments."""
+    if device.type != "cuda" or why_unusable("cuda") is not None or probe(device) is not None:
+        return None
+    return _C.advance_clock
+
+
 def describe(device_type: str) -> str:
     """What runs there."""
     if device_type == "cuda":
