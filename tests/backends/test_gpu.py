@@ -129,6 +129,21 @@ def test_an_update_is_one_launch_without_allocation_copy_or_wait(gpu_backend: st
     assert 1 <= len(on_device) <= most, on_device
 
 
+def test_a_capturable_update_is_two_launches() -> None:
+    reason = native.why_unusable("cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    ema = FastEMA(make_model().cuda(), capturable=True, backend="native")
+    found_inf = torch.zeros((), device="cuda")
+    ema.update(found_inf=found_inf)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ema.update(found_inf=found_inf)
+        torch.cuda.synchronize()
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(on_device) == 2, on_device
+
+
 @pytest.mark.parametrize("decay_type", ["constant", "threshold", "warmup", "exp"])
 def test_a_captured_step_replays_with_the_right_decay(gpu_backend: str, decay_type: str) -> None:
     arguments: dict[str, Any] = {"decay": 0.99, "decay_type": decay_type, "total_steps": 20, "backend": gpu_backend}
