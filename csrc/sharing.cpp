@@ -14,10 +14,11 @@
 namespace fastema {
 namespace {
 
-// Beside four busy processes on two cores, 50 to 100 good regions in a row save as much as the bad one after them
-// costs. With these numbers nearly all calls run alone there, and after a single bad region in a quiet process few do.
+// How many calls the caller does alone after regions that took too long: nearly all, beside four busy processes and
+// with an update of 50 us; few, after one such region in a quiet process.
 constexpr int kFirstPenalty = 8, kMostPenalty = 1024, kPenaltyFactor = 4;
-constexpr int kGoodRegions = 64;  // halve the penalty
+constexpr int kRegions = 64;         // in a row halve the penalty
+constexpr double kMostCredit = 8.0;  // of what a region saved, in calls of the caller alone
 
 // The indices that are left of one contiguous share, begin in the low half and end in the high half.
 class alignas(64) Share {
@@ -99,18 +100,20 @@ int64_t Sharing::sum(int64_t count, int threads, const std::function<int64_t(int
   });
   const double elapsed = std::chrono::duration<double>(Clock::now() - begin).count();
   const double worked = std::chrono::duration<double>(nothing_left - begin).count();
-  judge(elapsed * taken_by_caller <= worked * count);
+  if (taken_by_caller > 0) judge(elapsed, worked * count / taken_by_caller);
   return sum;
 }
 
-// `good`: the last region took no longer than the caller alone would have.
-void Sharing::judge(bool good) {
-  if (!good) {
+void Sharing::judge(double elapsed, double alone) {
+  // A large update gains from its second thread although a time slice is lost now and then, so savings count as well.
+  credit_ = std::min(credit_ + alone - elapsed, kMostCredit * alone);
+  if (credit_ < -alone) {
     alone_ = penalty_ = std::clamp(penalty_ * kPenaltyFactor, kFirstPenalty, kMostPenalty);
-    good_ = 0;
-  } else if (++good_ >= kGoodRegions) {
+    credit_ = 0.0;
+    regions_ = 0;
+  } else if (++regions_ >= kRegions) {
     penalty_ /= 2;
-    good_ = 0;
+    regions_ = 0;
   }
 }
 

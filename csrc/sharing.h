@@ -10,8 +10,8 @@ namespace fastema {
 //
 // An OpenMP region ends when its last thread has come. In a quiet process the threads spin and come at once; beside
 // other busy processes they wait for a time slice of several ms, and the caller with them. So every region is compared
-// with what the caller alone would have taken at its own pace, and after one that took longer the caller works alone
-// for a while, longer each time that happens.
+// with what the caller alone would have taken at its own pace. Where regions have lost more than they saved, the caller
+// works alone for a while, longer each time that happens.
 class Sharing {
  public:
   // Calls work(i) exactly once for every i in [0, count), on up to `threads` threads, and returns the sum of the
@@ -19,11 +19,13 @@ class Sharing {
   int64_t sum(int64_t count, int threads, const std::function<int64_t(int64_t)>& work);
 
  private:
-  void judge(bool good);
+  // `elapsed`: seconds of the last region; `alone`: of the caller, had it done everything.
+  void judge(double elapsed, double alone);
 
-  int alone_ = 0;    // calls to come that the caller does alone
-  int penalty_ = 0;  // `alone_` after the last region that took too long
-  int good_ = 0;     // regions since then that did not
+  int alone_ = 0;        // calls to come that the caller does alone
+  int penalty_ = 0;      // `alone_` after the last time that regions had lost too much
+  int regions_ = 0;      // since then
+  double credit_ = 0.0;  // seconds that they have saved; negative: lost
 };
 
 }  // namespace fastema
