@@ -57,7 +57,7 @@ class Plan {
 // Whether this build has the CUDA kernels.
 bool has_cuda();
 
-// One optimizer step of fastema/clock.py in one launch: see ClockArgs in cuda_kernels.h. All tensors on one CUDA
+// One optimizer step of fastema/core/device_schedule.py in one launch: see ClockArgs in cuda_kernels.h. All tensors on one CUDA
 // device.
 void advance_clock(const at::Tensor& table, int64_t update_every, const std::optional<at::Tensor>& found_inf,
                    const at::Tensor& step, const at::Tensor& num_updates, const at::Tensor& weights,
@@ -65,10 +65,5 @@ void advance_clock(const at::Tensor& table, int64_t update_every, const std::opt
 
 // Why they cannot run on CUDA device `index`, or none.
 std::optional<std::string> probe_cuda(int index);
-
-// One optimizer step of fastema/clock.py in one launch, on the current stream; see ClockArgs for the arguments.
-void advance_clock(const at::Tensor& table, int64_t update_every, const std::optional<at::Tensor>& found_inf,
-                   const at::Tensor& step, const at::Tensor& num_updates, const at::Tensor& weights,
-                   const at::Tensor& skip);
 
 }  // namespace fastema
