@@ -143,7 +143,7 @@ def reference_counts(pairs: Source, others: Sequence[int] = ()) -> list[int]:
 
 
 def refuse_orphans(pairs: Source, own: list[int]) -> None:
-    """Raise RuntimeError where nobody but the FastEMA has a tensor of `pairs` any more: its model has another one.
+    """Raise RuntimeError where nobody but the FastEMA has a parameter of `pairs` any more: its model has another one.
 
     Args:
         own: how many references to each tensor are the FastEMA's.
@@ -152,7 +152,8 @@ def refuse_orphans(pairs: Source, own: list[int]) -> None:
         return
     (pair_alone,) = reference_counts([("", torch.empty(0))])
     counts = zip(pairs, reference_counts(pairs, own), strict=True)
-    orphans = [name for (name, _), others in counts if others <= pair_alone]
+    # Other tensors may be views that were made for FastEMA alone.
+    orphans = [name for (name, tensor), others in counts if others <= pair_alone and isinstance(tensor, nn.Parameter)]
     if orphans:
         raise RuntimeError(
             f"nobody but this FastEMA has {listed([repr(name) for name in orphans])} any more: it was built from named "
