@@ -350,9 +350,10 @@ class FastEMA:
         compiled.refuse_freezing((entry.whole for entry in self._shadow.managed), modules)
         self._warn_about_nonfinite()
         self._warn_about_steps_unseen()
-        before = state.reference_counts(self._source, self._own_references)
+        before = state.reference_counts(self._source)
         self._shadow.apply(which, in_place)
-        self._own_references = state.reference_counts(self._source, before)
+        news = state.own_references(self._source, before)
+        self._own_references = [old + new for old, new in zip(self._own_references, news, strict=True)]
 
     @one_thread
     def restore(self) -> None:
@@ -661,7 +662,7 @@ class FastEMA:
         modules = list(self._source.modules()) if isinstance(self._source, nn.Module) else []
         tensors_now = partial(_tensors_by_name, self._source)
         shadow = Shadow(managed, len(self._decays), self._dtype, self._device, self._backend, modules, tensors_now)
-        self._own_references = state.reference_counts(self._source, before)
+        self._own_references = state.own_references(self._source, before)
         self._defer_copies(shadow)
         return shadow
 

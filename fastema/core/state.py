@@ -6,10 +6,9 @@ Everything here checks first and lists the first differences; nothing is changed
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
@@ -134,12 +133,22 @@ def refuse_averages_as_weights(source: Source, shadow: Shadow) -> None:
         )
 
 
-def reference_counts(pairs: Source, others: Sequence[int] = ()) -> list[int]:
-    """Return how many references each tensor of a list of pairs has, less `others`; nothing for a module."""
-    if isinstance(pairs, nn.Module):
-        return []
-    counts = [sys.getrefcount(tensor) for _, tensor in pairs]
-    return [count - other for count, other in zip_longest(counts, others, fillvalue=0)]
+_MANY = 1 << 30
+
+
+def reference_counts(pairs: Source) -> list[int]:
+    """Return how many references each tensor of a list of pairs has; nothing for a module."""
+    return [] if isinstance(pairs, nn.Module) else [sys.getrefcount(tensor) for _, tensor in pairs]
+
+
+def own_references(pairs: Source, before: list[int]) -> list[int]:
+    """Return how many references to each tensor came since there were `before`.
+
+    Of a tensor that nobody else had then, a negative number, so that it never counts as dropped by its model.
+    """
+    (alone,) = reference_counts([("", torch.empty(0))])
+    counts = zip(reference_counts(pairs), before, strict=True)
+    return [now - then if then > alone else -_MANY for now, then in counts]
 
 
 def refuse_orphans(pairs: Source, own: list[int]) -> None:
@@ -150,10 +159,12 @@ def refuse_orphans(pairs: Source, own: list[int]) -> None:
     """
     if isinstance(pairs, nn.Module):
         return
-    (pair_alone,) = reference_counts([("", torch.empty(0))])
-    counts = zip(pairs, reference_counts(pairs, own), strict=True)
-    # Other tensors may be views that were made for FastEMA alone.
-    orphans = [name for (name, tensor), others in counts if others <= pair_alone and isinstance(tensor, nn.Parameter)]
+    (alone,) = reference_counts([("", torch.empty(0))])
+    counts = zip(pairs, reference_counts(pairs), own, strict=True)
+    # Other tensors than parameters may be views that were made for FastEMA alone.
+    orphans = [
+        name for (name, tensor), count, ours in counts if count - ours <= alone and isinstance(tensor, nn.Parameter)
+    ]
     if orphans:
         raise RuntimeError(
             f"nobody but this FastEMA has {listed([repr(name) for name in orphans])} any more: it was built from named "

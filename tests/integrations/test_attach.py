@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -228,7 +229,8 @@ def test_row_lookahead(whose: str) -> None:
     ema = FastEMA(model, 0.0)
     if whose == "timm":
         try:
-            lookahead = import_timm().optim.Lookahead(optimizer, k=2)
+            import_timm()
+            lookahead = importlib.import_module("timm.optim").Lookahead(optimizer, k=2)
         except Unavailable as error:
             pytest.skip(f"timm: {error}")
     else:
