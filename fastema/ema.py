@@ -32,7 +32,7 @@ from fastema.core.threads import OneThread, one_thread
 # What a pickle or a copy has anew.
 _REBUILT = frozenset(
     {
-        *("_shadow", "_clock", "_decays", "_one_thread", "_attached", "_versions_at_attach", "_own_references"),
+        *("_shadow", "_clock", "_decays", "_one_thread", "_attached", "_versions_at_attach"),
         *("_captured", "_handle"),
     }
 )
@@ -59,7 +59,9 @@ class FastEMA:
     the dtype in which it trains.
 
     Args:
-        model: the module whose parameters and buffers are averaged, or an iterable of (name, tensor).
+        model: the module whose parameters and buffers are averaged, or an iterable of (name, tensor). Of a module it
+            follows what stands in its slots; of named tensors those very tensors, also where their module has others
+            by now.
         decay: in [0, 1]; the average reaches back about 1 / (1 - decay) updates. Several decays keep several averages
             in one read of the weights; then `which` chooses, and numbers come as tuples.
         decay_type: the schedule: "threshold" (the default; until 0.1.0 it was "constant"), "constant", "exp", "linear",
@@ -144,9 +146,9 @@ class FastEMA:
         self._captured: list[Shadow] = []  # before a rebuild: graphs captured then hold their addresses
         self._nonfinite_before = 0  # counted by the FastEMA that this is a copy of
         self._warned_nonfinite = False
-        self._own_references: list[int] = []  # to each of the named tensors that were given instead of a module
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
+        self._at_last_swap = (0, self._shadow.versions())  # updates, and versions of the weights
         self._warm_up()
 
     @classmethod
@@ -345,15 +347,12 @@ class FastEMA:
             )
         self._checked_which(which)
         self._ensure_current()
-        state.refuse_orphans(self._source, self._own_references)
         modules = self._source.modules() if isinstance(self._source, nn.Module) else ()
         compiled.refuse_freezing((entry.whole for entry in self._shadow.managed), modules)
         self._warn_about_nonfinite()
         self._warn_about_steps_unseen()
-        before = state.reference_counts(self._source)
+        self._warn_about_tensors_unused()
         self._shadow.apply(which, in_place)
-        news = state.own_references(self._source, before)
-        self._own_references = [old + new for old, new in zip(self._own_references, news, strict=True)]
 
     @one_thread
     def restore(self) -> None:
@@ -621,7 +620,7 @@ class FastEMA:
             self._decays = Decays(**pickled["decays"])
         self._one_thread = OneThread()
         self._attached, self._versions_at_attach = weakref.WeakKeyDictionary(), None
-        self._own_references, self._captured = [], []
+        self._captured = []
         self._pickled = pickled
         if state.is_complete(self._source):
             self._build_from_pickle()
@@ -645,6 +644,7 @@ class FastEMA:
             for which, averages in enumerate(pickled["averages"]):
                 for name, average in state.averages_by_name(self._shadow, which).items():
                     average.copy_(averages[name])
+        self._at_last_swap = (self._num_updates, self._shadow.versions())
         del self._pickled
         self._warm_up()
 
@@ -657,12 +657,10 @@ class FastEMA:
     # ---- inside ----
 
     def _build_shadow(self) -> Shadow:
-        before = state.reference_counts(self._source)
         managed = collect(self._source, self._buffers, self._policy, self._replaced)
         modules = list(self._source.modules()) if isinstance(self._source, nn.Module) else []
         tensors_now = partial(_tensors_by_name, self._source)
         shadow = Shadow(managed, len(self._decays), self._dtype, self._device, self._backend, modules, tensors_now)
-        self._own_references = state.own_references(self._source, before)
         self._defer_copies(shadow)
         return shadow
 
@@ -753,6 +751,20 @@ class FastEMA:
             "was. Where the optimizer steps in another way (SAM's first_step and second_step), call update() yourself",
             stacklevel=4,
         )
+
+    def _warn_about_tensors_unused(self) -> None:
+        """Warn where named tensors were averaged and none has changed: their model may have others by now."""
+        if isinstance(self._source, nn.Module) or self._clock is not None:
+            return
+        (updates, versions), now = self._at_last_swap, (self._num_updates, self._shadow.versions())
+        self._at_last_swap = now
+        if now[0] > updates and now[1] == versions:
+            warnings.warn(
+                "none of the named tensors that this FastEMA averages has changed, although update() was called: it "
+                "follows those tensors, and the swap changes nothing in a model that has others by now "
+                "(load_state_dict(assign=True), a new head). Build FastEMA from the model itself, which it follows",
+                stacklevel=4,
+            )
 
     def _warn_about_nonfinite(self) -> None:
         """Once, and only where looking does not wait for a device."""

@@ -5,7 +5,6 @@ Everything here checks first and lists the first differences; nothing is changed
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -130,46 +129,6 @@ def refuse_averages_as_weights(source: Source, shadow: Shadow) -> None:
             f"{listed([repr(name) for name in names])} of the model are the memory of their own averages, as after "
             "model.load_state_dict(ema.shadow_state_dict(), assign=True): whatever changes one changes the other. "
             "Load without assign=True, or clone() the tensors before; ema.copy_to() does the same"
-        )
-
-
-_MANY = 1 << 30
-
-
-def reference_counts(pairs: Source) -> list[int]:
-    """Return how many references each tensor of a list of pairs has; nothing for a module."""
-    return [] if isinstance(pairs, nn.Module) else [sys.getrefcount(tensor) for _, tensor in pairs]
-
-
-def own_references(pairs: Source, before: list[int]) -> list[int]:
-    """Return how many references to each tensor came since there were `before`.
-
-    Of a tensor that nobody else had then, a negative number, so that it never counts as dropped by its model.
-    """
-    (alone,) = reference_counts([("", torch.empty(0))])
-    counts = zip(reference_counts(pairs), before, strict=True)
-    return [now - then if then > alone else -_MANY for now, then in counts]
-
-
-def refuse_orphans(pairs: Source, own: list[int]) -> None:
-    """Raise RuntimeError where nobody but the FastEMA has a parameter of `pairs` any more: its model has another one.
-
-    Args:
-        own: how many references to each tensor are the FastEMA's.
-    """
-    if isinstance(pairs, nn.Module):
-        return
-    (alone,) = reference_counts([("", torch.empty(0))])
-    counts = zip(pairs, reference_counts(pairs), own, strict=True)
-    # Other tensors than parameters may be views that were made for FastEMA alone.
-    orphans = [
-        name for (name, tensor), count, ours in counts if count - ours <= alone and isinstance(tensor, nn.Parameter)
-    ]
-    if orphans:
-        raise RuntimeError(
-            f"nobody but this FastEMA has {listed([repr(name) for name in orphans])} any more: it was built from named "
-            "tensors and averages those, and the model has others by now (load_state_dict(assign=True), a new head). "
-            "Build FastEMA from the model itself, which it follows"
         )
 
 

@@ -270,7 +270,8 @@ def test_rocm_without_hipcc_is_a_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("version", "wheel"), [("65.5.0", False), ("65.5.0", True), ("70.1.0", False)])
 def test_an_old_setuptools_without_wheel_is_told_before_it_fails(tmp_path: Path, version: str, wheel: bool) -> None:
     (tmp_path / "setuptools.py").write_text(
-        f"__version__ = {version!r}\ndef setup(**arguments): print('set up')\ndef find_packages(**arguments): return []\n"
+        f"__version__ = {version!r}\ndef setup(**arguments): print('set up')\n"
+        "def find_packages(**arguments): return []\n"
     )
     if wheel:
         (tmp_path / "wheel.py").write_text("")
