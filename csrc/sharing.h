@@ -22,10 +22,11 @@ class Sharing {
   // `elapsed`: seconds of the last region; `alone`: of the caller, had it done everything.
   void judge(double elapsed, double alone);
 
-  int alone_ = 0;        // calls to come that the caller does alone
-  int penalty_ = 0;      // `alone_` after the last time that regions had lost too much
-  int regions_ = 0;      // since then
-  double credit_ = 0.0;  // seconds that they have saved; negative: lost
+  int alone_calls_ = 0;         // to come
+  int penalty_ = 0;             // `alone_calls_` after the last time that regions had lost too much
+  int regions_ = 0;             // since then
+  double alone_seconds_ = 0.0;  // what a call of the caller alone takes, the median of the last regions; 0: not known
+  double credit_ = 0.0;         // seconds that they have saved; negative: lost
 };
 
 }  // namespace fastema
