@@ -11,7 +11,7 @@ namespace fastema {
 // An OpenMP region ends when its last thread has come. In a quiet process the threads spin and come at once; beside
 // other busy processes they wait for a time slice of several ms, and the caller with them. So every region is compared
 // with what the caller alone would have taken at its own pace. Where regions have lost more than they saved, the caller
-// works alone for a while, longer each time that happens.
+// works alone for as long as that takes to be made up for.
 class Sharing {
  public:
   // Calls work(i) exactly once for every i in [0, count), on up to `threads` threads, and returns the sum of the
@@ -22,10 +22,9 @@ class Sharing {
   // `elapsed`: seconds of the last region; `alone`: of the caller, had it done everything.
   void judge(double elapsed, double alone);
 
-  int alone_ = 0;        // calls to come that the caller does alone
-  int penalty_ = 0;      // `alone_` after the last time that regions had lost too much
-  int regions_ = 0;      // since then
-  double credit_ = 0.0;  // seconds that they have saved; negative: lost
+  int alone_calls_ = 0;         // to come
+  double alone_seconds_ = 0.0;  // what a call of the caller alone takes, the median of the last regions; 0: not known
+  double credit_ = 0.0;         // seconds that they have saved; negative: lost
 };
 
 }  // namespace fastema
