@@ -141,9 +141,8 @@ def test_shadows_and_weights_are_the_same_on_all_replicas(rank: Rank) -> None:
     """Also with experts that one process did not choose, BatchNorm, and several averages."""
     processes = group(rank)
     experts = {"num_experts": 3, "top_k": 1}
-    run = trained(
-        processes, rank.folder / "run", use_ema=True, ema_decays=(0.9, 0.5), batch_size=2, epochs=1, **experts
-    )
+    averages = {"use_ema": True, "ema_decays": (0.9, 0.5), "ema_decay_type": "constant"}
+    run = trained(processes, rank.folder / "run", batch_size=2, epochs=1, **experts, **averages)
     assert run.ema is not None
     states = (run.net.state_dict(), run.ema.shadow_state_dict(0), run.ema.shadow_state_dict(1))
     digests = processes.gather([digest(state) for state in states])
