@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fastema.core import dtensor
-from fastema.core.checks import listed
+from fastema.core.text import first_few
 from fastema.ema import FastEMA
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -169,7 +169,7 @@ def load_weights(model: nn.Module, source: StrPath | Mapping[str, Any], prefer: 
     weights = content.get(taken)
     if not isinstance(weights, Mapping):
         raise CheckpointError(
-            f"{origin} has no weights under {taken!r}; it has {listed([repr(name) for name in content])}. "
+            f"{origin} has no weights under {taken!r}; it has {first_few([repr(name) for name in content], 5)}. "
             "A bare state_dict is loaded with model.load_state_dict(...)"
         )
     model.load_state_dict(_matched(model, weights, f"{taken!r} of {origin}"), strict=True)
@@ -217,7 +217,7 @@ def _check_loadable(temporary: Path, target: Path) -> None:
     refused = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
     if refused:
         raise TypeError(
-            f"not written to {target}: load_checkpoint() would refuse {listed(sorted(refused))}. "
+            f"not written to {target}: load_checkpoint() would refuse {first_few(sorted(refused), 5)}. "
             "Save tensors and plain Python values (int, float, str, list, dict) only"
         )
 
@@ -319,7 +319,7 @@ def _matched(model: nn.Module, weights: Mapping[str, Any], origin: str) -> dict[
                 differences.append(f"{name}: no ordinary tensor in the checkpoint, but {given.layout}, {given.device}")
     if differences:
         raise CheckpointError(
-            f"{origin} does not fit this model ({len(differences)} differences): {listed(differences, '; ')}. "
+            f"{origin} does not fit this model ({len(differences)} differences): {first_few(differences, 5, '; ')}. "
             "Nothing was loaded; build the model as it was when the checkpoint was written"
         )
     return renamed
@@ -347,4 +347,6 @@ def _checkpoints_in(folder: Path, but: Path | None = None) -> str:
     if not others:
         return f"there is no {'other ' if but and but.exists() else ''}*.pth in {folder}"
     others.sort(key=lambda file: (-file.stat().st_mtime_ns, file.name))
-    return f"in {folder} there is {listed([file.name for file in others])}{' (newest first)' if others[1:] else ''}"
+    return (
+        f"in {folder} there is {first_few([file.name for file in others], 5)}{' (newest first)' if others[1:] else ''}"
+    )

@@ -9,6 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fastema.core.text import first_few
+
 _SHOWN = 5  # differences that an error lists
 _SHADOW_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _STALL_DECAY = 0.99
@@ -85,14 +87,8 @@ def difference(name: str, expected: Tensor, got: Tensor, dtypes: bool) -> str | 
     return None
 
 
-def listed(items: Sequence[str], separator: str = ", ") -> str:
-    """Return the first few of `items`, joined, and how many more there are."""
-    more = len(items) - _SHOWN
-    return separator.join(items[:_SHOWN]) + (f"{separator}and {more} more" if more > 0 else "")
-
-
 def refuse_differences(what: str, differences: Iterable[str | None], error: type[Exception] = ValueError) -> None:
     """Raises `error` with the first few differences, if there are any."""
     found = [text for text in differences if text is not None]
     if found:
-        raise error(f"{what}: {listed(found, '; ')}")
+        raise error(f"{what}: {first_few(found, _SHOWN, '; ')}")

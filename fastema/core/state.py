@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from fastema.backends.atomic import Step, run_atomically
 from fastema.core import dtensor
-from fastema.core.checks import difference, listed, refuse_differences
+from fastema.core.checks import difference, refuse_differences
 from fastema.core.policy import Managed, Source, named_tensors
 from fastema.core.shadow import Shadow
 from fastema.core.swap import place_of
+from fastema.core.text import first_few
 
 Place: TypeAlias = tuple[Any, ...]
 
@@ -102,7 +103,7 @@ def _state_of_side(
                 result.update({key: state[key].detach().clone() for key in made_anew})
         except RuntimeError as error:
             raise RuntimeError(
-                f"the model's state_dict() makes {listed([repr(key) for key in made_anew])} anew, so that the {side} "
+                f"the model's state_dict() makes {first_few([repr(key) for key in made_anew], 5)} anew, so that the {side} "
                 f"value can only be taken while the {side} weights are in the model, and that failed: {error}"
             ) from error
     return result
@@ -126,7 +127,7 @@ def refuse_averages_as_weights(source: Source, shadow: Shadow) -> None:
     names = [name for name, tensor in named_tensors(source) if dtensor.has_storage(tensor) and _place(tensor)[0] in own]
     if names:
         raise RuntimeError(
-            f"{listed([repr(name) for name in names])} of the model are the memory of their own averages, as after "
+            f"{first_few([repr(name) for name in names], 5)} of the model are the memory of their own averages, as after "
             "model.load_state_dict(ema.shadow_state_dict(), assign=True): whatever changes one changes the other. "
             "Load without assign=True, or clone() the tensors before; ema.copy_to() does the same"
         )

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastema.backends.torch import ContentsExchange
 from fastema.core import dtensor
-from fastema.core.checks import listed
 from fastema.core.storages import SwapBuffer
+from fastema.core.text import first_few
 
 #: The swaps that are entered now, by id. Empty: nobody's averages are in any model.
 entered: dict[int, weakref.ref[Swap]] = {}
@@ -224,7 +224,7 @@ class Swap:
         if errors:
             raise SwapError(
                 "the model was changed while the averaged weights were in it, and cannot take all of its trained "
-                f"values back: {listed(errors, '; ')}. Nothing was changed. The trained values are in this error's "
+                f"values back: {first_few(errors, 5, '; ')}. Nothing was changed. The trained values are in this error's "
                 "`.live`, by name; or undo the change and call restore() again",
                 {name: value.clone() for name, value in self.live_values().items()},
             )
@@ -234,7 +234,7 @@ class Swap:
         self._leave([index for index, buffer in enumerate(self._buffers) if damage[buffer.live._cdata] is not None])
         if news:
             warnings.warn(
-                f"the model was changed while the averaged weights were in it: {listed(news, '; ')}. All others have "
+                f"the model was changed while the averaged weights were in it: {first_few(news, 5, '; ')}. All others have "
                 "their trained values again, by copy where they were replaced or moved",
                 stacklevel=6,
             )
