@@ -103,8 +103,8 @@ def _state_of_side(
                 result.update({key: state[key].detach().clone() for key in made_anew})
         except RuntimeError as error:
             raise RuntimeError(
-                f"the model's state_dict() makes {first_few([repr(key) for key in made_anew], 5)} anew, so that the {side} "
-                f"value can only be taken while the {side} weights are in the model, and that failed: {error}"
+                f"the model's state_dict() makes {first_few([repr(key) for key in made_anew], 5)} anew, so that the "
+                f"{side} value can only be taken while the {side} weights are in the model, and that failed: {error}"
             ) from error
     return result
 
@@ -127,8 +127,8 @@ def refuse_averages_as_weights(source: Source, shadow: Shadow) -> None:
     names = [name for name, tensor in named_tensors(source) if dtensor.has_storage(tensor) and _place(tensor)[0] in own]
     if names:
         raise RuntimeError(
-            f"{first_few([repr(name) for name in names], 5)} of the model are the memory of their own averages, as after "
-            "model.load_state_dict(ema.shadow_state_dict(), assign=True): whatever changes one changes the other. "
+            f"{first_few([repr(name) for name in names], 5)} of the model are the memory of their own averages, as "
+            "after model.load_state_dict(ema.shadow_state_dict(), assign=True): whatever changes one changes the other. "
             "Load without assign=True, or clone() the tensors before; ema.copy_to() does the same"
         )
 

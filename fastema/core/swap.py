@@ -224,8 +224,8 @@ class Swap:
         if errors:
             raise SwapError(
                 "the model was changed while the averaged weights were in it, and cannot take all of its trained "
-                f"values back: {first_few(errors, 5, '; ')}. Nothing was changed. The trained values are in this error's "
-                "`.live`, by name; or undo the change and call restore() again",
+                f"values back: {first_few(errors, 5, '; ')}. Nothing was changed. The trained values are in this "
+                "error's `.live`, by name; or undo the change and call restore() again",
                 {name: value.clone() for name, value in self.live_values().items()},
             )
         for tensor, value in moves:
@@ -234,8 +234,8 @@ class Swap:
         self._leave([index for index, buffer in enumerate(self._buffers) if damage[buffer.live._cdata] is not None])
         if news:
             warnings.warn(
-                f"the model was changed while the averaged weights were in it: {first_few(news, 5, '; ')}. All others have "
-                "their trained values again, by copy where they were replaced or moved",
+                f"the model was changed while the averaged weights were in it: {first_few(news, 5, '; ')}. All others "
+                "have their trained values again, by copy where they were replaced or moved",
                 stacklevel=6,
             )
 
