@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from cases.lightning import Net, loader, pl, trainer
+from cases.lightning import Net, loader, trainer
 from fastema.integrations.lightning import EMAWeightAveraging, FastEMACallback
 
 
