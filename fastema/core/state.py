@@ -128,8 +128,8 @@ def refuse_averages_as_weights(source: Source, shadow: Shadow) -> None:
     if names:
         raise RuntimeError(
             f"{first_few([repr(name) for name in names], 5)} of the model are the memory of their own averages, as "
-            "after model.load_state_dict(ema.shadow_state_dict(), assign=True): what changes one changes the other. Load "
-            "without assign=True, or clone() the tensors before; ema.copy_to() does the same"
+            "after model.load_state_dict(ema.shadow_state_dict(), assign=True): what changes one changes the other. "
+            "Load without assign=True, or clone() the tensors before; ema.copy_to() does the same"
         )
 
 

@@ -265,7 +265,7 @@ class SwapBuffer:
     begin: int  # the byte of the live storage at which this one begins
 
     def __post_init__(self) -> None:
-        self._nbytes = self.storage.nbytes()
+        self.nbytes = self.storage.nbytes()  # in use; scratch memory is given back meanwhile
 
     @property
     def needs_filling(self) -> bool:
@@ -273,8 +273,8 @@ class SwapBuffer:
 
     def fill(self) -> None:
         """Cast the average into scratch memory, and copy what is not managed, before the exchange."""
-        if self.casts and self.storage.nbytes() != self._nbytes:
-            self.storage.resize_(self._nbytes)
+        if self.casts and self.storage.nbytes() != self.nbytes:
+            self.storage.resize_(self.nbytes)
         for scratch, average in self.casts:
             scratch.copy_(average)
         self.copy_rest()

@@ -110,7 +110,7 @@ class Swap:
         self._entries = entries
         self._exchange = exchange
         self._buffers = buffers
-        self._sizes = [(buffer.live.nbytes(), buffer.storage.nbytes()) for buffer in buffers]
+        self._sizes = [(buffer.live.nbytes(), buffer.nbytes) for buffer in buffers]
         self.by_contents = isinstance(exchange, ContentsExchange)
         self._filled = [buffer for buffer in buffers if buffer.needs_filling and not self.by_contents]
         # Pointers change places in C++, and that is all: no operation of torch runs, so its modes do not matter. To
@@ -194,7 +194,6 @@ class Swap:
 
     def _leave_changed(self, now: dict[str, Tensor]) -> None:
         """Copy live values to tensors that the exchange does not reach any more, then exchange."""
-        taken = frozenset(buffer.live._cdata for buffer in self._buffers) | self.storages
         damage = {buffer.live._cdata: self._damage(index) for index, buffer in enumerate(self._buffers)}
         parts = {buffer.live._cdata for buffer in self._buffers if buffer.parts}
         moves: list[tuple[Tensor, Tensor]] = []
@@ -209,7 +208,7 @@ class Swap:
                     if reason is None:
                         continue  # the exchange reaches it
                 else:
-                    reason = entry.why_not_into(tensor, taken)
+                    reason = entry.why_not_into(tensor, self.storages)
                 if reason is None:
                     assert tensor is not None
                     moves.append((tensor, entry.held))

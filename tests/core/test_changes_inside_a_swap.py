@@ -254,6 +254,21 @@ def test_contents_that_were_exchanged_in_place_need_their_addresses(model: nn.Se
     del ema, caught
 
 
+@pytest.mark.filterwarnings("ignore:the model was changed")
+def test_an_averaged_model_in_another_dtype_gives_the_exact_bits_back() -> None:
+    model = network().to(torch.bfloat16)
+    averaged = AveragedModel(model)
+    averaged.module.float()
+    averaged.update_parameters(model)
+    shift(model)
+    trained = values(model)
+    for change in (replace_parameter, replace_data):
+        with averaged.swapped(model):
+            assert not torch.equal(model[0].weight, trained["0.weight"])
+            change(model)
+        assert all(torch.equal(value, trained[name]) for name, value in values(model).items())
+
+
 def test_a_lower_precision_model_gets_its_exact_bits_back(backend: str) -> None:
     model = network().to(torch.bfloat16)
     ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
