@@ -24,7 +24,7 @@ from fastema.segmentation.data.loaders import ValidationSet, network_input, vali
 from fastema.segmentation.eval.scores import evaluate, predict
 from fastema.segmentation.model.load import load_both, load_net, read_checkpoint
 from fastema.segmentation.model.network import SegmentationNet
-from segmentation.cases import ARCHITECTURE, OPTIONS, SIZES, random_net, write_pairs
+from segmentation.tiny_network import ARCHITECTURE, OPTIONS, SIZES, random_net, write_pairs
 
 CPU = torch.device("cpu")
 COUNT = 5

@@ -22,7 +22,7 @@ from PIL import Image
 from fastema import FastEMA, cli
 from fastema.checkpoint import save_checkpoint
 from fastema.segmentation.data.loaders import network_input
-from segmentation.cases import OPTIONS, random_net, write_pairs
+from segmentation.tiny_network import OPTIONS, random_net, write_pairs
 
 Run = Callable[..., Path]
 
