@@ -59,7 +59,8 @@ def refuse_conflicts(path: Path, options: Mapping[str, Any], given: Collection[s
     several = sorted({"ema_decays", "ema_profiles"} & set(given))
     if several and options.get("use_ema"):
         raise UserError(
-            f"{option_flag(several[0])} and --training-params {path} both say which averages there are: give one of them"
+            f"{option_flag(several[0])} and --training-params {path} both say which averages there are: give one of "
+            "them"
         )
 
 

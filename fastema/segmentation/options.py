@@ -248,7 +248,6 @@ class TrainOptions:
         if self.ema_start == "auto" and self.ema_start_epoch > 1:
             raise UserError("--ema-start auto and --ema-start-epoch both say when the EMA starts: give one of them")
 
-
     def _check_profiles(self) -> None:
         given = ",".join(f"{sigma:g}" for sigma in self.ema_profiles)
         for sigma in self.ema_profiles:

@@ -62,7 +62,9 @@ class Messages:
             self.say(f"EMA: {', '.join(averages.names)}, power profiles, backend {averages.ema.backend_name}")
             for name, sigma in zip(averages.names, options.ema_profiles, strict=True):
                 age = 1 / (gamma_of(sigma) + 2)
-                self.say(f"EMA {name}: mean age {age:.1%} of the run, {age * averages.total_steps:,.0f} updates at its end")
+                self.say(
+                    f"EMA {name}: mean age {age:.1%} of the run, {age * averages.total_steps:,.0f} updates at its end"
+                )
             return
         decays = f"{'decays' if several else 'decay'} {', '.join(averages.names)}"
         self.say(f"EMA: {decays}, {options.ema_decay_type}, backend {averages.ema.backend_name}")

@@ -52,8 +52,7 @@ def test_snapshots_are_evenly_spaced_and_the_last_is_the_average_itself(finished
 def test_the_end_of_the_run_names_the_best_sigma_rel_and_writes_its_average(pairs, finished: Trainer) -> None:
     text = output_of(finished)
     scores = {
-        float(sigma): float(iou)
-        for sigma, iou in re.findall(r"sigma_rel (\S+) +profile error +\S+%  IoU (\S+)", text)
+        float(sigma): float(iou) for sigma, iou in re.findall(r"sigma_rel (\S+) +profile error +\S+%  IoU (\S+)", text)
     }
     assert {0.05, 0.10} < scores.keys()
     found = re.search(r"Best: +sigma_rel (\S+), IoU (\d\.\d+)", text)
