@@ -236,9 +236,9 @@ class Snapshots:
         return found
 
     def _set_later_aside(self, paths: dict[int, Path], step: int) -> dict[int, Path]:
-        """Move snapshots of later steps away; return the earlier ones."""
+        """Move snapshots of later steps away; return the others."""
         later = {at: path for at, path in paths.items() if at > step}
-        earlier = {at: path for at, path in paths.items() if at < step}
+        earlier = {at: path for at, path in paths.items() if at <= step}
         if later:
             aside = self._folder / f"set-aside-{uuid.uuid4().hex[:8]}"
             aside.mkdir()
