@@ -1,4 +1,5 @@
-"""Studies of advice and of training; they measure no time.
+"""Studies of advice and of training; only `teacher` measures time.
 
-Each is a program: `python -m bench.studies.advisor`, `python -m bench.studies.nuclei`.
+Each is a program: `python -m bench.studies.advisor`, `python -m bench.studies.nuclei`,
+`python -m bench.studies.teacher`.
 """

@@ -158,7 +158,10 @@ def _evaluated(command: str, path: Path) -> float:
     words = [word.replace("{}", str(path)) for word in shlex.split(command)]
     if "{}" not in command:
         words.append(str(path))
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"--evaluate: cannot run {words[0]!r}: {error.strerror}") from error
     if done.returncode != 0:
         raise UserError(f"--evaluate: {shlex.join(words)} ended with status {done.returncode}")
     found = _NUMBER.findall(done.stdout)

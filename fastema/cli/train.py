@@ -104,6 +104,11 @@ def options_of(arguments: argparse.Namespace, kind: type[Options] = TrainOptions
     given: set[str] = getattr(arguments, "given", set())
     if {"ema_decay", "ema_decays"} <= given:
         raise UserError("--ema-decay and --ema-decays both say which averages there are: give one of them")
+    others = sorted({"ema_decay", "ema_decays", "ema_decay_type", "ema_decay_args"} & given)
+    if "ema_profiles" in given and others:
+        raise UserError(
+            f"--ema-profiles and {option_flag(others[0])} both say how the averages decay: give one of them"
+        )
     if arguments.training_params is not None:
         from_file = read_training_params(arguments.training_params)
         refuse_conflicts(arguments.training_params, from_file, given, values)
@@ -117,11 +122,23 @@ def runnable_options(arguments: argparse.Namespace, kind: type[Options]) -> Opti
     """Return the options of a command line that can be run here."""
     options = options_of(arguments, kind)
     require_train_extra()
+    if options.snapshots:
+        _require_safetensors()
     check_schedule(options)
     idle = sorted(getattr(arguments, "given", set()) - {"use_ema"})
     if idle and not options.use_ema:
         raise UserError(f"{', '.join(map(option_flag, idle))} without an EMA would do nothing: add --use-ema")
     return options
+
+
+def _require_safetensors() -> None:
+    from fastema.posthoc import SnapshotError
+    from fastema.posthoc.files import require_safetensors
+
+    try:
+        require_safetensors()
+    except SnapshotError as error:
+        raise UserError(f"--snapshots: {error}") from error
 
 
 def check_schedule(options: TrainOptions) -> None:

@@ -56,9 +56,11 @@ def refuse_conflicts(path: Path, options: Mapping[str, Any], given: Collection[s
             raise UserError(
                 f"{option_flag(name)} {flags[name]} and --training-params {path}, which says {value}, conflict"
             )
-    if "ema_decays" in given and options.get("use_ema"):
+    several = sorted({"ema_decays", "ema_profiles"} & set(given))
+    if several and options.get("use_ema"):
         raise UserError(
-            f"--ema-decays and --training-params {path} both say which averages there are: give one of them"
+            f"{option_flag(several[0])} and --training-params {path} both say which averages there are: give one of "
+            "them"
         )
 
 

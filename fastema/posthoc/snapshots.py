@@ -79,6 +79,7 @@ class Snapshots:
         self._sharded = ema._shadow.is_sharded
         if not self._sharded:
             files.require_safetensors()
+        self._built_at = ema._counted()[2]  # snapshots of later steps are of a run before this one
         self._run: str | None = None
         self._latest: Manifest | None = None
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -109,10 +110,11 @@ class Snapshots:
         if changed is not None:
             raise SnapshotError(f"the averages changed in mid-run: {changed}. Their profiles are not known any more")
         if self._run is None:
-            last = self._refuse_others(manifest, {at: path for at, path in before.items() if at < step})
+            before = self._set_later_aside(before, min(self._built_at, step))
+            last = self._refuse_others(manifest, before)
             self._run = last.run if last is not None else uuid.uuid4().hex
         manifest = self._latest = replace(manifest, run=self._run)
-        earlier = self._set_later_aside(before, step)
+        earlier = self._set_later_aside(before, step)  # also where a checkpoint was loaded in mid-run
         path = files.path_of(self._folder, step, self._sharded)
         if self._sharded:
             files.write_sharded(path, manifest, stored)
@@ -234,9 +236,9 @@ class Snapshots:
         return found
 
     def _set_later_aside(self, paths: dict[int, Path], step: int) -> dict[int, Path]:
-        """Move snapshots of later steps away; return the earlier ones."""
+        """Move snapshots of later steps away; return the others."""
         later = {at: path for at, path in paths.items() if at > step}
-        earlier = {at: path for at, path in paths.items() if at < step}
+        earlier = {at: path for at, path in paths.items() if at <= step}
         if later:
             aside = self._folder / f"set-aside-{uuid.uuid4().hex[:8]}"
             aside.mkdir()

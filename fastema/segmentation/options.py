@@ -131,6 +131,21 @@ class TrainOptions:
         "D,D,…",
         type=_parse_decays,
     )
+    ema_profiles: tuple[float, ...] = _flag(
+        _EMA,
+        "averages with power profiles of these sigma_rel (standard deviation over the length of the run), in place of "
+        "--ema-decay; 0.05,0.10 serves --snapshots",
+        (),
+        "S,S,…",
+        type=_parse_decays,
+    )
+    snapshots: int = _flag(
+        _EMA,
+        "save --ema-profiles N times in the run; at its end, say which sigma_rel would have been best on the "
+        "validation images, and write that average to best_posthoc.pth; 0: none",
+        0,
+        "N",
+    )
     ema_decay_type: str = _flag(_EMA, "constant, threshold, exp, warmup, linear", "threshold", "TYPE")
     ema_decay_args: Mapping[str, float] | None = _flag(
         _EMA,
@@ -165,11 +180,18 @@ class TrainOptions:
         """Every average's decay, the main one first."""
         return self.ema_decays or (self.ema_decay,)
 
+    @property
+    def average_names(self) -> list[str]:
+        """The name of every average, the main one first."""
+        if self.ema_profiles:
+            return [f"sigma_rel_{sigma:g}" for sigma in self.ema_profiles]
+        return [f"{decay:g}" for decay in self.decays]
+
     def check(self) -> None:
         """Raise `UserError` for a value that is not allowed, or two that do not go together."""
         for name, least in (("batch_size", 1), ("epochs", 1), ("accumulation_steps", 1), ("ema_start_epoch", 1)):
             _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-        for name in ("warmup_epochs", "stage1_epochs", "num_workers", "seed", "save_every", "num_experts"):
+        for name in ("warmup_epochs", "stage1_epochs", "num_workers", "seed", "save_every", "num_experts", "snapshots"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.second_batch_size >= 1, "stage2_batch_size", self.stage2_batch_size, "at least 1")
         _require(self.img_size >= SMALLEST_IMAGE, "img_size", self.img_size, f"at least {SMALLEST_IMAGE}")
@@ -218,12 +240,28 @@ class TrainOptions:
             given = ",".join(f"{decay:g}" for decay in self.ema_decays)
             raise UserError(f"--ema-decays must differ from each other, got {given}")
         _require(0 <= self.ema_decay <= 1, "ema_decay", self.ema_decay, "in [0, 1]")
+        self._check_profiles()
         if not self.use_ema:
             return
         within = f"at most --epochs {self.epochs}"
         _require(self.ema_start_epoch <= self.epochs, "ema_start_epoch", self.ema_start_epoch, within)
         if self.ema_start == "auto" and self.ema_start_epoch > 1:
             raise UserError("--ema-start auto and --ema-start-epoch both say when the EMA starts: give one of them")
+
+    def _check_profiles(self) -> None:
+        given = ",".join(f"{sigma:g}" for sigma in self.ema_profiles)
+        for sigma in self.ema_profiles:
+            # 12 ** -0.5 is that of the plain mean, the widest there is.
+            _require(0 < sigma < 12**-0.5, "ema_profiles", given, "above 0 and below 0.2887 each")
+        if len(set(self.ema_profiles)) < len(self.ema_profiles):
+            raise UserError(f"--ema-profiles must differ from each other, got {given}")
+        _require(self.snapshots != 1, "snapshots", 1, "0, or at least 2: one holds no more than its own averages")
+        if self.snapshots and not self.ema_profiles:
+            raise UserError(
+                f"--snapshots {self.snapshots} needs averages with known profiles: add --ema-profiles 0.05,0.10"
+            )
+        if self.snapshots and not self.use_ema:
+            raise UserError(f"--snapshots {self.snapshots} without an EMA would do nothing: add --use-ema")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,21 @@ def test_a_disk_that_is_too_small_is_told(tmp_path: Path, monkeypatch: pytest.Mo
         Snapshots(tmp_path, ema, every=1, total_steps=100)
 
 
+def test_a_new_run_takes_no_snapshots_of_an_abandoned_one(tmp_path: Path) -> None:
+    """Also those of steps before its own first snapshot."""
+    for every in (3, 5):
+        model = make_model()
+        ema = FastEMA(model, decay_type="power", sigma_rel=STORED)
+        snapshots = Snapshots(tmp_path, ema, every=every, verbose=False)
+        expected = pytest.warns(UserWarning, match="had 3 snapshots of steps 3 to 9") if every == 5 else nullcontext()
+        with expected:
+            for step in range(10):
+                move(model, step)
+                ema.update()
+                snapshots.save()
+    assert [each.step for each in snapshots_in(tmp_path)] == [5, 10]
+
+
 def test_a_resumed_run_sets_later_snapshots_aside(tmp_path: Path) -> None:
     model = make_model()
     ema = FastEMA(model, decay_type="power", sigma_rel=STORED)
@@ -358,14 +374,14 @@ def test_a_resumed_run_sets_later_snapshots_aside(tmp_path: Path) -> None:
     resumed = FastEMA(again, decay_type="power", sigma_rel=STORED)
     resumed.load_state_dict(saved[1])
     snapshots = Snapshots(tmp_path, resumed, every=5, verbose=False)
-    with pytest.warns(UserWarning, match=r"had 3 snapshots of steps 20 to 30, later than this run's 15"):
+    with pytest.warns(UserWarning, match=r"had 4 snapshots of steps 15 to 30, later than this run's 12"):
         for step in range(13, 16):
             move(again, step)
             resumed.update()
             snapshots.save()
     assert list(files.paths_in(tmp_path)) == [5, 10, 15]
     assert {each.run for each in snapshots_in(tmp_path)} == {run_id}
-    assert len(list(tmp_path.glob("set-aside-*/step-*"))) == 3
+    assert len(list(tmp_path.glob("set-aside-*/step-*"))) == 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(16, 21):

@@ -44,6 +44,9 @@ class Averages:
         start_epoch: the averages start before this epoch.
         total_steps: optimizer steps from there to the end of the run, for schedules with an end.
         timers: get the time of every update.
+
+    Attributes:
+        after_update: called after every update.
     """
 
     def __init__(
@@ -57,13 +60,17 @@ class Averages:
     ) -> None:
         self.start_epoch = start_epoch
         self.total_steps = total_steps
-        self.names = [f"{decay:g}" for decay in options.decays]
-        decay_args: dict[str, Any] = dict(options.ema_decay_args or {})
+        self.names = options.average_names
+        self.after_update: Callable[[], None] | None = None
+        decay_type, decay_args = options.ema_decay_type, dict[str, Any](options.ema_decay_args or {})
+        if options.ema_profiles:
+            decay_type, decay_args = "power", {"sigma_rel": list(options.ema_profiles)}
+        own_decays = not options.ema_profiles and len(options.decays) > 1
         try:
             self.ema = FastEMA(
                 net,
-                options.decays if len(options.decays) > 1 else options.decays[0],
-                decay_type=options.ema_decay_type,
+                options.decays if own_decays else options.decays[0],
+                decay_type=decay_type,
                 total_steps=total_steps,
                 **decay_args,
             )
@@ -73,6 +80,8 @@ class Averages:
         def after_step(*_: object) -> None:
             with timers.timed(timers.update):
                 self.ema.update()
+            if self.after_update is not None:
+                self.after_update()
 
         # As FastEMA.attach does, but timed. It does not run for a step that a gradient scaler skips.
         optimizer.register_step_post_hook(after_step)

@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from fastema.advisor import Finding, diagnose, lag, settle_epochs, window
+from fastema.schedules import gamma_of
 from fastema.segmentation.console import say
 from fastema.segmentation.distributed.process_group import Processes
 from fastema.segmentation.model.experts import expert_names
@@ -57,6 +58,14 @@ class Messages:
     def averages(self, averages: Averages, updates_per_epoch: int) -> None:
         """Print which averages start, and what to expect of each."""
         options, several = self._options, len(averages.names) > 1
+        if options.ema_profiles:
+            self.say(f"EMA: {', '.join(averages.names)}, power profiles, backend {averages.ema.backend_name}")
+            for name, sigma in zip(averages.names, options.ema_profiles, strict=True):
+                age = 1 / (gamma_of(sigma) + 2)
+                self.say(
+                    f"EMA {name}: mean age {age:.1%} of the run, {age * averages.total_steps:,.0f} updates at its end"
+                )
+            return
         decays = f"{'decays' if several else 'decay'} {', '.join(averages.names)}"
         self.say(f"EMA: {decays}, {options.ema_decay_type}, backend {averages.ema.backend_name}")
         for name, decay in zip(averages.names, options.decays, strict=True):
@@ -93,7 +102,7 @@ class Messages:
                 f"Data: {record.data_wait:.0%} of the training time went by waiting for images; try more --num-workers "
                 f"than {self._options.num_workers}"
             )
-        if averages is None:
+        if averages is None or self._options.ema_profiles:  # a profile's window grows with the run
             return
         finding = latest_finding(
             [record.iou for record in history],

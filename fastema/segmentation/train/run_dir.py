@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastema.segmentation.errors import UserError
 
-TENSORBOARD = "tensorboard"
+TENSORBOARD, SNAPSHOTS = "tensorboard", "snapshots"
 _WRITTEN = frozenset({".pth", ".csv", ".png"})
 
 
@@ -31,16 +31,17 @@ def ensure_writable(folder: Path) -> None:
         ) from error
 
 
-def require_space(folder: Path, checkpoint_bytes: int) -> None:
+def require_space(folder: Path, checkpoint_bytes: int, snapshot_bytes: int = 0) -> None:
     """Raise `UserError` where the checkpoints of a run, of `checkpoint_bytes` each, do not fit.
 
-    In the worst case there are best base, best EMA and last, and a new one before an old one goes.
+    In the worst case there are best base, best EMA and last, and a new one before an old one goes; and all snapshots.
     """
     free = shutil.disk_usage(folder).free
-    if free < 4 * checkpoint_bytes:
+    if free < 4 * checkpoint_bytes + snapshot_bytes:
+        snapshots = f", its snapshots take {_size(snapshot_bytes)}" if snapshot_bytes else ""
         raise UserError(
             f"no space left for this run in {folder}: its checkpoints are {_size(checkpoint_bytes)} each, and up to 4 "
-            f"are there at once; {_size(free)} are free. Make room, or give another --checkpoint-dir"
+            f"are there at once{snapshots}; {_size(free)} are free. Make room, or give another --checkpoint-dir"
         )
 
 
@@ -60,7 +61,7 @@ def move_previous_run(folder: Path, keep: Path | None) -> Path | None:
     shutil.rmtree(previous, ignore_errors=True)
     previous.mkdir()
     for file in sorted(folder.iterdir()):
-        if file.suffix in _WRITTEN or file.name == TENSORBOARD:
+        if file.suffix in _WRITTEN or file.name in (TENSORBOARD, SNAPSHOTS):
             file.rename(previous / file.name)
     return previous
 

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from fastema import FastEMA
 from fastema.advisor import should_start, window
-from fastema.checkpoint import CheckpointError, load_weights
+from fastema.checkpoint import CheckpointError, load_weights, save_checkpoint
+from fastema.posthoc import SnapshotError
 from fastema.segmentation.console import progress
 from fastema.segmentation.data.listing import Pair
 from fastema.segmentation.data.loaders import (
@@ -43,7 +44,7 @@ from fastema.segmentation.report.prediction_grid import Example, write_predictio
 from fastema.segmentation.report.summary import Comparison, print_summary
 from fastema.segmentation.report.tensorboard import TensorBoardLog
 from fastema.segmentation.report.timers import Timers
-from fastema.segmentation.train.averages import Averages
+from fastema.segmentation.train.averages import Averages, SavedAverage
 from fastema.segmentation.train.checkpoints import (
     BEST,
     BEST_EMA,
@@ -58,7 +59,8 @@ from fastema.segmentation.train.losses import MakeObjective, supervised
 from fastema.segmentation.train.messages import Messages
 from fastema.segmentation.train.optimizer import NotFiniteError, Precision, TrainOptimizer
 from fastema.segmentation.train.out_of_memory import explain_out_of_memory
-from fastema.segmentation.train.run_dir import TENSORBOARD, is_inside, require_space
+from fastema.segmentation.train.posthoc import BEST_POSTHOC, RunSnapshots, best_average
+from fastema.segmentation.train.run_dir import SNAPSHOTS, TENSORBOARD, is_inside, require_space
 from fastema.segmentation.train.signals import defer_signals
 from fastema.segmentation.train.stages import Stage, freeze, open_levels, plan_stages
 
@@ -100,6 +102,8 @@ class Trainer:
         self.device = self.processes.device(options.device)
         self.timers = Timers(device=self.device)
         self.stages = plan_stages(options, len(training))
+        self._require_steps()
+        self._snapshots: RunSnapshots | None = None
         self._messages = Messages(console, options)
         self._saved: int | None = None  # the epoch of `last.pth`, if this process wrote it
 
@@ -142,6 +146,14 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last epoch; write checkpoints, history, summary and pictures."""
+        try:
+            self._fit()
+        except SnapshotError as error:
+            raise UserError(f"{error}; {self._last_good()}") from error
+
+    # --- building ----------------------------------------------------------------------------------------------------
+
+    def _fit(self) -> None:
         log = TensorBoardLog(self._file(TENSORBOARD), self.epoch + 1, writes=self.processes.is_first)
         try:
             self._messages.say(log.note)
@@ -161,8 +173,6 @@ class Trainer:
             self._finish(*ious)
         finally:
             log.close()
-
-    # --- building ----------------------------------------------------------------------------------------------------
 
     def _build_net(self, resumed: dict[str, Any] | None) -> SegmentationNet:
         options = self.options
@@ -188,8 +198,10 @@ class Trainer:
         # Weights and two moments; each average is stored once, under two names.
         tensors = [tensor for tensor in self.net.state_dict().values() if torch.is_tensor(tensor)]
         weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        averages = len(self.options.decays) if self.options.use_ema else 0
-        require_space(self.options.checkpoint_dir, weights * (3 + averages))
+        averages = len(self.options.average_names) if self.options.use_ema else 0
+        require_space(
+            self.options.checkpoint_dir, weights * (3 + averages), weights * averages * self.options.snapshots
+        )
 
     # --- averages ----------------------------------------------------------------------------------------------------
 
@@ -197,6 +209,12 @@ class Trainer:
         if "ema" not in checkpoint:
             return
         origin = self.options.resume_from
+        before, now = list(checkpoint["options"].get("ema_profiles", [])), list(self.options.ema_profiles)
+        if self.options.use_ema and before != now:
+            had, want = (",".join(f"{sigma:g}" for sigma in each) or "none" for each in (before, now))
+            raise UserError(
+                f"--ema-profiles cannot change in mid-run: {origin} was trained with {had}, not {want}. Give the same"
+            )
         if not self.options.use_ema:
             self._messages.say(f"The EMA in {origin} is left behind: --use-ema is not given")
             return
@@ -225,6 +243,23 @@ class Trainer:
         elif origin is not None:
             self._messages.say(f"{origin} has no EMA: it starts here, from the weights of epoch {self.epoch}")
         self._build_averages(self.epoch + 1)
+
+    def _require_steps(self) -> None:
+        options = self.options
+        if not options.snapshots:
+            return
+        steps = self.stages.total_steps - self.stages.steps_before(options.ema_start_epoch)
+        if options.snapshots > steps:
+            raise UserError(f"--snapshots {options.snapshots} is more than the {steps} steps that the averages run for")
+
+    def _start_snapshots_when_due(self) -> None:
+        """Start the snapshots with the averages. Not before the files of an earlier run were moved."""
+        if self._snapshots is not None or self.averages is None or not self.options.snapshots:
+            return
+        averages, folder = self.averages, self._file(SNAPSHOTS)
+        self._snapshots = RunSnapshots(folder, averages.ema, self.options.snapshots, averages.total_steps)
+        averages.after_update = self._snapshots.save_if_due
+        self._messages.say(f"Snapshots: {self._snapshots.disk_use()}")
 
     def _advisor_says_start(self) -> bool:
         """Ask the advisor about the epochs so far; print its advice when it changes."""
@@ -256,6 +291,7 @@ class Trainer:
         # Dropout differs from process to process.
         torch.manual_seed(mix_seed(self.options.seed, epoch, *filter(None, [self.processes.rank])))
         loader = self._loader_of(stage)
+        self._start_snapshots_when_due()
         with progress(self.console, f"Epoch {epoch}/{self.options.epochs}", len(loader)) as bar:
             try:
                 result = train_epoch(
@@ -362,6 +398,9 @@ class Trainer:
                 final_rate=self.history[-1].lr / stage.schedule.highest,
             )
         examples = self._examples()
+        if self._snapshots is not None:
+            self._snapshots.save_last()
+            trained = self._parallel.gather_state(self.net.state_dict())
         if not self.processes.is_first:
             return
         write_predictions(self._file("predictions.png"), examples)
@@ -370,6 +409,33 @@ class Trainer:
         files = [self._file(name) for name in written if self._file(name).exists()]
         names = ["EMA"] if self.averages is None else self.averages.names
         print_summary(self.console, self.history, comparison, self.timers, files, names)
+        if self._snapshots is not None:
+            self._write_best_posthoc(trained)
+        elif self.options.snapshots:
+            self._messages.say("Snapshots: none, since no average was started")
+
+    def _write_best_posthoc(self, trained: dict[str, Any]) -> None:
+        """Write the post-hoc average with the highest validation IoU. Only the first process calls this.
+
+        Args:
+            trained: the trained weights, not sharded.
+        """
+        options = self.options
+        architecture = Architecture(options.backbone, options.num_experts, options.top_k)
+        images = ValidationSet(self._validation_pairs, options.img_size)
+        loader = validation_loader(images, options.batch_size, options.num_workers)
+        best = best_average(
+            self._file(SNAPSHOTS), architecture, options.ema_profiles, loader, self.device, self.console
+        )
+        save_checkpoint(
+            self._file(BEST_POSTHOC),
+            net=trained,  # type: ignore[arg-type]
+            ema=SavedAverage(False, {}, best.weights),
+            epoch=self.epoch,
+            options=options.plain(),
+            posthoc=best.plain(),
+        )
+        self._messages.say(f"File:   {self._file(BEST_POSTHOC)}, its ema_net is this average")
 
     def _examples(self) -> list[Example]:
         """Predict the first few validation images with the last epoch's weights."""
