@@ -126,7 +126,7 @@ class FastEMA:
         self._update_every = checked_count("update_every", update_every, at_least=1)
         if nonfinite not in ("skip", "propagate"):
             raise ValueError(f'nonfinite must be "skip" or "propagate", got {nonfinite!r}')
-        self._guard = nonfinite == "skip"
+        self._skip_nonfinite = nonfinite == "skip"
         self._dtype = checked_shadow_dtype(dtype, self._decays.highest)
         self._device = checked_device(device)
         self._buffers = buffers
@@ -205,7 +205,9 @@ class FastEMA:
                     decays = self._decays.checked(decay, "update(decay=...)")
                 weights = [1.0 - each for each in decays]
                 # One call that looks and launches, where nobody's averages are in any model.
-                outcome = "moved" if swap.entered else self._shadow.update_watched(weights, self._guard, found_inf)
+                outcome: str | None = "moved"
+                if not swap.entered:
+                    outcome = self._shadow.update_watched(weights, self._skip_nonfinite, found_inf)
                 if outcome is not None:
                     self._update_moved(outcome, weights, found_inf)
                 self._num_updates += 1
@@ -230,14 +232,14 @@ class FastEMA:
     def _update_by_clock(self, found_inf: Tensor | None, average: Callable[..., None]) -> None:
         assert self._clock is not None
         skip = self._clock.advance(found_inf)
-        average([0.0] * len(self._decays), self._guard, skip, self._clock.weights)
+        average([0.0] * len(self._decays), self._skip_nonfinite, skip, self._clock.weights)
 
     def _update_moved(self, outcome: str, weights: list[float], found_inf: Tensor | None) -> None:
         """Finish an update that found model or averages moved; see `Shadow.update_watched`."""
         if outcome == "moved":
             self._refuse_while_applied("update()")
             self._ensure_current()
-            outcome = self._shadow.update_watched(weights, self._guard, found_inf) or "done"
+            outcome = self._shadow.update_watched(weights, self._skip_nonfinite, found_inf) or "done"
         if outcome == "averages moved":
             self._shadow.settle()
             self._shadow.follow_averages()
@@ -258,7 +260,8 @@ class FastEMA:
             return
         step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
         if step % self._update_every == 0:
-            average([1.0 - decay for decay in self._decays.at(step, self._last_update)], self._guard, found_inf)
+            weights = [1.0 - decay for decay in self._decays.at(step, self._last_update)]
+            average(weights, self._skip_nonfinite, found_inf)
             self._num_updates += 1
             self._last_update = step
         self._step = step
@@ -466,7 +469,7 @@ class FastEMA:
         return self._decays.one_or_all([window / updates_per_epoch for window in windows])
 
     def nonfinite_count(self) -> int:
-        """How many elements the guard has kept so far, because their live value was NaN or infinite.
+        """Number of elements so far that kept their average because the live value was NaN or infinite.
 
         On a GPU this waits for the device.
         """
@@ -734,7 +737,7 @@ class FastEMA:
         """Compile and load what a captured `update()` launches, by one that skips: in the capture it is too late."""
         if self._clock is not None:
             skip = torch.ones((), dtype=torch.float32, device=self._clock.step.device)
-            self._shadow.update([0.0] * len(self._decays), self._guard, skip, self._clock.weights)
+            self._shadow.update([0.0] * len(self._decays), self._skip_nonfinite, skip, self._clock.weights)
 
     def _refuse_while_applied(self, what: str) -> None:
         if self._shadow.is_applied:

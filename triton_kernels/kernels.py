@@ -101,8 +101,10 @@ def _address(row, column, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _update_tile(shadows, live, weights, offsets, mask, kept, KIND: tl.constexpr, K: tl.constexpr, GUARD: tl.constexpr):
-    """One tile under one rule: live is read once for all shadows. Returns `kept` with what the guard kept added."""
+def _update_tile(
+    shadows, live, weights, offsets, mask, nonfinite, KIND: tl.constexpr, K: tl.constexpr, SKIP_NONFINITE: tl.constexpr
+):
+    """One tile under one rule: live is read once for all shadows. Return `nonfinite` with the new ones added."""
     stored_live = tl.load(live + offsets, mask=mask)
     if KIND == COPY_BYTES:
         for k in tl.static_range(K):
@@ -123,28 +125,28 @@ def _update_tile(shadows, live, weights, offsets, mask, kept, KIND: tl.constexpr
                 pointers = shadows[k] + offsets
                 stored = tl.load(pointers, mask=mask)
                 result = _narrowed(_averaged(_widened(stored, SHADOW, OP), new, weights[k], OP), SHADOW)
-                if GUARD:
+                if SKIP_NONFINITE:
                     result = tl.where(finite, result, stored)
                 tl.store(pointers, result, mask=mask)
-            if GUARD:
+            if SKIP_NONFINITE:
                 if mask is None:
-                    kept += (~finite).to(tl.int32)
+                    nonfinite += (~finite).to(tl.int32)
                 else:
-                    kept += (~finite & mask).to(tl.int32)
-    return kept
+                    nonfinite += (~finite & mask).to(tl.int32)
+    return nonfinite
 
 
 @triton.jit
 def _update_chunk(
     row,
     weights,
-    kept_total,
+    nonfinite_total,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
     K: tl.constexpr,
-    GUARD: tl.constexpr,
-    COUNT_KEPT: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr,
+    COUNT_NONFINITE: tl.constexpr,
 ):
     count = tl.load(row + COUNT).to(tl.int32)
     LIVE: tl.constexpr = tl.uint8 if KIND == COPY_BYTES else STORED[KIND % 4]
@@ -154,44 +156,50 @@ def _update_chunk(
     for k in tl.static_range(K):
         shadows = shadows + (_address(row, SHADOWS + k, SHADOW, ALIGNED),)  # noqa: RUF005 (Triton has no unpacking)
     lanes = tl.arange(0, TILE)
-    kept = tl.zeros([TILE], tl.int32)
+    nonfinite = tl.zeros([TILE], tl.int32)
     if ALIGNED:
         full = count // TILE
         for tile in range(full):
-            kept = _update_tile(shadows, live, weights, tile * TILE + lanes, None, kept, KIND, K, GUARD)
+            nonfinite = _update_tile(
+                shadows, live, weights, tile * TILE + lanes, None, nonfinite, KIND, K, SKIP_NONFINITE
+            )
         if full * TILE < count:
             # A mask that is constant over 16 elements leaves the accesses 16 bytes wide; then come the last 15 at most.
             vectors = tl.multiple_of(count // 16 * 16, 16)
             offsets = full * TILE + lanes
-            kept = _update_tile(shadows, live, weights, offsets, offsets < vectors, kept, KIND, K, GUARD)
+            nonfinite = _update_tile(
+                shadows, live, weights, offsets, offsets < vectors, nonfinite, KIND, K, SKIP_NONFINITE
+            )
             if vectors < count:
                 last = vectors + tl.arange(0, 16)
                 rest = tl.zeros([16], tl.int32)
-                rest = _update_tile(shadows, live, weights, last, last < count, rest, KIND, K, GUARD)
-                if GUARD and COUNT_KEPT and KIND < CONVERT:
-                    _add_kept(kept_total, rest)
+                rest = _update_tile(shadows, live, weights, last, last < count, rest, KIND, K, SKIP_NONFINITE)
+                if SKIP_NONFINITE and COUNT_NONFINITE and KIND < CONVERT:
+                    _add_nonfinite(nonfinite_total, rest)
     else:
         for tile in range(tl.cdiv(count, TILE)):
             offsets = tile * TILE + lanes
-            kept = _update_tile(shadows, live, weights, offsets, offsets < count, kept, KIND, K, GUARD)
-    if GUARD and COUNT_KEPT and KIND < CONVERT:
-        _add_kept(kept_total, kept)
+            nonfinite = _update_tile(
+                shadows, live, weights, offsets, offsets < count, nonfinite, KIND, K, SKIP_NONFINITE
+            )
+    if SKIP_NONFINITE and COUNT_NONFINITE and KIND < CONVERT:
+        _add_nonfinite(nonfinite_total, nonfinite)
 
 
 @triton.jit
-def _add_kept(kept_total, kept):
-    here = tl.sum(kept, 0)
+def _add_nonfinite(nonfinite_total, nonfinite):
+    here = tl.sum(nonfinite, 0)
     if here != 0:  # rare by nature
-        tl.atomic_add(kept_total, here.to(tl.int64))
+        tl.atomic_add(nonfinite_total, here.to(tl.int64))
 
 
 # ---- the kernels ----
 
 
-@triton.jit(do_not_specialize=["kept_total", "skip", "device_weights", "bits0", "bits1", "bits2", "bits3"])
+@triton.jit(do_not_specialize=["nonfinite_total", "skip", "device_weights", "bits0", "bits1", "bits2", "bits3"])
 def update(
     table,  # int64 [chunks, SHADOWS + K]
-    kept_total,  # int64 scalar: what the guard kept so far
+    nonfinite_total,  # int64 scalar: live elements that were not finite so far
     skip,  # float32 scalar, or None: not zero: nothing happens
     device_weights,  # float64 [K], or None: read instead of the four
     bits0: tl.int64,  # 1 - decay of each shadow, the bits of a float64: a Python float would arrive as float32
@@ -201,8 +209,8 @@ def update(
     VARIANTS: tl.constexpr,  # what is in the table
     TILES: tl.constexpr,  # and the tile of each
     K: tl.constexpr,
-    GUARD: tl.constexpr,
-    COUNT_KEPT: tl.constexpr,  # an element is counted once for all shadows
+    SKIP_NONFINITE: tl.constexpr,
+    COUNT_NONFINITE: tl.constexpr,  # an element is counted once for all shadows
 ):
     """Averages or copies every chunk of the table."""
     wanted = True if skip is None else tl.load(skip) == 0.0
@@ -219,7 +227,15 @@ def update(
         for i in tl.static_range(len(VARIANTS)):
             if variant == VARIANTS[i]:
                 _update_chunk(
-                    row, weights, kept_total, VARIANTS[i] // 2, VARIANTS[i] % 2, TILES[i], K, GUARD, COUNT_KEPT
+                    row,
+                    weights,
+                    nonfinite_total,
+                    VARIANTS[i] // 2,
+                    VARIANTS[i] % 2,
+                    TILES[i],
+                    K,
+                    SKIP_NONFINITE,
+                    COUNT_NONFINITE,
                 )
 
 

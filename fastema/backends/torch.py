@@ -53,7 +53,7 @@ class Plan:
         averaged = [not copy for copy in copies]
         self._batches = [_batches(compress(pairs, averaged)) for pairs in self._pairs]
         self._views = list(views)
-        self._kept: Tensor | int = 0
+        self._nonfinite: Tensor | int = 0
         tensors = [*lives, *chain(*shadows)]
         self._streams = [
             Streams(device, (tensor for tensor in tensors if tensor.device == device))
@@ -65,7 +65,7 @@ class Plan:
     def update(
         self,
         weights: Sequence[float],
-        guard: bool,
+        skip_nonfinite: bool,
         skip: Tensor | None = None,
         device_weights: Tensor | None = None,
     ) -> None:
@@ -79,26 +79,26 @@ class Plan:
             for shadow, live in copied:
                 shadow.copy_(live)
             for batch in batches:
-                self._average(batch, weight, guard, counts=which == 0)
+                self._average(batch, weight, skip_nonfinite, counts=which == 0)
         torch.autograd.graph.increment_version(self._views)
 
-    def _average(self, batch: list[Pair], weight: float, guard: bool, counts: bool) -> None:
+    def _average(self, batch: list[Pair], weight: float, skip_nonfinite: bool, counts: bool) -> None:
         shadows, lives = [shadow for shadow, _ in batch], [live for _, live in batch]
         opmath = torch.float64 if shadows[0].dtype == torch.float64 else torch.float32
         old, new = _joined(shadows).to(opmath), _joined(lives).to(shadows[0].device, opmath)
         result = torch.lerp(old, new, weight)
-        if guard:
+        if skip_nonfinite:
             finite = new.isfinite()
             result = torch.where(finite, result, old)
             if counts:  # an element is counted once for all shadows
-                self._kept = self._kept + (finite.numel() - finite.count_nonzero())
+                self._nonfinite = self._nonfinite + (finite.numel() - finite.count_nonzero())
         if len(batch) == 1:
             shadows[0].copy_(result)
         else:
             torch._foreach_copy_(shadows, result.split([shadow.numel() for shadow in shadows]))
 
     def nonfinite_count(self) -> int:
-        return int(self._kept)
+        return int(self._nonfinite)
 
     @torch.no_grad()
     def exchange(self, which: int) -> None:

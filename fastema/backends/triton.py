@@ -68,7 +68,7 @@ def probe(device: torch.device) -> str | None:
         return None
     try:
         live, shadow = torch.ones(2, 16, device=device)
-        Plan([[shadow]], [live], [False], []).update([0.5], guard=True)
+        Plan([[shadow]], [live], [False], []).update([0.5], skip_nonfinite=True)
         torch.get_device_module(device).synchronize(device)
     except Exception as error:  # a broken Triton fails in many ways
         lines = str(error).strip().splitlines() or [""]
@@ -109,7 +109,7 @@ class Plan:
         self._held = [list(lives), *map(list, shadows)]  # so that the addresses in the table stay valid
         self._same_dtypes = all(shadow.dtype == live.dtype for shadow, live in zip(shadows[0], lives, strict=True))
         self._views = list(views)
-        self._kept = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._nonfinite = torch.zeros((), dtype=torch.int64, device=self._device)
         most = self._kernels.MAX_SHADOWS
         self._launches = [
             _Launch(self._kernels, shadows[first : first + most], lives, kinds, self._device, first)
@@ -118,7 +118,7 @@ class Plan:
         self._pack = struct.Struct(f"{len(shadows)}d")
         self._unpack = struct.Struct(f"{len(shadows)}q")
         self._streams = Streams(
-            self._device, [self._kept, *(launch.table for launch in self._launches), *chain(*self._held)]
+            self._device, [self._nonfinite, *(launch.table for launch in self._launches), *chain(*self._held)]
         )
         # Triton launches on the current device, and on its current stream. -1 is nothing to change.
         gpu = torch.get_device_module(self._device) if self._device.type in _GPUS else torch.cuda
@@ -127,7 +127,7 @@ class Plan:
     def update(
         self,
         weights: Sequence[float],
-        guard: bool,
+        skip_nonfinite: bool,
         skip: Tensor | None = None,
         device_weights: Tensor | None = None,
     ) -> None:
@@ -139,7 +139,7 @@ class Plan:
         self._streams.note_current()
         with self._current:
             for launch in self._launches:
-                launch.update(bits, guard, self._kept, skip, device_weights)
+                launch.update(bits, skip_nonfinite, self._nonfinite, skip, device_weights)
         torch.autograd.graph.increment_version(self._views)
 
     def exchange(self, which: int) -> None:
@@ -154,7 +154,7 @@ class Plan:
             self._launches[launch].exchange(column)
 
     def nonfinite_count(self) -> int:
-        return int(self._kept)
+        return int(self._nonfinite)
 
 
 class _Launch:
@@ -181,7 +181,12 @@ class _Launch:
         self._tiles = tuple(kernels.tile_elements(variant) for variant in self._variants)
 
     def update(
-        self, bits: Sequence[int], guard: bool, kept: Tensor, skip: Tensor | None, device_weights: Tensor | None
+        self,
+        bits: Sequence[int],
+        skip_nonfinite: bool,
+        nonfinite: Tensor,
+        skip: Tensor | None,
+        device_weights: Tensor | None,
     ) -> None:
         if self._chunks == 0:
             return
@@ -190,15 +195,15 @@ class _Launch:
             device_weights = device_weights[self._first :]  # a view: nothing is allocated on the device
         self._kernels.update[(self._chunks,)](
             self.table,
-            kept,
+            nonfinite,
             skip,
             device_weights,
             *mine,
             VARIANTS=self._variants,
             TILES=self._tiles,
             K=self._shadows,
-            GUARD=guard,
-            COUNT_KEPT=self._first == 0,
+            SKIP_NONFINITE=skip_nonfinite,
+            COUNT_NONFINITE=self._first == 0,
             **self._options,
         )
 

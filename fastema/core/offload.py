@@ -198,7 +198,7 @@ class OffloadedPlan:
     def update(
         self,
         weights: Sequence[float],
-        guard: bool,
+        skip_nonfinite: bool,
         skip: Tensor | None = None,
         device_weights: Tensor | None = None,
     ) -> None:
@@ -219,15 +219,15 @@ class OffloadedPlan:
         if self._late:
             self._late_copy = self._transfer.start(self._late)
             copies.append(self._late_copy)
-        self._submit(copies, None if skip is None else self._skip, list(weights), guard)
+        self._submit(copies, None if skip is None else self._skip, list(weights), skip_nonfinite)
 
-    def _submit(self, copies: list[Copy], skip: Tensor | None, weights: list[float], guard: bool) -> None:
+    def _submit(self, copies: list[Copy], skip: Tensor | None, weights: list[float], skip_nonfinite: bool) -> None:
         plan = self._plan  # not self: the thread keeps nobody alive who could end it
 
         def average() -> None:
             for copy in copies:
                 copy.wait()
-            plan.update(weights, guard, skip)
+            plan.update(weights, skip_nonfinite, skip)
 
         if self._executor is None or self._executor_process != os.getpid():  # threads do not survive a fork
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="fastema-offload")

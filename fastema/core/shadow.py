@@ -202,21 +202,25 @@ class Shadow:
                         "shadow_state_dict()): its values may be gone. Build a new FastEMA, and resize a clone()"
                     )
 
-    def update_watched(self, weights: list[float], guard: bool, skip: Tensor | None = None) -> str | None:
+    def update_watched(self, weights: list[float], skip_nonfinite: bool, skip: Tensor | None = None) -> str | None:
         """Look whether model and averages are where they were, and update; in one call of C++ where there is one plan.
 
         Returns:
             None; "moved" where nothing was done; "averages moved" where they were replaced during the update.
         """
         if self._one_call is not None:
-            return self._one_call(weights, guard, skip)
+            return self._one_call(weights, skip_nonfinite, skip)
         if not self.is_current():
             return "moved"
-        self.update(weights, guard, skip)
+        self.update(weights, skip_nonfinite, skip)
         return None if self._watch.shadows_hold() else "averages moved"
 
     def update(
-        self, weights: list[float], guard: bool, skip: Tensor | None = None, device_weights: Tensor | None = None
+        self,
+        weights: list[float],
+        skip_nonfinite: bool,
+        skip: Tensor | None = None,
+        device_weights: Tensor | None = None,
     ) -> None:
         """shadow <- shadow + weight * (live - shadow), or a copy, for everything. Arguments: see csrc/plan.h.
 
@@ -226,7 +230,7 @@ class Shadow:
         self.synchronize()
         skips = backends.skips_on(self._plan_devices, skip)
         for plan, own_skip in zip(self.plans, skips, strict=True):
-            plan.update(weights, guard, own_skip, device_weights)
+            plan.update(weights, skip_nonfinite, own_skip, device_weights)
         for index, entry in self._loose:
             self._copy_loose(index, entry.current(), skip)
 
@@ -288,7 +292,7 @@ class Shadow:
         shadows: list[Tensor],
         lives: list[Tensor],
         weights: list[float],
-        guard: bool,
+        skip_nonfinite: bool,
         skip: Tensor | None = None,
         device_weights: Tensor | None = None,
     ) -> None:
@@ -300,7 +304,7 @@ class Shadow:
         own_shadows, own_lives = self.operands()
         own = [tensor.data_ptr() for tensor in (*own_shadows, *own_lives)]
         if own == [tensor.data_ptr() for tensor in (*shadows, *lives)]:
-            self.update(weights, guard, skip, device_weights)
+            self.update(weights, skip_nonfinite, skip, device_weights)
             return
         if any(storage.overlaps for storage in self._storages):
             raise RuntimeError("tensors of the model overlap in memory: call update() outside the compiled function")
@@ -318,7 +322,7 @@ class Shadow:
             )
         copies = [entry.rule == "copy" for entry in self._bound]
         plan = plain_torch.Plan(targets, lives, copies, [])
-        plan.update(weights, guard, skip, device_weights)
+        plan.update(weights, skip_nonfinite, skip, device_weights)
         self.nonfinite_elsewhere += plan.nonfinite_count()
 
     # ---- the swap ----

@@ -224,7 +224,9 @@ def test_every_plan_of_a_model_gets_found_inf_on_its_own_device() -> None:
         def __init__(self) -> None:
             self.seen: list[torch.Tensor | None] = []
 
-        def update(self, weights: object, guard: bool, skip: torch.Tensor | None, device_weights: object) -> None:
+        def update(
+            self, weights: object, skip_nonfinite: bool, skip: torch.Tensor | None, device_weights: object
+        ) -> None:
             self.seen.append(skip)
 
     shadow = FastEMA(small_model(), decay=0.5)._shadow

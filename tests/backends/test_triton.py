@@ -117,9 +117,15 @@ def update_source(
 ) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The update kernel with its signature and constants, as `compiled` takes them."""
     variants = tuple(2 * kind + flag for kind in kinds for flag in aligned)
-    signature = {"table": "*i64", "kept_total": "*i64", "skip": "*fp32", "device_weights": "*fp64"}
+    signature = {"table": "*i64", "nonfinite_total": "*i64", "skip": "*fp32", "device_weights": "*fp64"}
     signature |= {f"bits{k}": "i64" for k in range(4)}
-    defaults: dict[str, Any] = {"skip": None, "device_weights": None, "GUARD": True, "COUNT_KEPT": True, "K": shadows}
+    defaults: dict[str, Any] = {
+        "skip": None,
+        "device_weights": None,
+        "SKIP_NONFINITE": True,
+        "COUNT_NONFINITE": True,
+        "K": shadows,
+    }
     defaults |= {"VARIANTS": variants, "TILES": tuple(map(kernels.tile_elements, variants)), **constants}
     given = {name: value for name, value in defaults.items() if value != "argument"}
     signature |= dict.fromkeys(given, "constexpr")

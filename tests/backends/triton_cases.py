@@ -90,7 +90,7 @@ def whole(part: Tensor) -> Tensor:
 
 
 def hostile(size: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Normal numbers, with what rounding and the guard could stumble over among them."""
+    """Normal numbers, with what rounding and skip_nonfinite could stumble over among them."""
     special = [
         float("nan"),
         float("inf"),
@@ -130,7 +130,7 @@ def copied(shadows: list[list[Tensor]]) -> list[list[Tensor]]:
 
 
 def check_update(
-    shadow_dtype: torch.dtype, live_dtype: torch.dtype, guard: bool, count: int, sizes: tuple[int, ...] = SIZES
+    shadow_dtype: torch.dtype, live_dtype: torch.dtype, skip_nonfinite: bool, count: int, sizes: tuple[int, ...] = SIZES
 ) -> None:
     shadows, lives = segments(shadow_dtype, live_dtype, count, sizes)
     before = [raw(whole(live)) for live in lives]
@@ -138,29 +138,29 @@ def check_update(
     mine = backend.Plan(shadows, lives, [False] * len(lives), [])
     plans = [oracle.Plan(theirs, lives, [False] * len(lives), []) for oracle, theirs in others]
     for weights in WEIGHTS[count]:
-        mine.update(list(weights), guard)
+        mine.update(list(weights), skip_nonfinite)
         for plan, (oracle, theirs) in zip(plans, others, strict=True):
-            plan.update(list(weights), guard, None)
+            plan.update(list(weights), skip_nonfinite, None)
             for which in range(count):
                 for i, (got, expected) in enumerate(zip(shadows[which], theirs[which], strict=True)):
                     what = f"segment {i} of {got.numel()}, shadow {which}, weights {weights}, against {oracle.NAME}"
                     assert raw(whole(got)) == raw(whole(expected)), what
             assert mine.nonfinite_count() == plan.nonfinite_count()
-    assert (mine.nonfinite_count() > 0) == guard
+    assert (mine.nonfinite_count() > 0) == skip_nonfinite
     assert [raw(whole(live)) for live in lives] == before, "the live weights were written"
 
 
 def small_updates() -> Iterator[Callable[[], None]]:
     for index, (shadow, live) in enumerate(DTYPE_PAIRS):
-        for guard in (True, False):
-            count = 3 if guard == (index % 2 == 0) else 1  # the loop over shadows is the same for every pair
-            yield lambda s=shadow, t=live, g=guard, k=count: check_update(s, t, g, k)
+        for skip_nonfinite in (True, False):
+            count = 3 if skip_nonfinite == (index % 2 == 0) else 1  # the loop over shadows is the same for every pair
+            yield lambda s=shadow, t=live, g=skip_nonfinite, k=count: check_update(s, t, g, k)
 
 
 def large_updates() -> Iterator[Callable[[], None]]:
     for shadow, live in LARGE_PAIRS:
-        for guard, count in ((True, 1), (False, 3)):
-            yield lambda s=shadow, t=live, g=guard, k=count: check_update(s, t, g, k, (LARGE,))
+        for skip_nonfinite, count in ((True, 1), (False, 3)):
+            yield lambda s=shadow, t=live, g=skip_nonfinite, k=count: check_update(s, t, g, k, (LARGE,))
 
 
 def copies() -> Iterator[Callable[[], None]]:
@@ -176,7 +176,7 @@ def copies() -> Iterator[Callable[[], None]]:
             same = (lambda tensor: tensor) if shadow_dtype == live_dtype else whole  # bitwise, NaN and all
             assert [raw(same(part)) for part in each] == [raw(same(part)) for part in right]
             assert [raw(whole(part)) for part in each] == [raw(whole(part)) for part in right]
-        assert plan.nonfinite_count() == 0, "the guard is the average's, not the copy's"
+        assert plan.nonfinite_count() == 0, "skip_nonfinite is the average's, not the copy's"
 
     for dtype in COPIED_DTYPES:
         yield lambda d=dtype: check(d, d, (*SIZES, LARGE))
@@ -350,7 +350,7 @@ def end_to_end() -> Iterator[Callable[[], None]]:
             mine, theirs = ema.shadow_state_dict(which), resumed.shadow_state_dict(which)
             assert {name: raw(tensor) for name, tensor in mine.items()} == {n: raw(t) for n, t in theirs.items()}
 
-    def check_guard() -> None:
+    def check_nonfinite() -> None:
         model = small_model()
         ema = FastEMA(model, decay=0.9, decay_type="constant", backend="triton")
         views = [tensor for tensor in ema.shadow_state_dict().values() if tensor.is_floating_point()]
@@ -368,7 +368,7 @@ def end_to_end() -> Iterator[Callable[[], None]]:
     yield lambda: check(torch.float64, decay=[0.5, 0.9, 0.99], decay_type="threshold")
     yield lambda: check(torch.bfloat16, decay=0.999)
     yield lambda: check(torch.float32, decay=[0.9, 0.99], capturable=True)
-    yield check_guard
+    yield check_nonfinite
 
 
 GROUPS = (

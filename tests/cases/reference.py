@@ -28,11 +28,11 @@ def exact(tensor: Tensor) -> Array:
     return tensor.resolve_neg().double().numpy().astype(np.longdouble)
 
 
-def averaged(shadow: Array, live: Array, weight: float, guard: bool = True) -> Array:
+def averaged(shadow: Array, live: Array, weight: float, skip_nonfinite: bool = True) -> Array:
     """The rule as the mathematician writes it."""
     with np.errstate(invalid="ignore", over="ignore"):
         result = shadow + np.longdouble(weight) * (live - shadow)
-    return np.where(np.isfinite(live), result, shadow) if guard else result
+    return np.where(np.isfinite(live), result, shadow) if skip_nonfinite else result
 
 
 def tolerance(shadow: Array, live: Array, dtype: torch.dtype) -> Array:
