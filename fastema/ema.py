@@ -39,14 +39,14 @@ _REBUILT = frozenset(
 
 
 class LoadResult(NamedTuple):
-    """What `load_state_dict(strict=False)` found, as `nn.Module.load_state_dict` returns it."""
+    """The keys that `load_state_dict(strict=False)` did not match, as `nn.Module.load_state_dict` returns it."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 class AttachedHandle:
-    """What `FastEMA.attach` returns; `remove()` ends the updates."""
+    """The handle that `FastEMA.attach` returns; `remove()` ends the updates."""
 
     def __init__(self, remove: Callable[[], None]) -> None:
         self.remove = remove
@@ -385,7 +385,7 @@ class FastEMA:
 
     @property
     def is_applied(self) -> bool:
-        """Whether averaged weights are in the model now."""
+        """True while averaged weights are in the model."""
         return self._shadow.is_applied
 
     @one_thread
@@ -433,16 +433,16 @@ class FastEMA:
 
     @property
     def num_updates(self) -> int:
-        """How many updates were averaged. With `capturable=True` this waits for the device."""
+        """Number of updates that were averaged. With `capturable=True` this waits for the device."""
         return self._num_updates if self._clock is None else int(self._clock.num_updates)
 
     @property
     def backend_name(self) -> str:
-        """Who runs the updates: "native", "triton" or "torch"; several where devices differ."""
+        """Name of the backend: "native", "triton" or "torch"; several where devices differ."""
         return self._shadow.backend_name
 
     def decay_at(self, step: int) -> Any:
-        """The decay that an update at optimizer step `step` (from 1) uses, or the tuple of them.
+        """Return the decay that an update at optimizer step `step` (from 1) uses, or the tuple of them.
 
         Raises:
             ValueError: a schedule of your own returned a decay outside [0, 1].
@@ -450,14 +450,14 @@ class FastEMA:
         return self._decays.one_or_all(self._decays.at(step, (step - 1) // self._update_every * self._update_every))
 
     def window(self) -> Any:
-        """How many updates the average reaches back: 1 / (1 - decay), or the tuple of them.
+        """Return how many updates the average reaches back: 1 / (1 - decay), or the tuple of them.
 
         Of a schedule without a target, such as "power", as it is now.
         """
         return self._decays.one_or_all(self._decays.windows(max(1, self._counted()[0])))
 
     def lag(self, updates_per_epoch: float) -> Any:
-        """How many epochs the average reaches back, or the tuple of them.
+        """Return how many epochs the average reaches back, or the tuple of them.
 
         Example:
             >>> round(FastEMA(torch.nn.Linear(2, 1), decay=0.9999).lag(updates_per_epoch=400), 6)
@@ -469,14 +469,14 @@ class FastEMA:
         return self._decays.one_or_all([window / updates_per_epoch for window in windows])
 
     def nonfinite_count(self) -> int:
-        """Number of elements so far that kept their average because the live value was NaN or infinite.
+        """Return how many elements kept their average so far because the live value was NaN or infinite.
 
         On a GPU this waits for the device.
         """
         return self._nonfinite_before + self._shadow.nonfinite_count()
 
     def synchronize(self) -> None:
-        """Waits until the shadow is up to date: for a shadow in host memory of weights on a GPU.
+        """Wait until the shadow is up to date: for a shadow in host memory of weights on a GPU.
 
         Nothing else needs it: other updates run on the model's own stream, and every method here waits by itself. Call
         it before tensors of an earlier `state_dict()` are read again.
@@ -514,7 +514,7 @@ class FastEMA:
 
     @one_thread
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadResult:
-        """Loads what `state_dict()` returned, by value. The state's decay and schedule go on, whatever this one's were.
+        """Load what `state_dict()` returned, by value. The state's decay and schedule go on, whatever this one's were.
 
         Args:
             state_dict: the state, of a FastEMA of the same model. A sharded one takes its part of whole tensors.
@@ -554,7 +554,7 @@ class FastEMA:
         return LoadResult(missing, unexpected)
 
     def shadow_state_dict(self, which: int = 0) -> dict[str, Any]:
-        """The averaged model under the model's own keys: `model.load_state_dict(it)` works.
+        """Return the averaged weights under the model's own keys: `model.load_state_dict(it)` works.
 
         Averaged tensors come in the shadow's dtype, what is skipped as it is in the model. Tensors share memory with
         the EMA.
@@ -602,7 +602,7 @@ class FastEMA:
             self.apply_shadow(in_place, which)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: the model comes along, and the copy averages the copied model."""
+        """Return the state for pickle and deepcopy, with the model: the copy averages the copied model."""
         self._refuse_while_applied("pickling or copying a FastEMA")
         if self._shadow.is_sharded:
             raise TypeError(
@@ -698,7 +698,7 @@ class FastEMA:
         return step, int(self._clock.num_updates), step // self._update_every * self._update_every
 
     def _counting(self, step: int, num_updates: int, last_update: int) -> list[Step]:
-        """Steps that set the counters."""
+        """Return the steps that set the counters."""
         steps: list[Step] = [
             partial(setattr, self, "_step", step),
             partial(setattr, self, "_num_updates", num_updates),
@@ -710,7 +710,7 @@ class FastEMA:
         return steps
 
     def _replacing_decays(self, decays: Decays) -> list[Step]:
-        """Steps that let updates go on with other decays; raises where the device's table does not fit."""
+        """Return the steps that let updates go on with other decays; raise where the device's table does not fit."""
         if decays is self._decays:
             return []
         on_device: list[Step] = [] if self._clock is None else [self._clock.replacing(decays)]
@@ -756,7 +756,7 @@ class FastEMA:
         )
 
     def _warn_about_nonfinite(self) -> None:
-        """Once, and only where looking does not wait for a device."""
+        """Warn of nonfinite elements once, and only where reading the count does not wait for a device."""
         if self._warned_nonfinite or not self._shadow.is_on_cpu:
             return
         count = self.nonfinite_count()

@@ -29,7 +29,7 @@ UNHINTED_TILE = tl.constexpr(4 * THREADS)
 
 
 def tile_elements(variant: int) -> int:
-    """Elements of a tile, so that 32 bytes a thread of the wider operand are in flight (16 of a copy).
+    """Return the elements of a tile, so that 32 bytes a thread of the wider operand are in flight (16 of a copy).
 
     That leaves 40 to 56 registers a thread: five or six blocks a multiprocessor, of which each has 16 KiB in flight.
     Chunks without the hint take what does not raise the registers of all.
@@ -47,7 +47,7 @@ def tile_elements(variant: int) -> int:
 
 @triton.jit
 def _widened(stored, FORMAT: tl.constexpr, OP: tl.constexpr):
-    """The value in opmath; exact but for a float64 seen in float32."""
+    """Return the value in opmath; exact but for a float64 seen in float32."""
     if FORMAT == BFLOAT16:
         stored = (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return stored.to(OP)
@@ -55,7 +55,7 @@ def _widened(stored, FORMAT: tl.constexpr, OP: tl.constexpr):
 
 @triton.jit
 def _narrowed(value, FORMAT: tl.constexpr):
-    """What is stored; to nearest even. 16-bit formats go through float32, as they do in C++."""
+    """Round to the stored dtype, to nearest even. 16-bit formats go through float32, as they do in C++."""
     if FORMAT == FLOAT64:
         stored = value.to(tl.float64)
     elif FORMAT == FLOAT32:
@@ -81,7 +81,7 @@ def _is_finite(value):
 
 @triton.jit
 def _averaged(old, new, weight, OP: tl.constexpr):
-    """old + weight * (new - old) in one fused multiply-add; from weight 0.5 on from the live end. weight: float64."""
+    """Return old + weight * (new - old), fused; from weight 0.5 on computed from `new`. weight: float64."""
     rounded = weight.to(OP)
     from_live = rounded >= 0.5
     coefficient = tl.where(from_live, rounded - 1.0, rounded)
@@ -104,7 +104,7 @@ def _address(row, column, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
 def _update_tile(
     shadows, live, weights, offsets, mask, nonfinite, KIND: tl.constexpr, K: tl.constexpr, SKIP_NONFINITE: tl.constexpr
 ):
-    """One tile under one rule: live is read once for all shadows. Return `nonfinite` with the new ones added."""
+    """Update one tile and return `nonfinite` with its count added. Live is read once for all shadows."""
     stored_live = tl.load(live + offsets, mask=mask)
     if KIND == COPY_BYTES:
         for k in tl.static_range(K):
@@ -212,7 +212,7 @@ def update(
     SKIP_NONFINITE: tl.constexpr,
     COUNT_NONFINITE: tl.constexpr,  # an element is counted once for all shadows
 ):
-    """Averages or copies every chunk of the table."""
+    """Average or copy every chunk of the table."""
     wanted = True if skip is None else tl.load(skip) == 0.0
     if wanted:
         row = table + tl.program_id(0).to(tl.int64) * (SHADOWS + K)
@@ -274,7 +274,7 @@ def exchange(
     which: tl.int64,  # the shadow
     K: tl.constexpr,
 ):
-    """Live and one shadow change places, bit for bit."""
+    """Swap live and one shadow, bit for bit."""
     row = table + tl.program_id(0).to(tl.int64) * (SHADOWS + K)
     if tl.load(row + VARIANT) % 2 == 1:
         _exchange_chunk(row, which, True)

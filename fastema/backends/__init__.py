@@ -60,7 +60,7 @@ def _devices() -> list[Device]:
 
 
 def default_name() -> str:
-    """FASTEMA_BACKEND, or "auto"."""
+    """Return FASTEMA_BACKEND, or "auto"."""
     return os.environ.get("FASTEMA_BACKEND") or "auto"
 
 
@@ -118,7 +118,7 @@ def skips_on(devices: Sequence[Device], skip: Tensor | None) -> list[Tensor | No
 
 
 def host(name: str) -> ModuleType:
-    """Whose StorageExchange and Watch to use: they need a compiler, but no kernel for the device."""
+    """Return the backend whose StorageExchange and Watch to use; they need no kernel for the device."""
     return plain_torch if name == "torch" or native.why_unusable("cpu") is not None else native
 
 

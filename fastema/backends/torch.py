@@ -22,7 +22,7 @@ _BATCH, _GPU_BATCH = 1 << 18, 1 << 22
 
 
 def why_unusable(device_type: str) -> str | None:
-    """None if the backend runs on this kind of device, else the reason."""
+    """Return why the backend cannot run on this kind of device, or None."""
     if device_type in ("cuda", "xpu") and not torch.get_device_module(device_type).is_available():
         return f"torch sees no {device_type.upper()} device"
     return None
@@ -33,13 +33,13 @@ def probe(device: torch.device) -> None:
 
 
 def describe(device_type: str) -> str:
-    """What runs there."""
+    """Describe what runs on this kind of device."""
     swap = "by pointer" if _SWAPS_POINTERS else "by contents (this torch cannot swap storages)"
     return f"torch operations, swap {swap}"
 
 
 class Plan:
-    """shadow <- shadow + weight * (live - shadow) for every segment. See csrc/plan.h for the arguments."""
+    """shadow <- shadow + weight * (live - shadow) for every segment; see `contract.Plan`."""
 
     def __init__(
         self,
@@ -102,11 +102,11 @@ class Plan:
 
     @torch.no_grad()
     def exchange(self, which: int) -> None:
-        """Swaps the contents of live and of one shadow, a block at a time."""
+        """Swap the contents of live and of one shadow, a block at a time."""
         run_atomically(self.exchange_steps(which))
 
     def exchange_steps(self, which: int) -> list[Step]:
-        """What `exchange()` does, for `run_atomically`."""
+        """Return the steps of `exchange()`, for `run_atomically`."""
         pairs = self._pairs[which]
         if any(shadow.dtype != live.dtype for shadow, live in pairs):
             raise ValueError("contents of different dtypes cannot be exchanged exactly")
@@ -118,7 +118,7 @@ class Plan:
 
 
 def _batches(pairs: Iterable[Pair]) -> list[list[Pair]]:
-    """Small segments of the same dtypes in one batch: an operation on 256 elements takes as long as one on none."""
+    """Group small segments of the same dtypes: an operation on 256 elements takes as long as one on none."""
     batches: list[list[Pair]] = []
     open_batches: dict[Any, tuple[list[Pair], int]] = {}
     for shadow, live in pairs:
@@ -146,7 +146,7 @@ _SWAPS_POINTERS = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # torch 2.13
 
 
 def _exchange_contents(first: Tensor, second: Tensor) -> list[Step]:
-    """Steps that swap the contents of two tensors of bytes."""
+    """Yield the steps that swap the contents of two tensors of bytes."""
     held = first.new_empty(min(_EXCHANGE_BLOCK, first.numel()))
     copy = torch.Tensor.copy_
     steps: list[Step] = []
@@ -284,7 +284,7 @@ def second_owner(tensor: Tensor) -> Tensor:
 
 
 class Watch:
-    """Whether what a plan was built for is still what the model holds. See csrc/watch.h for the arguments."""
+    """A check that the model still holds what a plan was built for; see `contract.Watch`."""
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}  # 256 threads in warps o
 
 
 def _load_kernels() -> Any:
-    """The kernels, or None with the reason kept."""
+    """Return the kernels; None, with the reason noted, where they cannot be imported."""
     global _kernels, _import_error
     if _kernels is None and _import_error is None:
         try:
@@ -46,7 +46,7 @@ def _load_kernels() -> Any:
 
 
 def why_unusable(device_type: str) -> str | None:
-    """None if the backend runs on this kind of device, else the reason."""
+    """Return why the backend cannot run on this kind of device, or None."""
     if device_type not in ("cpu", *_GPUS):
         return f"there are no kernels for {device_type}"
     if device_type in _GPUS and not torch.get_device_module(device_type).is_available():
@@ -77,7 +77,7 @@ def probe(device: torch.device) -> str | None:
 
 
 def describe(device_type: str) -> str:
-    """What runs there."""
+    """Describe what runs on this kind of device."""
     version = importlib.import_module("triton").__version__
     if device_type in _GPUS:
         return f"Triton {version} kernels, swap by pointer"
@@ -85,7 +85,7 @@ def describe(device_type: str) -> str:
 
 
 class Plan:
-    """shadow <- shadow + weight * (live - shadow) for every segment. See csrc/plan.h for the arguments.
+    """shadow <- shadow + weight * (live - shadow) for every segment; see `contract.Plan`.
 
     Up to kernels.MAX_SHADOWS shadows are averaged in one launch, and so in one read of the live weights; more take
     several.
@@ -143,7 +143,7 @@ class Plan:
         torch.autograd.graph.increment_version(self._views)
 
     def exchange(self, which: int) -> None:
-        """Swaps the contents of live and of one shadow."""
+        """Swap the contents of live and of one shadow."""
         if not 0 <= which < self._count:
             raise ValueError("no such shadow")
         if not self._same_dtypes:
@@ -218,7 +218,7 @@ class _Launch:
 def _checked_kinds(
     shadows: Sequence[Sequence[Tensor]], lives: Sequence[Tensor], copies: Sequence[bool], device: torch.device
 ) -> list[int]:
-    """What happens to each segment, numbered as in csrc/chunks.h."""
+    """Return the kind of each segment, numbered as in csrc/chunks.h."""
     if len(copies) != len(lives) or any(len(shadow) != len(lives) for shadow in shadows):
         raise ValueError("every shadow, lives and copies must have equal lengths")
     kinds = []
@@ -247,7 +247,7 @@ def _chunk_rows(
     tile_elements: Callable[[int], int],
     workers: int,
 ) -> list[list[int]]:
-    """Cuts every segment into chunks of whole tiles; every element is in exactly one.
+    """Cut every segment into chunks of whole tiles; every element is in exactly one.
 
     Live and shadow of a segment mostly become aligned after the same few elements, and these get a chunk of their own,
     so that the rest is hinted. Where they never do, the whole segment goes without the hint.
@@ -279,7 +279,7 @@ def _chunk_rows(
 
 
 def _elements_to_alignment(addresses: Sequence[int], steps: Sequence[int]) -> int | None:
-    """After how many elements all addresses are multiples of 16; None: never."""
+    """Return after how many elements all addresses are multiples of 16; None: never."""
     for head in range(16):
         if all((address + head * step) % 16 == 0 for address, step in zip(addresses, steps, strict=True)):
             return head
@@ -287,7 +287,7 @@ def _elements_to_alignment(addresses: Sequence[int], steps: Sequence[int]) -> in
 
 
 def _workers(device: torch.device) -> int:
-    """How many blocks run at once. The interpreter runs one, and the fewer chunks the better."""
+    """Return how many blocks run at once; 1 in the interpreter."""
     if device.type not in _GPUS:
         return 1
     properties = torch.get_device_module(device).get_device_properties(device)
@@ -296,7 +296,7 @@ def _workers(device: torch.device) -> int:
 
 
 def _warp_size(device: torch.device) -> int:
-    """64 on AMD's CDNA, where 8 warps would leave 8-byte accesses to each thread; else 32."""
+    """Return 64 on AMD's CDNA, where 8 warps would leave 8-byte accesses to each thread; else 32."""
     return getattr(torch.cuda.get_device_properties(device), "warp_size", 32) if device.type == "cuda" else 32
 
 

@@ -1,4 +1,4 @@
-"""What a FastEMA averages with: one schedule and one target decay for each of its averages."""
+"""The schedule and the target decay of each average of a FastEMA."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Decays:
 
     @property
     def settles(self) -> bool:
-        """Whether every decay reaches its target and stays there."""
+        """True if every decay reaches its target and stays there."""
         return all(schedule.settles for schedule in self.schedules)
 
     @property

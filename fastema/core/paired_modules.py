@@ -28,7 +28,7 @@ _WALKS = ("parameters", "named_parameters", "buffers", "named_buffers", "named_m
 
 
 class UseTorchFallback(Exception):
-    """Raised where torch's own update must run: it gives the result, or the error."""
+    """Signal that torch's own update must run: it gives the result, or the error."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Pair:
 
 
 def _why_no_storage(tensor: Tensor) -> str | None:
-    """Why `tensor` is not a view of memory of its own; None: it is."""
+    """Return why `tensor` is not a view of memory of its own; None: it is."""
     if nn.parameter.is_lazy(tensor):
         return "is not initialised yet"
     if is_traceable_wrapper_subclass(tensor):
@@ -63,7 +63,7 @@ def _has_no_average(tensor: Tensor) -> bool:
 
 
 def pairs_of(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[list[Pair], tuple[int, int]]:
-    """The pairs of an AveragedModel and a live model, as torch pairs them: what is left over on a side stays alone.
+    """Return the pairs of an AveragedModel and a live model, as torch pairs them: the longer side's rest is left out.
 
     Returns:
         The pairs, and how many tensors the two sides have.
@@ -121,16 +121,16 @@ class PairedModules:
         self._swap: Swap | None = None
 
     def holds(self, model: nn.Module, use_buffers: bool) -> bool:
-        """Whether this is the pair for `model`, and still describes both sides."""
+        """Return whether this is the pair for `model`, and still describes both sides."""
         is_same = self._model() is model and self._use_buffers == use_buffers
         return is_same and self._watch is not None and self._watch.holds()
 
     def is_of(self, model: Any) -> bool:
-        """`model`: a weak reference to the model."""
+        """Return whether this is the pair for `model`, a weak reference."""
         return self._model is model
 
     def update(self) -> Update:
-        """How the averaged module is brought up to date.
+        """Return the update of the averaged module.
 
         Raises:
             UseTorchFallback: with torch's own code.
@@ -182,7 +182,7 @@ def _unflagged(tensor: Tensor) -> bool:
 
 
 def _strides(tensor: Tensor) -> list[int]:
-    """The strides that say where elements are."""
+    """Return the strides that say where elements are."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
@@ -264,7 +264,7 @@ class Update:
 
     @staticmethod
     def _backend_for(device: torch.device) -> Any:
-        """Whose plan to use; None: torch's foreach operations are what there is."""
+        """Return the backend whose plan to use; None: torch's foreach operations."""
         module = backends.select(backends.default_name(), device)
         return None if module is plain_torch else module
 
@@ -278,7 +278,7 @@ class Update:
 
     @staticmethod
     def _refuse_overlaps(pairs: list[Pair]) -> None:
-        """Where averaged tensors share memory torch averages it once for each; threads of ours would race."""
+        """Raise UseTorchFallback where averaged tensors share memory: torch averages it once for each tensor."""
         spans = []
         for pair in pairs:
             own = _span(pair.averaged)
@@ -293,13 +293,13 @@ class Update:
             ends[device, is_averaged] = max(end, ends.get((device, is_averaged), 0))
 
     def start(self) -> None:
-        """The first update: everything is copied."""
+        """Run the first update: copy everything."""
         for averaged, live in self._pairs:
             averaged.copy_(live)
 
     @torch.no_grad()
     def run(self, weight_on: Callable[[str], float]) -> None:
-        """Every later one. `weight_on`: the weight of the live side on a kind of device."""
+        """Run a later update. `weight_on`: the weight of the live side on a kind of device."""
         for device_type, plan in self._plans:
             plan.update([weight_on(device_type)], False)
         for (device, _), (averaged, lives) in self._alike.items():
@@ -322,7 +322,7 @@ def _is_disjoint(tensor: Tensor) -> bool:
 
 
 def _span(tensor: Tensor) -> tuple[str, int, int]:
-    """From its first to behind its last byte."""
+    """Return the tensor's bytes [begin, end)."""
     begin = tensor.data_ptr()
     if tensor.numel() == 0:
         return str(tensor.device), begin, begin

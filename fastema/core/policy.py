@@ -1,4 +1,4 @@
-"""What happens to each tensor of a model: averaged, copied or skipped.
+"""The rule of each tensor of a model: average, copy or skip.
 
 Parameters are averaged. Of the buffers only running statistics of normalisation layers are: the others are counters,
 masks, caches or spectral-norm vectors, whose average means nothing. Integer and bool tensors are copied.
@@ -67,7 +67,7 @@ class Managed:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the EMA's state holds it: all but copies of what the model itself does not save."""
+        """True if the EMA's state holds it: all but copies of what the model itself does not save."""
         return self.persistent or self.rule == "average"
 
 
@@ -81,7 +81,7 @@ class _Slot:
 
     @property
     def place(self) -> tuple[dict[str, Any], str] | None:
-        """Return the module's dict and the key; None for a pair of name and tensor."""
+        """The module's dict and the key; None for a pair of name and tensor."""
         if self.module is None:
             return None
         leaf = self.name.rpartition(".")[2]
@@ -89,7 +89,7 @@ class _Slot:
 
 
 def checked_source(source: Source) -> Source:
-    """`source`, pairs as a list.
+    """Return `source`, pairs as a list.
 
     Raises:
         TypeError: it is neither a module nor pairs of name and tensor.
@@ -107,12 +107,12 @@ def checked_source(source: Source) -> Source:
 
 
 def clean_name(name: str) -> str:
-    """The name without what compiling and activation checkpointing put in: states are the same with and without."""
+    """Return the name without what compiling and activation checkpointing put into it."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _without_wrappers(module: nn.Module) -> nn.Module:
-    """The model that a compiler or data parallelism wraps whole: states with and without them are the same."""
+    """Return the model inside `torch.compile` and data parallelism: states with and without them are the same."""
     while True:
         if isinstance(module, (DistributedDataParallel, DataParallel)):
             module = module.module
@@ -123,7 +123,7 @@ def _without_wrappers(module: nn.Module) -> nn.Module:
 
 
 def _slots(source: Source) -> list[_Slot]:
-    """Every named tensor; one that has several names comes several times."""
+    """Return every named tensor; one with several names comes once for each."""
     if not isinstance(source, nn.Module):
         return [_Slot(name, tensor, None, False, True) for name, tensor in source]
     with dtensor.GatheredParameters(source.modules()).set_aside():
@@ -143,7 +143,7 @@ def _slots_of(model: nn.Module) -> Iterator[_Slot]:
 
 
 def named_tensors(source: Source) -> Iterator[tuple[str, Tensor]]:
-    """Every name with its tensor; tied tensors come under each of their names."""
+    """Yield every name with its tensor; tied tensors come under each of their names."""
     return ((slot.name, slot.tensor) for slot in _slots(source))
 
 

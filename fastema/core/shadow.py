@@ -144,7 +144,7 @@ class Shadow:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether some tensors are DTensors."""
+        """True if some tensors are DTensors."""
         return bool(self._parts)
 
     # ---- every step ----
@@ -203,7 +203,7 @@ class Shadow:
                     )
 
     def update_watched(self, weights: list[float], skip_nonfinite: bool, skip: Tensor | None = None) -> str | None:
-        """Look whether model and averages are where they were, and update; in one call of C++ where there is one plan.
+        """Update if model and averages are where they were; in one call of C++ where there is one plan.
 
         Returns:
             None; "moved" where nothing was done; "averages moved" where they were replaced during the update.
@@ -222,7 +222,7 @@ class Shadow:
         skip: Tensor | None = None,
         device_weights: Tensor | None = None,
     ) -> None:
-        """shadow <- shadow + weight * (live - shadow), or a copy, for everything. Arguments: see csrc/plan.h.
+        """Average or copy every tensor; for the arguments see `Plan.update` in fastema/backends/contract.py.
 
         Raises:
             RuntimeError: an earlier average failed in its thread; nothing is averaged.
@@ -259,7 +259,7 @@ class Shadow:
         stepped = {id(parameter) for parameter in parameters}
         others = {entry.tensor.untyped_storage()._cdata for entry in self._bound if id(entry.whole) not in stepped}
         for plan in self.offloaded:
-            plan.leave_to_steps(self.live_storages - others)
+            plan.defer_copies_until_step(self.live_storages - others)
 
     def order_writes(self) -> None:
         """Let what is enqueued from now on come after the copies to the host."""
@@ -333,12 +333,12 @@ class Shadow:
 
     @property
     def applied(self) -> int:
-        """Which shadow is in the model, or was last."""
+        """Index of the shadow that is in the model, or was last."""
         return self._which
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the last swap exchanged contents."""
+        """True if the last swap exchanged contents."""
         return self._swap is not None and self._swap.by_contents
 
     def versions(self) -> int:
@@ -465,7 +465,7 @@ class Shadow:
 
 
 def _refuse_two_storages_over_one_memory(entries: list[Managed]) -> None:
-    """`entries`: one tensor of each storage."""
+    """Raise ValueError where two storages share memory. `entries`: one tensor of each storage."""
     spans = []
     for entry in entries:
         storage = entry.tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""The averages by name: saving, loading, copying, and carrying them over to a rebuilt shadow.
+"""The averages by name: save, load, copy, and move them to a rebuilt shadow.
 
 Everything here checks first and lists the first differences; nothing is changed before.
 """

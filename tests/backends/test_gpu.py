@@ -1,4 +1,4 @@
-"""What only a GPU can show. `make gpu-test` runs these; elsewhere they are skipped."""
+"""Tests that need a GPU. `make gpu-test` runs these; elsewhere they are skipped."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 def move(tensors: Iterable[Tensor], seed: int) -> None:
-    """What a training step does: every tensor gets other values, in place, each once."""
+    """Change every tensor once, in place, as a training step does."""
     seen: set[int] = set()
     with torch.no_grad():
         for tensor in tensors:

@@ -67,7 +67,7 @@ class Twins:
     # --- what is there ---
 
     def _live(self) -> Tensor:
-        """What is averaged, as one row of float64."""
+        """Return what is averaged, as one row of float64."""
         state = self.models[0].state_dict()
         return torch.cat([state[name].detach().double().flatten() for name in self.averaged])
 

@@ -111,7 +111,7 @@ def seam(monkeypatch: pytest.MonkeyPatch) -> Seam:
 
 
 def averages(ema: FastEMA) -> list[dict[str, bytes]]:
-    """Of every decay, bit for bit."""
+    """Return the averages of every decay as bytes."""
     return [
         {name: raw(tensor) for name, tensor in ema.shadow_state_dict(which=which).items()}
         for which in range(len(ema._decays))

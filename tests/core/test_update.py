@@ -48,7 +48,7 @@ def with_offset(tensor: Tensor, offset: int) -> Tensor:
 
 
 def sentinels_hold(part: Tensor) -> bool:
-    """Whether everything around `with_offset`'s result is untouched."""
+    """Return whether everything around `with_offset`'s result is untouched."""
     storage = torch.empty(0, dtype=part.dtype).set_(part.untyped_storage())
     around = torch.cat([storage[: part.storage_offset()], storage[part.storage_offset() + part.numel() :]])
     return bool((around == torch.tensor(77, dtype=part.dtype)).all())
