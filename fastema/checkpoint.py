@@ -21,6 +21,7 @@ from torch import nn
 
 from fastema.core import dtensor
 from fastema.core.checks import listed
+from fastema.core.policy import clean_name
 from fastema.ema import FastEMA
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -327,7 +328,7 @@ def _matched(model: nn.Module, weights: Mapping[str, Any], origin: str) -> dict[
 
 def _without_wrappers(names: Mapping[str, Any]) -> dict[str, str]:
     """Map every name to the name without what `torch.compile` and `DistributedDataParallel` put into it."""
-    plain = {name: ".".join(part for part in name.split(".") if part != "_orig_mod") for name in names}
+    plain = {name: clean_name(name) for name in names}
     # DDP wraps a whole model: `module.` is a wrapper only where every name begins with it.
     while plain and all(name.startswith("module.") for name in plain.values()):
         plain = {name: short.removeprefix("module.") for name, short in plain.items()}

@@ -13,7 +13,7 @@ from numbers import Real
 from typing import Any
 
 from fastema.core.checks import checked_count, checked_decays
-from fastema.core.decays import Decays
+from fastema.core.decays import Decays, updates_back
 
 #: Below this share of starting weights an average has settled: three windows of a constant decay (exp(-3) = 0.05).
 SETTLED = 0.05
@@ -29,7 +29,7 @@ def window(decay: float | Sequence[float]) -> Any:
         >>> round(window(0.999))
         1000
     """
-    return _of_each(decay, lambda each: math.inf if each == 1.0 else 1.0 / (1.0 - each))
+    return _of_each(decay, updates_back)
 
 
 def lag(decay: float | Sequence[float], updates_per_epoch: float) -> Any:

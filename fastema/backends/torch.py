@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fastema.backends import contract
 from fastema.backends.atomic import Step, run_atomically
 from fastema.backends.streams import Streams
 
@@ -157,7 +158,7 @@ def _exchange_contents(first: Tensor, second: Tensor) -> list[Step]:
 
 
 class _Exchange:
-    """Live and shadow change places. See csrc/storage_exchange.h.
+    """An exchange of live and shadow; see `contract.StorageExchange`.
 
     After an exception at any point of `enter()` nothing has changed; after one in `leave()`, it can be called again.
     """
@@ -229,10 +230,14 @@ class _Exchange:
 
 
 class ContentsExchange(_Exchange):
-    """Live and shadow change places by their contents: addresses stay, as captured CUDA graphs need it."""
+    """The exchange of the contents of live and shadow: addresses stay, as captured CUDA graphs need it."""
 
     def __init__(
-        self, plans: Sequence[Any], which: int, managed: Sequence[Tensor], pairs: Sequence[tuple[Storage, Storage]]
+        self,
+        plans: Sequence[contract.Plan],
+        which: int,
+        managed: Sequence[Tensor],
+        pairs: Sequence[tuple[Storage, Storage]],
     ) -> None:
         super().__init__(managed, pairs)
         self._plans = list(plans)  # of any backend
@@ -249,7 +254,7 @@ class ContentsExchange(_Exchange):
 
 
 class StorageExchange(_Exchange):
-    """Live and shadow change places by the pointers of their storages, and `parts` by their contents."""
+    """The exchange of live and shadow by the pointers of their storages, and of `parts` by their contents."""
 
     def __init__(
         self,

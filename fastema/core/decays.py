@@ -11,6 +11,11 @@ from fastema.core.checks import checked_count, checked_decays
 from fastema.core.schedules import make_schedule, schedule_class, takes_argument
 
 
+def updates_back(decay: float) -> float:
+    """Return how many updates an average with `decay` reaches back: 1 / (1 - decay)."""
+    return math.inf if decay == 1.0 else 1.0 / (1.0 - decay)
+
+
 class Decays:
     """Targets and schedules of a FastEMA's averages; numbers come as a tuple where there are several.
 
@@ -126,7 +131,7 @@ class Decays:
         now = self.at(step)
         pairs = zip(self.targets, self.schedules, now, strict=True)
         decays = [target if schedule.has_target else current for target, schedule, current in pairs]
-        return [math.inf if decay == 1.0 else 1.0 / (1.0 - decay) for decay in decays]
+        return [updates_back(decay) for decay in decays]
 
     def one_or_all(self, values: Sequence[float]) -> Any:
         """Return a tuple for a user who gave several, else the one value."""

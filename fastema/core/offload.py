@@ -11,10 +11,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from fastema.backends import contract
 
 _ALIGNMENT = 64  # bytes: a cache line, and a multiple of every element
 _BLOCK = 64 << 20  # torch rounds pinned memory up to a power of two: one block of all the weights may waste half of it
@@ -142,13 +144,13 @@ class OffloadedPlan:
     Args:
         transfer: brings the one to the other.
         plan: the plan on the host, `Plan` of a backend.
-        shadows, lives, copies, views: see csrc/plan.h; lives on the device.
+        shadows, lives, copies, views: see `contract.Plan`; lives on the device.
     """
 
     def __init__(
         self,
         transfer: Transfer,
-        plan: Callable[..., Any],
+        plan: Callable[..., contract.Plan],
         shadows: Sequence[Sequence[Tensor]],
         lives: Sequence[Tensor],
         copies: Sequence[bool],
@@ -183,7 +185,7 @@ class OffloadedPlan:
         self._late_copy: Copy | None = None  # under way, of weights that only `order_writes` protects
 
     def defer_copies_until_step(self, storages: frozenset[int]) -> None:
-        """Let copies of these live storages (`_cdata`) last until `order_writes()`, called before each optimizer step."""
+        """Let copies of these live storages (`_cdata`) last until the caller's `order_writes()`."""
         self.order_writes()
         is_late = [live.untyped_storage()._cdata in storages for _, live in self._pairs]
         self._late = [pair for pair, late in zip(self._pairs, is_late, strict=True) if late]

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastema import backends
+from fastema.backends import contract
 from fastema.backends import torch as plain_torch
 from fastema.core import swap
-from fastema.core.policy import AVERAGED_DTYPES
+from fastema.core.policy import AVERAGED_DTYPES, why_no_storage
 from fastema.core.storages import Run, SwapBuffer, allocate, element_runs, flat, gaps, merged, view_in, whole
 from fastema.core.swap import Swap, SwapEntry
 
@@ -42,20 +42,7 @@ class Pair:
     @property
     def is_regular(self) -> bool:
         tensors = (self.averaged, self.live)
-        return self.averaged.shape == self.live.shape and not any(_why_no_storage(tensor) for tensor in tensors)
-
-
-def _why_no_storage(tensor: Tensor) -> str | None:
-    """Return why `tensor` is not a view of memory of its own; None: it is."""
-    if nn.parameter.is_lazy(tensor):
-        return "is not initialised yet"
-    if is_traceable_wrapper_subclass(tensor):
-        return f"is a {type(tensor).__name__}, a wrapper without storage of its own"
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        return f"has layout {tensor.layout}, or is quantised"
-    if tensor.device.type == "meta" or (tensor.numel() and tensor.untyped_storage().nbytes() == 0):
-        return "has no memory behind it"
-    return None
+        return self.averaged.shape == self.live.shape and not any(why_no_storage(tensor) for tensor in tensors)
 
 
 def _has_no_average(tensor: Tensor) -> bool:
@@ -116,7 +103,7 @@ class PairedModules:
         self._host = backends.host(backends.default_name())
         tensors = [tensor for pair in self.pairs for tensor in (pair.averaged, pair.live)]
         averages = [pair.averaged for pair in self.pairs]
-        self._watch = self._host.Watch(dicts, tensors, averages) if self.is_regular else None
+        self._watch: contract.Watch | None = self._host.Watch(dicts, tensors, averages) if self.is_regular else None
         self._update: Update | None = None
         self._swap: Swap | None = None
 
@@ -170,7 +157,7 @@ class PairedModules:
         """Raise RuntimeError while a swap is entered that has any of these storages."""
         if swap.entered:
             tensors = [tensor for pair in self.pairs for tensor in (pair.averaged, pair.live)]
-            storages = {tensor.untyped_storage()._cdata for tensor in tensors if not _why_no_storage(tensor)}
+            storages = {tensor.untyped_storage()._cdata for tensor in tensors if not why_no_storage(tensor)}
             swap.refuse_foreign(what, frozenset(storages))
 
 
@@ -244,7 +231,7 @@ class Update:
                 group[0].append(averaged)
                 group[1].append(live)
         self._refuse_overlaps(pairs)
-        self._plans: list[tuple[str, Any]] = []
+        self._plans: list[tuple[str, contract.Plan]] = []
         for device, parts in stretches.items():
             averaged_flats, lives, copies, views = (list(part) for part in zip(*parts, strict=True))
             plan = selected[device].Plan([averaged_flats], lives, copies, views)
@@ -361,9 +348,9 @@ def _swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any) -> Swap:
     """
     for pair in pairs:
         for tensor in (pair.averaged, pair.live):
-            reason = _why_no_storage(tensor)
+            reason = why_no_storage(tensor)
             if reason is not None:
-                raise ValueError(f"swapped(): a tensor {reason}, so there is nothing to exchange")
+                raise ValueError(f"swapped(): a tensor {reason}")
         if pair.averaged.shape != pair.live.shape:
             shapes = f"{tuple(pair.averaged.shape)} and {tuple(pair.live.shape)}"
             raise ValueError(f"swapped() needs the model that is averaged: two tensors have shapes {shapes}")
@@ -381,13 +368,8 @@ def _swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any) -> Swap:
             for key, group in groups.items()
             for pair in group
         ]
-        by_pointer = [buffer for buffer in buffers if not buffer.parts]
-        exchange = host.StorageExchange(
-            [whole(buffer.live) for buffer in by_pointer],
-            [whole(buffer.storage) for buffer in by_pointer],
-            [tensor for pair in pairs for tensor in (pair.averaged, pair.live)],
-            [part for buffer in buffers for part in buffer.parts],
-        )
+        versioned = [tensor for pair in pairs for tensor in (pair.averaged, pair.live)]
+        exchange = swap.exchange_of(buffers, versioned, host)
         for buffer in buffers:
             buffer.free()
     return Swap(_OWNER, _DROPPED, entries, exchange, buffers)

@@ -30,6 +30,7 @@ RUNNING_STATISTICS = frozenset({"running_mean", "running_var", "running_std"})
 AVERAGED_DTYPES = frozenset(
     {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex32, torch.complex64, torch.complex128}
 )
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # submodules of torch.compile and of activation checkpointing
 _PRECEDENCE: dict[Rule, int] = {"average": 0, "copy": 1, "skip": 2}
 
 
@@ -108,7 +109,9 @@ def checked_source(source: Source) -> Source:
 
 def clean_name(name: str) -> str:
     """Return the name without what compiling and activation checkpointing put into it."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+    if "_orig_mod" not in name and "_checkpoint_wrapped_module" not in name:
+        return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _without_wrappers(module: nn.Module) -> nn.Module:
@@ -170,24 +173,32 @@ def _rule_for(slot: _Slot, buffers: Buffers, policy: Policy | None) -> Rule:
     return chosen
 
 
+def why_no_storage(tensor: Tensor) -> str | None:
+    """Return why `tensor` is not an ordinary view of memory of its own; None: it is."""
+    if nn.parameter.is_lazy(tensor):
+        return "is not initialised yet: run the lazy module once first"
+    if tensor.layout != torch.strided:
+        return f"has layout {tensor.layout}: only strided tensors have storage that can be mirrored"
+    if tensor.is_quantized:
+        return "is quantised: average the float model and quantise the result"
+    if tensor.device.type == "meta":
+        return "is on the meta device: materialise the model (to_empty() and initialise) first"
+    if is_traceable_wrapper_subclass(tensor):
+        return f"is a {type(tensor).__name__}, a wrapper without storage of its own"
+    if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+        return "has no memory behind it: its storage was freed"
+    return None
+
+
 def _refuse_unmanageable(slot: _Slot) -> None:
-    tensor, reason = dtensor.local_part(slot.tensor), None
+    tensor = dtensor.local_part(slot.tensor)
+    reason: str | None
     if tensor is not slot.tensor and slot.module is None:
         reason = "is a DTensor without its module, in which FSDP may keep copies of it: give FastEMA the model itself"
     elif dtensor.has_partial_sums(slot.tensor):
         reason = f"holds sums that are not reduced yet, {slot.tensor.placements}: redistribute() it"  # type: ignore[attr-defined]
-    elif nn.parameter.is_lazy(tensor):
-        reason = "is not initialised yet: run the lazy module once before building FastEMA"
-    elif tensor.layout != torch.strided:
-        reason = f"has layout {tensor.layout}: only strided tensors have storage that can be mirrored"
-    elif tensor.is_quantized:
-        reason = "is quantised: average the float model and quantise the result"
-    elif tensor.device.type == "meta":
-        reason = "is on the meta device: materialise the model (to_empty() and initialise) before building FastEMA"
-    elif is_traceable_wrapper_subclass(tensor):
-        reason = f"is a {type(tensor).__name__}, a wrapper without storage of its own"
-    elif tensor.numel() and tensor.untyped_storage().nbytes() == 0:
-        reason = "has no memory behind it: its storage was freed"
+    else:
+        reason = why_no_storage(tensor)
     if reason is not None:
         raise ValueError(f"{slot.name!r} {reason}. A policy that returns 'skip' for it leaves it alone.")
 

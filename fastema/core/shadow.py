@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastema import backends
+from fastema.backends import contract
 from fastema.backends import torch as plain_torch
 from fastema.core import dtensor, offload, swap
 from fastema.core.policy import Managed
-from fastema.core.storages import ShadowStorage, whole
+from fastema.core.storages import ShadowStorage
 from fastema.core.swap import Swap, SwapEntry
 
 _OWNER = "another FastEMA is applied to the same model: the live weights are its average now; restore() that one first"
@@ -115,7 +116,7 @@ class Shadow:
         for storage in self._storages:
             device = storage.live.device
             places.setdefault((device, device == storage.device), []).append(storage)
-        self.plans: list[Any] = []
+        self.plans: list[Any] = []  # contract.Plan, or OffloadedPlan, which cannot exchange
         self._plan_devices = [device for device, _ in places]  # of the live weights
         self.offloaded: list[offload.OffloadedPlan] = []  # those of `plans` that run in a thread
         names: list[str] = []
@@ -137,7 +138,7 @@ class Shadow:
         loose = [slot for _, entry in self._loose for slot in entry.slots]
         shadows = [shadow for storage in self._storages for shadow in storage.shadows]
         with self._gathered.set_aside():
-            self._watch = self._host.Watch(self._dicts, self._tensors, shadows, loose)
+            self._watch: contract.Watch = self._host.Watch(self._dicts, self._tensors, shadows, loose)
         is_simple = len(self.plans) == 1 and not self._gathered and not self._parts and not self._loose
         native = getattr(self.plans[0], "update_watched", None) if is_simple else None
         self._one_call = None if native is None else partial(native, self._watch)
@@ -390,18 +391,12 @@ class Shadow:
                 SwapEntry(entry.names, place, entry.rule == "copy", buffer_of[place[0]].view_of(entry.tensor))
                 for entry, place in ((entry, swap.place_of(entry.tensor)) for entry in self._bound)
             ]
-            exchange: Any
+            exchange: contract.StorageExchange | plain_torch.ContentsExchange
             if in_place:
                 pairs = [(buffer.live, buffer.storage) for buffer in buffers]
                 exchange = plain_torch.ContentsExchange(self.plans, which, versioned, pairs)
             else:
-                by_pointer = [buffer for buffer in buffers if not buffer.parts]
-                exchange = self._host.StorageExchange(
-                    [whole(buffer.live) for buffer in by_pointer],
-                    [whole(buffer.storage) for buffer in by_pointer],
-                    versioned,
-                    [part for buffer in buffers for part in buffer.parts],
-                )
+                exchange = swap.exchange_of(buffers, versioned, self._host)
         return Swap(_OWNER, _DROPPED, entries, exchange, buffers)
 
     def _versioned(self) -> list[Tensor]:
