@@ -30,7 +30,7 @@ void collect_garbage_through_watches(PyHeapTypeObject* heap_type) {
 }
 
 // One call of a step that looks and launches. Returns "moved" and does nothing where the watch does not hold; "averages
-// moved" where somebody replaced the averages' memory during the update, which then is in the old memory; None else.
+// moved" where the averages' memory was replaced during the update, which then is in the old memory; else None.
 const char* update_watched(fastema::Plan& plan, const fastema::Watch& watch, const std::vector<double>& weights,
                            bool skip_nonfinite, const std::optional<at::Tensor>& skip) {
   if (!watch.holds()) return "moved";

@@ -25,6 +25,7 @@ class Plan {
   // shadow <- shadow + weight * (live - shadow), or a copy, for every segment, in one parallel region or one launch
   // (of up to kMaxShadows shadows).
   //   weights         [K], 1 - decay each
+  //   skip_nonfinite  an element whose live value is NaN or infinite keeps its shadow, and is counted
   //   skip            float32 scalar on the plan's device, or none: not zero when the update runs: nothing happens
   //   device_weights  float64 [K] on the plan's device, or none: read instead of `weights` when the update runs
   void update(const std::vector<double>& weights, bool skip_nonfinite, const std::optional<at::Tensor>& skip,
@@ -57,7 +58,7 @@ class Plan {
 // Whether this build has the CUDA kernels.
 bool has_cuda();
 
-// Why they cannot run on CUDA device `index`, or none.
+// Why the CUDA kernels cannot run on device `index`, or none.
 std::optional<std::string> probe_cuda(int index);
 
 // One optimizer step of fastema/clock.py in one launch, on the current stream; see ClockArgs for the arguments.

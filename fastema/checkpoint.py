@@ -118,7 +118,9 @@ def load_checkpoint(path: StrPath) -> dict[str, Any]:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a checkpoint: {_checkpoints_in(path)}")
     try:
-        with path.open("rb") as file:  # opened once: what is checked is what is read, whoever saves meanwhile
+        with path.open(
+            "rb"
+        ) as file:  # opened once: what is checked is what is read, even if another process saves meanwhile
             _refuse_damaged(file, path)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except PermissionError as error:

@@ -204,7 +204,7 @@ class FastEMA:
                 else:
                     decays = self._decays.checked(decay, "update(decay=...)")
                 weights = [1.0 - each for each in decays]
-                # One call that looks and launches, where nobody's averages are in any model.
+                # One call checks the model and launches, unless averages are in some model.
                 outcome: str | None = "moved"
                 if not swap.entered:
                     outcome = self._shadow.update_watched(weights, self._skip_nonfinite, found_inf)
@@ -248,7 +248,7 @@ class FastEMA:
     def _update_operands(
         self, shadows: list[Tensor], lives: list[Tensor], step: int | None, found_inf: Tensor | None
     ) -> None:
-        """Update what stands in for the shadows and the weights in a compiled graph; see `fastema.core.compile`."""
+        """Update the tensors that a compiled graph has for shadows and weights; see `fastema.core.compile`."""
         self._refuse_while_applied("update()")
         average = partial(self._shadow.update_operands, shadows, lives)
         if self._clock is not None:

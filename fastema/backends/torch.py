@@ -123,7 +123,7 @@ def _batches(pairs: Iterable[Pair]) -> list[list[Pair]]:
     batches: list[list[Pair]] = []
     open_batches: dict[Any, tuple[list[Pair], int]] = {}
     for shadow, live in pairs:
-        if shadow.dim() != 1:  # no segment, but a stand-in for a tensor: see `Shadow.update_operands`
+        if shadow.dim() != 1:  # a tensor of a compiled graph: see `Shadow.update_operands`
             batches.append([(shadow, live)])
             continue
         alike = shadow.dtype, shadow.device, live.dtype, live.device

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_dtensor(tensor: object) -> bool:
-    # Whoever has a DTensor has imported its package; `import fastema` need not.
+    # A process with a DTensor has imported its package; `import fastema` need not.
     package = sys.modules.get("torch.distributed.tensor")
     return package is not None and isinstance(tensor, package.DTensor)
 

@@ -71,7 +71,7 @@ class Shadow:
         self._which = 0  # the shadow that it exchanges
         self._swaps: dict[tuple[int, bool, int], Swap] = {}  # built at the first use of a shadow
         self._loose_live: list[Tensor] = []  # the live values of loose buffers, while the averages are in
-        self.nonfinite_elsewhere = 0  # elements counted by updates of stand-ins, and by earlier plans
+        self.nonfinite_elsewhere = 0  # elements counted in compiled graphs, and by earlier plans
         # Under inference_mode the shadow would become inference tensors, which nothing may ever update again.
         with torch.inference_mode(False), torch.no_grad():
             self._build(dtype, device)
@@ -173,7 +173,7 @@ class Shadow:
             return watch() and all(dtensor._local_tensor is part for dtensor, part in self._parts)
 
     def follow_averages(self) -> None:
-        """Make the averages' memory, which somebody replaced, the one that plans use.
+        """Build plans for the averages' memory where a user replaced it.
 
         Where the model has changed too, nothing is done: a new shadow will take the averages over.
         """
@@ -194,7 +194,7 @@ class Shadow:
                 storage.settle()
 
     def refuse_resized(self) -> None:
-        """Raise RuntimeError where somebody resized the storage of an average."""
+        """Raise RuntimeError where a user resized the storage of an average."""
         for storage in self._storages:
             for shadow in storage.shadows:
                 if shadow.untyped_storage().nbytes() != shadow.numel():
@@ -297,10 +297,10 @@ class Shadow:
         skip: Tensor | None = None,
         device_weights: Tensor | None = None,
     ) -> None:
-        """Update `operands()` or stand-ins for them, of the same shapes.
+        """Update `operands()`, or the tensors of the same shapes that a compiled graph has for them.
 
         Raises:
-            RuntimeError: managed tensors overlap, which stand-ins cannot show.
+            RuntimeError: managed tensors overlap, which the graph's tensors cannot show.
         """
         own_shadows, own_lives = self.operands()
         own = [tensor.data_ptr() for tensor in (*own_shadows, *own_lives)]
@@ -347,7 +347,7 @@ class Shadow:
         return sum(tensor._version for tensor in self._tensors if not tensor.is_inference())
 
     def refuse_foreign(self, what: str) -> None:
-        """Raise RuntimeError while somebody else's averages are in the same model, or this one's are in another."""
+        """Raise RuntimeError while another EMA's averages are in this model, or this EMA's are in another model."""
         if swap.entered:
             swap.refuse_foreign(what, self.storages, own=self._swap)
 

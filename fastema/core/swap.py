@@ -24,7 +24,7 @@ from fastema.core import dtensor
 from fastema.core.checks import listed
 from fastema.core.storages import SwapBuffer, whole
 
-#: The swaps that are entered now, by id. Empty: nobody's averages are in any model.
+#: The swaps that are entered now, by id. Empty: no model has averages in it.
 entered: dict[int, weakref.ref[Swap]] = {}
 
 #: By how much an exchange moves the version counters. Further than training ever counts, and another number every time,
@@ -80,7 +80,7 @@ class SwapEntry:
 
 
 def place_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what tells a tensor from every other one, whichever alias of it is at hand."""
+    """Return a key of the tensor's memory, dtype and layout: equal for every alias."""
     storage = tensor.untyped_storage()
     return storage._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 

@@ -35,8 +35,8 @@ def one_thread(method: Method) -> Method:
     """Decorate a method so that `self._one_thread` keeps other threads out while it runs."""
 
     @wraps(method)
-    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self._one_thread:
             return method(self, *args, **kwargs)
 
-    return cast(Method, guarded)
+    return cast(Method, alone)
