@@ -160,7 +160,7 @@ def _recognised(function: Any) -> _AveragingFunction | None:
     if isinstance(function, _AveragingFunction):
         known = function
     else:
-        # Torch's are closures, told by their code: every one that a factory makes shares it, and no other function has it.
+        # Torch's are closures, told by their code: all that a factory makes share it, and no others.
         codes = _codes(function)
         factory = next((name for name, torch_codes in _TORCH_CODES.items() if codes == torch_codes), None)
         if factory is None:

@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from cases import COPIED_DTYPES, DTYPE_PAIRS, bits, raw, small_model, train, values
+from cases import COPIED_DTYPES, DTYPE_PAIRS, bits, raw, small_model, train, values, with_offset
 from fastema import FastEMA
 from fastema.backends import native
 from fastema.backends import torch as plain_torch
@@ -75,16 +75,8 @@ def oracles() -> list[ModuleType]:
 ORACLES = oracles()
 
 
-def place(tensor: Tensor, offset: int) -> Tensor:
-    """The same values, `offset` elements into a larger storage with sentinels on both sides."""
-    room = torch.full((tensor.numel() + offset + 19,), 77).to(tensor.dtype)
-    part = room[offset : offset + tensor.numel()]
-    part.copy_(tensor)
-    return part
-
-
 def whole(part: Tensor) -> Tensor:
-    """The storage behind `place`'s result, NaN made alike: which NaN a chip makes is its own affair."""
+    """The storage behind `with_offset`'s result, NaN made alike: which NaN a chip makes is its own affair."""
     storage = torch.empty(0, dtype=part.dtype).set_(part.untyped_storage())
     return storage.where(~storage.isnan(), float("nan")) if storage.is_floating_point() else storage
 
@@ -117,16 +109,16 @@ def segments(
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """[count][sizes x OFFSETS] shadows, and the lives."""
     places = [(size, *offsets) for size in sizes for offsets in OFFSETS]
-    lives = [place(hostile(size, live_dtype, size), offset) for size, _, offset in places]
+    lives = [with_offset(hostile(size, live_dtype, size), offset) for size, _, offset in places]
     shadows = [
-        [place(values(size, dtype=shadow_dtype, seed=size + k + 1), offset) for size, offset, _ in places]
+        [with_offset(values(size, dtype=shadow_dtype, seed=size + k + 1), offset) for size, offset, _ in places]
         for k in range(count)
     ]
     return shadows, lives
 
 
 def copied(shadows: list[list[Tensor]]) -> list[list[Tensor]]:
-    return [[place(shadow, shadow.storage_offset()) for shadow in each] for each in shadows]
+    return [[with_offset(shadow, shadow.storage_offset()) for shadow in each] for each in shadows]
 
 
 def check_update(
@@ -208,10 +200,10 @@ def mixed() -> Iterator[Callable[[], None]]:
         shadows, lives, copy = [], [], []
         for index, (shadow_dtype, live_dtype) in enumerate(DTYPE_PAIRS):
             size = (0, *SIZES)[index % 5]
-            shadows.append(place(values(size, dtype=shadow_dtype, seed=index), index % 4))
+            shadows.append(with_offset(values(size, dtype=shadow_dtype, seed=index), index % 4))
             lives.append(values(size, dtype=live_dtype, seed=99 - index))
             copy.append(index % 5 == 4)
-        shadows.append(place(torch.zeros(33, dtype=torch.int64), 1))
+        shadows.append(with_offset(torch.zeros(33, dtype=torch.int64), 1))
         lives.append(torch.arange(33))
         copy.append(True)
         (expected,) = copied([shadows])

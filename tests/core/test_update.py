@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import COPIED_DTYPES, DTYPE_PAIRS, LAYOUTS, OFFSETS, SIZES, WEIGHTS, move, raw, values
+from cases import COPIED_DTYPES, DTYPE_PAIRS, LAYOUTS, OFFSETS, SIZES, WEIGHTS, move, raw, values, with_offset
 from cases.reference import assert_within, averaged, exact, tolerance
 from fastema import FastEMA, backends
 from fastema.backends import native
@@ -37,14 +37,6 @@ def update(
     plan = module.Plan([[shadow]], [live], [copy], [])
     plan.update([weight], skip_nonfinite, None)
     return plan
-
-
-def with_offset(tensor: Tensor, offset: int) -> Tensor:
-    """The same values, `offset` elements into a larger storage with sentinels on both sides."""
-    room = torch.full((tensor.numel() + offset + 3,), 77).to(tensor.dtype)
-    part = room[offset : offset + tensor.numel()]
-    part.copy_(tensor)
-    return part
 
 
 def sentinels_hold(part: Tensor) -> bool:
