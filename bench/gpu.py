@@ -89,8 +89,8 @@ def sanitize_steps(_: Path) -> list[Step]:
     for name, kind, chosen in (
         ("memcheck native", "memcheck", "matrix and native"),
         ("memcheck exchange", "memcheck", "exchange_in_place"),
-        ("memcheck triton", "memcheck", "matrix and triton and guarded"),
-        ("initcheck native", "initcheck", "matrix and native and guarded"),
+        ("memcheck triton", "memcheck", "matrix and triton and skipping"),
+        ("initcheck native", "initcheck", "matrix and native and skipping"),
     ):
         steps.append(check(name, kind, ["-m", "pytest", "-q", "-m", "gpu", "tests/backends/test_gpu.py", "-k", chosen]))
     return steps

@@ -30,13 +30,13 @@ void collect_garbage_through_watches(PyHeapTypeObject* heap_type) {
 }
 
 // One call of a step that looks and launches. Returns "moved" and does nothing where the watch does not hold; "averages
-// moved" where somebody replaced the averages' memory during the update, which then is in the old memory; None else.
+// moved" where the averages' memory was replaced during the update, which then is in the old memory; else None.
 const char* update_watched(fastema::Plan& plan, const fastema::Watch& watch, const std::vector<double>& weights,
-                           bool guard, const std::optional<at::Tensor>& skip) {
+                           bool skip_nonfinite, const std::optional<at::Tensor>& skip) {
   if (!watch.holds()) return "moved";
   {
     const py::gil_scoped_release released;
-    plan.update(weights, guard, skip, std::nullopt);
+    plan.update(weights, skip_nonfinite, skip, std::nullopt);
   }
   return watch.shadows_hold() ? nullptr : "averages moved";
 }
@@ -66,9 +66,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<Plan>(module, "Plan")
       .def(py::init<std::vector<Tensors>, Tensors, const std::vector<bool>&, const Tensors&>(), py::arg("shadows"),
            py::arg("lives"), py::arg("copies"), py::arg("views"), py::call_guard<py::gil_scoped_release>())
-      .def("update", &Plan::update, py::arg("weights"), py::arg("guard"), py::arg("skip") = py::none(),
+      .def("update", &Plan::update, py::arg("weights"), py::arg("skip_nonfinite"), py::arg("skip") = py::none(),
            py::arg("device_weights") = py::none(), py::call_guard<py::gil_scoped_release>())
-      .def("update_watched", &update_watched, py::arg("watch"), py::arg("weights"), py::arg("guard"),
+      .def("update_watched", &update_watched, py::arg("watch"), py::arg("weights"), py::arg("skip_nonfinite"),
            py::arg("skip") = py::none())
       .def("exchange", &Plan::exchange, py::arg("which"), py::call_guard<py::gil_scoped_release>())
       .def("nonfinite_count", &Plan::nonfinite_count, py::call_guard<py::gil_scoped_release>())

@@ -46,33 +46,33 @@ EMA_FN void prefetch_block(const Chunk& chunk, int32_t begin, const Chunk& next)
   }
 }
 
-template <bool kGuard, class Shadow, class Live>
+template <bool kSkipNonfinite, class Shadow, class Live>
 EMA_FN int32_t average_block(Shadow* __restrict shadow, const Live* __restrict live, int32_t count,
                              Weight<Opmath<Shadow>> weight) {
   static_assert(std::is_scalar_v<Shadow> && std::is_scalar_v<Live>, "loops over structs are not vectorised");
-  int32_t kept = 0;
+  int32_t nonfinite = 0;
   for (int32_t i = 0; i < count; ++i) {
-    const bool keep = kGuard && is_kept<Shadow>(live[i]);
+    const bool keep = kSkipNonfinite && is_nonfinite<Shadow>(live[i]);
     const Shadow result = averaged_element(shadow[i], live[i], weight);
     shadow[i] = keep ? shadow[i] : result;
-    kept += keep;
+    nonfinite += keep;
   }
-  return kept;
+  return nonfinite;
 }
 
-template <bool kGuard, class Shadow, class Live>
+template <bool kSkipNonfinite, class Shadow, class Live>
 EMA_FN int64_t average_chunk(const Chunk& chunk, const Chunk& next, double weight_of_live) {
   Shadow* shadow = static_cast<Shadow*>(chunk.shadow);
   const Live* live = static_cast<const Live*>(chunk.live);
   const Weight<Opmath<Shadow>> weight(weight_of_live);
   const int32_t count = static_cast<int32_t>(chunk.count);
-  int64_t kept = 0;
+  int64_t nonfinite = 0;
   for (int32_t begin = 0; begin < count; begin += kBlock) {
     const int32_t here = std::min(kBlock, count - begin);
     prefetch_block<Shadow, Live>(chunk, begin + here, next);
-    kept += average_block<kGuard>(shadow + begin, live + begin, here, weight);
+    nonfinite += average_block<kSkipNonfinite>(shadow + begin, live + begin, here, weight);
   }
-  return kept;
+  return nonfinite;
 }
 
 template <class Shadow, class Live>
@@ -86,59 +86,59 @@ EMA_FN void convert_chunk(const Chunk& chunk) {
 }
 
 template <class Shadow, class Live>
-EMA_FN int64_t run_chunk(const Chunk& chunk, const Chunk& next, double weight, bool guard) {
+EMA_FN int64_t run_chunk(const Chunk& chunk, const Chunk& next, double weight, bool skip_nonfinite) {
   if (chunk.kind >= kConvert) {
     convert_chunk<Shadow, Live>(chunk);
     return 0;
   }
-  return guard ? average_chunk<true, Shadow, Live>(chunk, next, weight)
-               : average_chunk<false, Shadow, Live>(chunk, next, weight);
+  return skip_nonfinite ? average_chunk<true, Shadow, Live>(chunk, next, weight)
+                        : average_chunk<false, Shadow, Live>(chunk, next, weight);
 }
 
 template <class Shadow>
-EMA_FN int64_t run_chunk_into(const Chunk& chunk, const Chunk& next, double weight, bool guard) {
+EMA_FN int64_t run_chunk_into(const Chunk& chunk, const Chunk& next, double weight, bool skip_nonfinite) {
   switch (static_cast<Dtype>(chunk.kind % 4)) {
     case Dtype::kFloat32:
-      return run_chunk<Shadow, float>(chunk, next, weight, guard);
+      return run_chunk<Shadow, float>(chunk, next, weight, skip_nonfinite);
     case Dtype::kFloat64:
-      return run_chunk<Shadow, double>(chunk, next, weight, guard);
+      return run_chunk<Shadow, double>(chunk, next, weight, skip_nonfinite);
     case Dtype::kBFloat16:
-      return run_chunk<Shadow, BFloat16>(chunk, next, weight, guard);
+      return run_chunk<Shadow, BFloat16>(chunk, next, weight, skip_nonfinite);
     default:
-      return run_chunk<Shadow, Float16>(chunk, next, weight, guard);
+      return run_chunk<Shadow, Float16>(chunk, next, weight, skip_nonfinite);
   }
 }
 
-EMA_FN int64_t run_any_chunk(const Chunk& chunk, const Chunk& next, double weight, bool guard) {
+EMA_FN int64_t run_any_chunk(const Chunk& chunk, const Chunk& next, double weight, bool skip_nonfinite) {
   if (chunk.kind == kCopyBytes) {
     std::memcpy(chunk.shadow, chunk.live, chunk.count);
     return 0;
   }
   switch (static_cast<Dtype>(chunk.kind % 16 / 4)) {
     case Dtype::kFloat32:
-      return run_chunk_into<float>(chunk, next, weight, guard);
+      return run_chunk_into<float>(chunk, next, weight, skip_nonfinite);
     case Dtype::kFloat64:
-      return run_chunk_into<double>(chunk, next, weight, guard);
+      return run_chunk_into<double>(chunk, next, weight, skip_nonfinite);
     case Dtype::kBFloat16:
-      return run_chunk_into<BFloat16>(chunk, next, weight, guard);
+      return run_chunk_into<BFloat16>(chunk, next, weight, skip_nonfinite);
     default:
-      return run_chunk_into<Float16>(chunk, next, weight, guard);
+      return run_chunk_into<Float16>(chunk, next, weight, skip_nonfinite);
   }
 }
 
 // Chunks [begin, end) of args.shadows shadows, whose lists lie `count` apart. All shadows of a chunk in a row: its live
 // values are read from memory once and then from the cache.
 EMA_FN int64_t run_chunks(const Chunk* chunks, int64_t count, int64_t begin, int64_t end, const UpdateArgs& args) {
-  int64_t kept = 0;
+  int64_t nonfinite = 0;
   for (int64_t i = begin; i < end; ++i) {
     for (int k = 0; k < args.shadows; ++k) {
       // Behind the last shadow comes the next chunk of the first; behind the last of all nothing, so itself.
       const Chunk& next = k + 1 < args.shadows ? chunks[(k + 1) * count + i] : chunks[std::min(i + 1, count - 1)];
-      const int64_t kept_here = run_any_chunk(chunks[k * count + i], next, args.weights[k], args.guard);
-      if (k == 0) kept += kept_here;  // an element is counted once for all shadows
+      const int64_t nonfinite_here = run_any_chunk(chunks[k * count + i], next, args.weights[k], args.skip_nonfinite);
+      if (k == 0) nonfinite += nonfinite_here;  // an element is counted once for all shadows
     }
   }
-  return kept;
+  return nonfinite;
 }
 
 using RunChunks = int64_t (*)(const Chunk*, int64_t, int64_t, int64_t, const UpdateArgs&);

@@ -25,8 +25,8 @@ struct CpuChunks {
   CpuChunks(std::vector<Chunk> list, int shadows);
 };
 
-// One update of shadows first .. first + args.shadows - 1 with up to `threads` threads. Returns how many elements the
-// guard kept.
+// One update of shadows first .. first + args.shadows - 1 with up to `threads` threads. Returns how many live
+// elements were not finite.
 int64_t update_on_cpu(const CpuChunks& work, int first, const UpdateArgs& args, int threads, Isa isa);
 
 // Swaps the contents of one shadow and live, bit for bit. Both sides of every chunk have the same element size.

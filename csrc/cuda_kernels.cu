@@ -177,7 +177,7 @@ __device__ __forceinline__ double weight_argument(const UpdateArgs& args, int k)
 }
 
 // An average, or a conversion: few tensors are converted, so it has no loop of its own.
-template <bool kGuard, class Shadow, class Live>
+template <bool kSkipNonfinite, class Shadow, class Live>
 struct Average {
   static constexpr bool kReadsShadow = true;
   using Weight = fastema::Weight<Opmath<Shadow>>;
@@ -201,9 +201,9 @@ struct Average {
       Shadow& shadow = shadows.values[i];
       const Live live = lives.values[i];
       const Shadow result = averaged_or_converted_element(shadow, live, weight, converts);
-      const bool keep = kGuard && !converts && is_kept<Shadow>(live);
+      const bool keep = kSkipNonfinite && !converts && is_nonfinite<Shadow>(live);
       shadow = keep ? shadow : result;
-      if constexpr (kGuard) nonfinite += count_kept<Shadow>(live);
+      if constexpr (kSkipNonfinite) nonfinite += count_nonfinite<Shadow>(live);
     }
   }
 };
@@ -300,23 +300,24 @@ __device__ __forceinline__ void run_chunk(const Rows& rows, const Chunk& chunk, 
 
 // One atomic a warp, so that a model of nothing but NaN does not wait for 2^30 of them. All threads of the block call
 // it.
-__device__ __forceinline__ void add_kept(unsigned long long* total, unsigned int kept) {
+__device__ __forceinline__ void add_nonfinite(unsigned long long* total, unsigned int nonfinite) {
 #if defined(__HIPCC__)
-  for (int delta = warpSize / 2; delta > 0; delta /= 2) kept += __shfl_xor(kept, delta);
+  for (int delta = warpSize / 2; delta > 0; delta /= 2) nonfinite += __shfl_xor(nonfinite, delta);
 #else
-  if (!__any_sync(0xffffffffu, kept != 0)) return;
-  for (int delta = warpSize / 2; delta > 0; delta /= 2) kept += __shfl_xor_sync(0xffffffffu, kept, delta);
+  if (!__any_sync(0xffffffffu, nonfinite != 0)) return;
+  for (int delta = warpSize / 2; delta > 0; delta /= 2) nonfinite += __shfl_xor_sync(0xffffffffu, nonfinite, delta);
 #endif
-  if (kept != 0 && threadIdx.x % warpSize == 0) atomicAdd(total, static_cast<unsigned long long>(kept));
+  if (nonfinite != 0 && threadIdx.x % warpSize == 0) atomicAdd(total, static_cast<unsigned long long>(nonfinite));
 }
 
-template <bool kGuard, class Shadow, class Live>
+template <bool kSkipNonfinite, class Shadow, class Live>
 __device__ __forceinline__ void average(const Rows& rows, const Chunk& chunk, const UpdateArgs& args,
-                                        unsigned long long* kept) {
-  Average<kGuard, Shadow, Live> rule{args, chunk.kind >= kConvert};
+                                        unsigned long long* nonfinite) {
+  Average<kSkipNonfinite, Shadow, Live> rule{args, chunk.kind >= kConvert};
   run_chunk<Shadow, Live>(rows, chunk, rule);
-  if constexpr (kGuard) {
-    if (args.count_kept && !rule.converts) add_kept(kept, rule.nonfinite / args.shadows);  // counted once
+  if constexpr (kSkipNonfinite) {
+    if (args.count_nonfinite && !rule.converts)
+      add_nonfinite(nonfinite, rule.nonfinite / args.shadows);  // counted once
   }
 }
 
@@ -328,9 +329,10 @@ constexpr Dtype kDtype = std::is_same_v<T, float>      ? Dtype::kFloat32
 template <class Shadow, class Live>
 constexpr Kind kPair = dtype_pair(kDtype<Shadow>, kDtype<Live>);
 
-template <bool kGuard>
+template <bool kSkipNonfinite>
 __global__ void FASTEMA_LAUNCH_BOUNDS update_kernel(const Chunk* chunks, int64_t count,
-                                                    const __grid_constant__ UpdateArgs args, unsigned long long* kept) {
+                                                    const __grid_constant__ UpdateArgs args,
+                                                    unsigned long long* nonfinite) {
   const Rows rows{chunks + blockIdx.x, count, args.shadows};
   const Chunk chunk = load_chunk(rows.table);
   const float skip = load_if(args.skip != nullptr, args.skip);  // beside the row, not before it
@@ -338,37 +340,37 @@ __global__ void FASTEMA_LAUNCH_BOUNDS update_kernel(const Chunk* chunks, int64_t
   // A line for each dtype pair, by which tests/csrc/test_cuda_source.py tells their loops apart.
   switch (chunk.kind == kCopyBytes ? kCopyBytes : chunk.kind % 16) {
     case kPair<float, float>:
-      return average<kGuard, float, float>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, float, float>(rows, chunk, args, nonfinite);
     case kPair<float, double>:
-      return average<kGuard, float, double>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, float, double>(rows, chunk, args, nonfinite);
     case kPair<float, BFloat16>:
-      return average<kGuard, float, BFloat16>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, float, BFloat16>(rows, chunk, args, nonfinite);
     case kPair<float, Float16>:
-      return average<kGuard, float, Float16>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, float, Float16>(rows, chunk, args, nonfinite);
     case kPair<double, float>:
-      return average<kGuard, double, float>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, double, float>(rows, chunk, args, nonfinite);
     case kPair<double, double>:
-      return average<kGuard, double, double>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, double, double>(rows, chunk, args, nonfinite);
     case kPair<double, BFloat16>:
-      return average<kGuard, double, BFloat16>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, double, BFloat16>(rows, chunk, args, nonfinite);
     case kPair<double, Float16>:
-      return average<kGuard, double, Float16>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, double, Float16>(rows, chunk, args, nonfinite);
     case kPair<BFloat16, float>:
-      return average<kGuard, BFloat16, float>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, BFloat16, float>(rows, chunk, args, nonfinite);
     case kPair<BFloat16, double>:
-      return average<kGuard, BFloat16, double>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, BFloat16, double>(rows, chunk, args, nonfinite);
     case kPair<BFloat16, BFloat16>:
-      return average<kGuard, BFloat16, BFloat16>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, BFloat16, BFloat16>(rows, chunk, args, nonfinite);
     case kPair<BFloat16, Float16>:
-      return average<kGuard, BFloat16, Float16>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, BFloat16, Float16>(rows, chunk, args, nonfinite);
     case kPair<Float16, float>:
-      return average<kGuard, Float16, float>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, Float16, float>(rows, chunk, args, nonfinite);
     case kPair<Float16, double>:
-      return average<kGuard, Float16, double>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, Float16, double>(rows, chunk, args, nonfinite);
     case kPair<Float16, BFloat16>:
-      return average<kGuard, Float16, BFloat16>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, Float16, BFloat16>(rows, chunk, args, nonfinite);
     case kPair<Float16, Float16>:
-      return average<kGuard, Float16, Float16>(rows, chunk, args, kept);
+      return average<kSkipNonfinite, Float16, Float16>(rows, chunk, args, nonfinite);
     default:
       CopyBytes copy;
       return run_chunk<uint8_t, uint8_t>(rows, chunk, copy);
@@ -413,7 +415,8 @@ __global__ void FASTEMA_LAUNCH_BOUNDS exchange_kernel(const Chunk* chunks) {
   }
 }
 
-// What fastema/core/device_schedule.py computes in a dozen small operations: the step, its weights, and whether anything is averaged.
+// What fastema/core/device_schedule.py computes in a dozen small operations: the step, its weights, and whether
+// anything is averaged.
 __global__ void clock_kernel(const ClockArgs args) {
   const bool skipped = args.found_inf != nullptr && *args.found_inf != 0.0f;
   const int64_t step = *args.step + (skipped ? 0 : 1);
@@ -447,14 +450,14 @@ CudaError resident_blocks(int device, int64_t& blocks) {
   return message(status);
 }
 
-CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& args, unsigned long long* kept,
+CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& args, unsigned long long* nonfinite,
                         int device, void* stream) {
   if (count == 0) return nullptr;
   const cudaError_t status = follow_torch_to(device);
   if (status != cudaSuccess) return message(status);
-  const auto kernel = args.guard ? update_kernel<true> : update_kernel<false>;
+  const auto kernel = args.skip_nonfinite ? update_kernel<true> : update_kernel<false>;
   FASTEMA_LAUNCH(kernel, static_cast<unsigned int>(count), kThreads, static_cast<cudaStream_t>(stream), chunks, count,
-                 args, kept);
+                 args, nonfinite);
   return message(cudaGetLastError());
 }
 

@@ -14,9 +14,9 @@ using CudaError = const char*;
 // How many blocks the device holds at once: what the chunk size is adapted to.
 CudaError resident_blocks(int device, int64_t& blocks);
 
-// One update. `chunks` [args.shadows * count] and `kept` (a counter that the guard raises) lie in the memory of
-// `device`.
-CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& args, unsigned long long* kept,
+// One update. `chunks` [args.shadows * count] and `nonfinite` (a count of live elements that are not finite) lie in the
+// memory of `device`.
+CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& args, unsigned long long* nonfinite,
                         int device, void* stream);
 
 // Swaps the contents of shadow and live, bit for bit. Both sides of every chunk have the same element size.

@@ -144,15 +144,15 @@ EMA_FN Op averaged(Op shadow, Op live, Weight<Op> weight) {
   return fused_multiply_add(weight.coefficient, live - shadow, weight.from_live ? live : shadow);
 }
 
-// The guard: an element whose live value is NaN or infinite, seen in opmath, keeps its shadow.
+// Under skip_nonfinite an element whose live value is NaN or infinite, seen in opmath, keeps its shadow.
 template <class Shadow, class Live>
-EMA_FN bool is_kept(Live live) {
+EMA_FN bool is_nonfinite(Live live) {
   return !is_finite(load_as<Opmath<Shadow>>(live));
 }
 
 // 1 for such an element, else 0: computed, because a comparison would hold a predicate register of the GPU.
 template <class Shadow, class Live>
-EMA_FN uint32_t count_kept(Live live) {
+EMA_FN uint32_t count_nonfinite(Live live) {
   const Opmath<Shadow> value = load_as<Opmath<Shadow>>(live);
   if constexpr (std::is_same_v<Shadow, double>) {
     return !is_finite(value);

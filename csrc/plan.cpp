@@ -159,7 +159,7 @@ Plan::Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor>
     const int64_t bytes = static_cast<int64_t>(work_.chunks.size() * sizeof(Chunk));
     const at::Tensor table = at::from_blob(work_.chunks.data(), {bytes}, at::TensorOptions().dtype(at::kByte));
     device_chunks_ = table.to(device_);
-    device_kept_ = at::zeros({}, at::TensorOptions().dtype(at::kLong).device(device_));
+    device_nonfinite_ = at::zeros({}, at::TensorOptions().dtype(at::kLong).device(device_));
   }
 }
 
@@ -173,7 +173,7 @@ void* Plan::current_stream() {
       torch.recordDataPtrOnStream(tensor.storage().data_ptr(), stream);
     };
     record(device_chunks_);
-    record(device_kept_);
+    record(device_nonfinite_);
     for (const at::Tensor& live : lives_) record(live);
     for (const std::vector<at::Tensor>& shadow : shadows_) std::for_each(shadow.begin(), shadow.end(), record);
     streams_.push_back(stream);
@@ -182,7 +182,7 @@ void* Plan::current_stream() {
 }
 #endif
 
-void Plan::update(const std::vector<double>& weights, bool guard, const std::optional<at::Tensor>& skip,
+void Plan::update(const std::vector<double>& weights, bool skip_nonfinite, const std::optional<at::Tensor>& skip,
                   const std::optional<at::Tensor>& device_weights) {
   const int shadows = static_cast<int>(shadows_.size());
   if (weights.size() != shadows_.size()) {
@@ -190,7 +190,7 @@ void Plan::update(const std::vector<double>& weights, bool guard, const std::opt
                                 " shadows");
   }
   UpdateArgs args{};
-  args.guard = guard;
+  args.skip_nonfinite = skip_nonfinite;
   args.skip = static_cast<const float*>(scalars(skip, at::kFloat, 1, device_, "skip"));
   const auto* device = static_cast<const double*>(scalars(device_weights, at::kDouble, shadows, device_, "weights"));
   if (device_.is_cpu() && args.skip != nullptr && *args.skip != 0.0f) return;
@@ -198,20 +198,21 @@ void Plan::update(const std::vector<double>& weights, bool guard, const std::opt
   for (c10::VariableVersion& version : view_versions_) version.bump();
   for (int first = 0; first < shadows; first += kMaxShadows) {
     args.shadows = std::min(kMaxShadows, shadows - first);
-    args.count_kept = first == 0;
+    args.count_nonfinite = first == 0;
     std::copy_n(weights.begin() + first, args.shadows, args.weights);
     if (device_.is_cpu()) {
       if (device != nullptr) std::copy_n(device + first, args.shadows, args.weights);
-      const int64_t kept = update_on_cpu(work_, first, args, at::get_num_threads(), isa_);
-      if (args.count_kept) kept_on_cpu_ += kept;
+      const int64_t nonfinite = update_on_cpu(work_, first, args, at::get_num_threads(), isa_);
+      if (args.count_nonfinite) nonfinite_on_cpu_ += nonfinite;
       continue;
     }
 #ifdef FASTEMA_WITH_CUDA
     args.device_weights = device == nullptr ? nullptr : device + first;
     const Chunk* chunks = static_cast<const Chunk*>(device_chunks_.const_data_ptr()) + first * work_.count;
-    check(launch_update(chunks, work_.count, args, static_cast<unsigned long long*>(device_kept_.mutable_data_ptr()),
-                        device_.index(), current_stream()),
-          "update");
+    check(
+        launch_update(chunks, work_.count, args, static_cast<unsigned long long*>(device_nonfinite_.mutable_data_ptr()),
+                      device_.index(), current_stream()),
+        "update");
 #endif
   }
 }
@@ -228,7 +229,9 @@ void Plan::exchange(int which) {
 #endif
 }
 
-int64_t Plan::nonfinite_count() const { return device_.is_cpu() ? kept_on_cpu_ : device_kept_.item<int64_t>(); }
+int64_t Plan::nonfinite_count() const {
+  return device_.is_cpu() ? nonfinite_on_cpu_ : device_nonfinite_.item<int64_t>();
+}
 
 void advance_clock(const at::Tensor& table, int64_t update_every, const std::optional<at::Tensor>& found_inf,
                    const at::Tensor& step, const at::Tensor& num_updates, const at::Tensor& weights,

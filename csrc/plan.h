@@ -25,15 +25,16 @@ class Plan {
   // shadow <- shadow + weight * (live - shadow), or a copy, for every segment, in one parallel region or one launch
   // (of up to kMaxShadows shadows).
   //   weights         [K], 1 - decay each
+  //   skip_nonfinite  an element whose live value is NaN or infinite keeps its shadow, and is counted
   //   skip            float32 scalar on the plan's device, or none: not zero when the update runs: nothing happens
   //   device_weights  float64 [K] on the plan's device, or none: read instead of `weights` when the update runs
-  void update(const std::vector<double>& weights, bool guard, const std::optional<at::Tensor>& skip,
+  void update(const std::vector<double>& weights, bool skip_nonfinite, const std::optional<at::Tensor>& skip,
               const std::optional<at::Tensor>& device_weights);
 
   // Swaps the contents of live and of one shadow; throws where their dtypes differ.
   void exchange(int which);
 
-  // How many elements the guard has kept so far, each counted once for all shadows. On a GPU this synchronises.
+  // How many live elements were not finite so far, each counted once for all shadows. On a GPU this synchronises.
   int64_t nonfinite_count() const;
 
   int64_t chunk_count() const { return work_.count; }
@@ -49,9 +50,9 @@ class Plan {
   bool same_dtypes_ = true;
   Isa isa_;
   CpuChunks work_;
-  int64_t kept_on_cpu_ = 0;
-  at::Tensor device_chunks_, device_kept_;  // GPU only: bytes of the chunk table; int64 scalar
-  std::vector<c10::Stream> streams_;        // GPU only: that use this memory; the allocator knows of them
+  int64_t nonfinite_on_cpu_ = 0;
+  at::Tensor device_chunks_, device_nonfinite_;  // GPU only: bytes of the chunk table; int64 scalar
+  std::vector<c10::Stream> streams_;             // GPU only: that use this memory; the allocator knows of them
 };
 
 // Whether this build has the CUDA kernels.

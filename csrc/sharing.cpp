@@ -85,7 +85,7 @@ int64_t Sharing::sum(int64_t count, int threads, const std::function<int64_t(int
   Clock::time_point nothing_left;
   const Clock::time_point begin = Clock::now();
   // Every thread begins with its own share, so that from one update to the next a core finds the same tensors in its
-  // cache; then it takes from the ends of the others', so that nobody's absence holds up the work.
+  // cache; then it takes from the ends of the others', so that a late thread does not hold up the work.
   const int64_t sum = in_parallel(threads, [&](int thread) {
     int64_t sum = 0, taken = 0;
     for (int i = 0; i < threads; ++i) {

@@ -47,7 +47,7 @@ class StorageExchange {
 };
 
 // A second storage over the memory of `tensor`'s, as a 1-D tensor of bytes. The memory is freed when both are gone, so
-// that whoever replaces the pointer of one (share_memory_(), resize_()) frees nothing that a kernel works on.
+// that replacing the pointer of one (share_memory_(), resize_()) frees nothing that a kernel works on.
 // `tensor` itself, flattened, where its memory is not plain memory of the host.
 at::Tensor second_owner(const at::Tensor& tensor);
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fastema.core import dtensor
+from fastema.core.policy import clean_name
 from fastema.core.text import first_few
 from fastema.ema import FastEMA
 
@@ -34,7 +35,7 @@ class CheckpointError(RuntimeError):
 
 
 class AveragedWeights(Protocol):
-    """What `save_checkpoint` needs of an EMA; `fastema.FastEMA` has it."""
+    """The methods that `save_checkpoint` needs of an EMA; `fastema.FastEMA` has them."""
 
     @property
     def is_applied(self) -> bool: ...
@@ -50,7 +51,7 @@ def save_checkpoint(
     optimizer: Any = None,
     **extra: Any,
 ) -> None:
-    """Writes a checkpoint atomically: `path` holds the old content or the new, whatever happens.
+    """Write a checkpoint atomically: `path` holds the old content or the new, whatever happens.
 
     Args:
         path: the file to write; its folder must exist. A symbolic link is followed.
@@ -102,7 +103,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: StrPath) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU, or any other file of `torch.save` that holds a dict.
+    """Read a checkpoint to the CPU, or any other file of `torch.save` that holds a dict.
 
     Nothing in the file can run code: only tensors and plain values are unpickled. A flipped bit anywhere in it is found
     (but in the legacy format, which has no checksums); that costs a second read from the page cache, 0.2 s a GB.
@@ -117,7 +118,9 @@ def load_checkpoint(path: StrPath) -> dict[str, Any]:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a checkpoint: {_checkpoints_in(path)}")
     try:
-        with path.open("rb") as file:  # opened once: what is checked is what is read, whoever saves meanwhile
+        with path.open(
+            "rb"
+        ) as file:  # opened once: what is checked is what is read, even if another process saves meanwhile
             _refuse_damaged(file, path)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except PermissionError as error:
@@ -142,7 +145,7 @@ def load_checkpoint(path: StrPath) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, source: StrPath | Mapping[str, Any], prefer: str = "ema") -> str:
-    """Loads weights into a model: the averaged ones where there are any, else the trained ones.
+    """Load weights into a model: the averaged ones where there are any, else the trained ones.
 
     The names may carry the prefixes of `torch.compile` (`_orig_mod.`) and of `DistributedDataParallel` (`module.`) on
     either side. Everything is compared before the first tensor is written: after an error the model is as it was.
@@ -195,7 +198,7 @@ def _write(content: dict[str, Any], temporary: Path) -> None:
 
 @contextlib.contextmanager
 def _checksums() -> Iterator[None]:
-    """Whoever has switched torch's checksums off for speed still gets a checkpoint that can be verified."""
+    """Turn torch's checksums on in a block, so that the checkpoint can be verified."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
@@ -205,7 +208,7 @@ def _checksums() -> Iterator[None]:
 
 
 def _write_failure(error: BaseException) -> str:
-    """The operating system's words. torch's writer covers a full disk with an error of its own, "unexpected pos"."""
+    """Return the operating system's message, which torch's writer replaces by its own ("unexpected pos")."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
@@ -213,7 +216,7 @@ def _write_failure(error: BaseException) -> str:
 
 
 def _check_loadable(temporary: Path, target: Path) -> None:
-    """A checkpoint that can be written but never read again is found now, not after the training."""
+    """Raise TypeError for content that `load_checkpoint` would refuse."""
     refused = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
     if refused:
         raise TypeError(
@@ -224,7 +227,7 @@ def _check_loadable(temporary: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `target`, which takes its place on success and vanishes on any error."""
+    """Yield a temporary path beside `target`, which takes its place on success and vanishes on any error."""
     host = socket.gethostname()
     _remove_leftovers(target, host)
     temporary = target.with_name(f".{target.name}.{host}-{os.getpid()}.tmp")
@@ -240,7 +243,7 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(target: Path, host: str) -> None:
-    """Removes what processes of this machine left behind that were killed in the middle of a save."""
+    """Remove temporary files of processes of this machine that were killed in the middle of a save."""
     for leftover in target.parent.glob(f".{target.name}.{host}-*.tmp"):
         process = leftover.name.removesuffix(".tmp").rpartition("-")[2]
         if process.isdecimal() and not _is_alive(int(process)):
@@ -258,7 +261,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable. Some file systems cannot; the file is whole on those too."""
+    """Make the rename itself durable, where the file system can; the file is whole in any case."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -271,7 +274,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _refuse_damaged(file: IO[bytes], path: Path) -> None:
-    """Raises CheckpointError where the archive's checksums do not agree; leaves `file` at its beginning."""
+    """Raise CheckpointError where the archive's checksums do not agree; leaves `file` at its beginning."""
     is_archive = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
     # An archive whose very first bytes are damaged would be read as the legacy format, which has no checksums.
     if is_archive or zipfile.is_zipfile(file):
@@ -297,7 +300,7 @@ def _refuse_damaged(file: IO[bytes], path: Path) -> None:
 
 
 def _matched(model: nn.Module, weights: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The checkpoint's weights under the model's own names; raises before anything is written if they do not fit."""
+    """Return the checkpoint's weights under the model's own names; raise if they do not fit."""
     own = model.state_dict()
     weights = {str(name): value for name, value in weights.items()}
     if own.keys() != weights.keys():
@@ -326,8 +329,8 @@ def _matched(model: nn.Module, weights: Mapping[str, Any], origin: str) -> dict[
 
 
 def _without_wrappers(names: Mapping[str, Any]) -> dict[str, str]:
-    """Every name → the name without what `torch.compile` and `DistributedDataParallel` put into it."""
-    plain = {name: ".".join(part for part in name.split(".") if part != "_orig_mod") for name in names}
+    """Map every name to the name without what `torch.compile` and `DistributedDataParallel` put into it."""
+    plain = {name: clean_name(name) for name in names}
     # DDP wraps a whole model: `module.` is a wrapper only where every name begins with it.
     while plain and all(name.startswith("module.") for name in plain.values()):
         plain = {name: short.removeprefix("module.") for name, short in plain.items()}
@@ -335,7 +338,7 @@ def _without_wrappers(names: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _nearby(path: Path) -> str:
-    """Which checkpoints there are beside `path`, newest first."""
+    """List the checkpoints beside `path`, newest first."""
     folder = path.parent
     if not folder.is_dir():
         return f"the folder {folder} does not exist"

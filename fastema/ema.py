@@ -39,14 +39,14 @@ _REBUILT = frozenset(
 
 
 class LoadResult(NamedTuple):
-    """What `load_state_dict(strict=False)` found, as `nn.Module.load_state_dict` returns it."""
+    """The keys that `load_state_dict(strict=False)` did not match, as `nn.Module.load_state_dict` returns it."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 class AttachedHandle:
-    """What `FastEMA.attach` returns; `remove()` ends the updates."""
+    """The handle that `FastEMA.attach` returns; `remove()` ends the updates."""
 
     def __init__(self, remove: Callable[[], None]) -> None:
         self.remove = remove
@@ -128,7 +128,7 @@ class FastEMA:
         self._update_every = checked_count("update_every", update_every, at_least=1)
         if nonfinite not in ("skip", "propagate"):
             raise ValueError(f'nonfinite must be "skip" or "propagate", got {nonfinite!r}')
-        self._guard = nonfinite == "skip"
+        self._skip_nonfinite = nonfinite == "skip"
         self._dtype = checked_shadow_dtype(dtype, self._decays.highest)
         self._device = checked_device(device)
         self._buffers = buffers
@@ -207,8 +207,10 @@ class FastEMA:
                 else:
                     decays = self._decays.checked(decay, "update(decay=)")
                 weights = [1.0 - each for each in decays]
-                # One call that looks and launches, where nobody's averages are in any model.
-                outcome = "moved" if swap.entered else self._shadow.update_watched(weights, self._guard, found_inf)
+                # One call checks the model and launches, unless averages are in some model.
+                outcome: str | None = "moved"
+                if not swap.entered:
+                    outcome = self._shadow.update_watched(weights, self._skip_nonfinite, found_inf)
                 if outcome is not None:
                     self._update_moved(outcome, weights, found_inf)
                 self._num_updates += 1
@@ -233,14 +235,14 @@ class FastEMA:
     def _update_by_clock(self, found_inf: Tensor | None, average: Callable[..., None]) -> None:
         assert self._clock is not None
         skip = self._clock.advance(found_inf)
-        average([0.0] * len(self._decays), self._guard, skip, self._clock.weights)
+        average([0.0] * len(self._decays), self._skip_nonfinite, skip, self._clock.weights)
 
     def _update_moved(self, outcome: str, weights: list[float], found_inf: Tensor | None) -> None:
         """Finish an update that found model or averages moved; see `Shadow.update_watched`."""
         if outcome == "moved":
             self._refuse_while_applied("update()")
             self._ensure_current()
-            outcome = self._shadow.update_watched(weights, self._guard, found_inf) or "done"
+            outcome = self._shadow.update_watched(weights, self._skip_nonfinite, found_inf) or "done"
         if outcome == "averages moved":
             self._shadow.settle()
             self._shadow.follow_averages()
@@ -249,7 +251,7 @@ class FastEMA:
     def _update_operands(
         self, shadows: list[Tensor], lives: list[Tensor], step: int | None, found_inf: Tensor | None
     ) -> None:
-        """Update what stands in for the shadows and the weights in a compiled graph; see `fastema.core.compile`."""
+        """Update the tensors that a compiled graph has for shadows and weights; see `fastema.core.compile`."""
         self._refuse_while_applied("update()")
         average = partial(self._shadow.update_operands, shadows, lives)
         if self._clock is not None:
@@ -261,7 +263,8 @@ class FastEMA:
             return
         step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
         if step % self._update_every == 0:
-            average([1.0 - decay for decay in self._decays.at(step, self._last_update)], self._guard, found_inf)
+            weights = [1.0 - decay for decay in self._decays.at(step, self._last_update)]
+            average(weights, self._skip_nonfinite, found_inf)
             self._num_updates += 1
             self._last_update = step
         self._step = step
@@ -383,7 +386,7 @@ class FastEMA:
 
     @property
     def is_applied(self) -> bool:
-        """Whether averaged weights are in the model now."""
+        """True while averaged weights are in the model."""
         return self._shadow.is_applied
 
     @one_thread
@@ -431,16 +434,16 @@ class FastEMA:
 
     @property
     def num_updates(self) -> int:
-        """How many updates were averaged. With `capturable=True` this waits for the device."""
+        """Number of updates that were averaged. With `capturable=True` this waits for the device."""
         return self._num_updates if self._clock is None else int(self._clock.num_updates)
 
     @property
     def backend_name(self) -> str:
-        """Who runs the updates: "native", "triton" or "torch"; several where devices differ."""
+        """Name of the backend: "native", "triton" or "torch"; several where devices differ."""
         return self._shadow.backend_name
 
     def decay_at(self, step: int) -> Any:
-        """The decay that an update at optimizer step `step` (from 1) uses, or the tuple of them.
+        """Return the decay that an update at optimizer step `step` (from 1) uses, or the tuple of them.
 
         Raises:
             ValueError: a schedule of your own returned a decay outside [0, 1].
@@ -448,14 +451,14 @@ class FastEMA:
         return self._decays.one_or_all(self._decays.at(step, (step - 1) // self._update_every * self._update_every))
 
     def window(self) -> Any:
-        """How many updates the average reaches back: 1 / (1 - decay), or the tuple of them.
+        """Return how many updates the average reaches back: 1 / (1 - decay), or the tuple of them.
 
         Of a schedule without a target, such as "power", as it is now.
         """
         return self._decays.one_or_all(self._decays.windows(max(1, self._counted()[0])))
 
     def lag(self, updates_per_epoch: float) -> Any:
-        """How many epochs the average reaches back, or the tuple of them.
+        """Return how many epochs the average reaches back, or the tuple of them.
 
         Example:
             >>> round(FastEMA(torch.nn.Linear(2, 1), decay=0.9999).lag(updates_per_epoch=400), 6)
@@ -467,14 +470,14 @@ class FastEMA:
         return self._decays.one_or_all([window / updates_per_epoch for window in windows])
 
     def nonfinite_count(self) -> int:
-        """How many elements the guard has kept so far, because their live value was NaN or infinite.
+        """Return how many elements kept their average so far because the live value was NaN or infinite.
 
         On a GPU this waits for the device.
         """
         return self._nonfinite_before + self._shadow.nonfinite_count()
 
     def synchronize(self) -> None:
-        """Waits until the shadow is up to date: for a shadow in host memory of weights on a GPU.
+        """Wait until the shadow is up to date: for a shadow in host memory of weights on a GPU.
 
         Nothing else needs it: other updates run on the model's own stream, and every method here waits by itself. Call
         it before tensors of an earlier `state_dict()` are read again.
@@ -512,7 +515,7 @@ class FastEMA:
 
     @one_thread
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadResult:
-        """Loads what `state_dict()` returned, by value. The state's decay and schedule go on, whatever this one's were.
+        """Load what `state_dict()` returned, by value. The state's decay and schedule go on, whatever this one's were.
 
         Args:
             state_dict: the state, of a FastEMA of the same model. A sharded one takes its part of whole tensors.
@@ -552,7 +555,7 @@ class FastEMA:
         return LoadResult(missing, unexpected)
 
     def shadow_state_dict(self, which: int = 0) -> dict[str, Any]:
-        """The averaged model under the model's own keys: `model.load_state_dict(it)` works.
+        """Return the averaged weights under the model's own keys: `model.load_state_dict(it)` works.
 
         Averaged tensors come in the shadow's dtype, what is skipped as it is in the model. Tensors share memory with
         the EMA.
@@ -600,7 +603,7 @@ class FastEMA:
             self.apply_shadow(in_place, which)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: the model comes along, and the copy averages the copied model."""
+        """Return the state for pickle and deepcopy, with the model: the copy averages the copied model."""
         self._refuse_while_applied("pickling or copying a FastEMA")
         if self._shadow.is_sharded:
             raise TypeError(
@@ -695,7 +698,7 @@ class FastEMA:
         return step, int(self._clock.num_updates), step // self._update_every * self._update_every
 
     def _counting(self, step: int, num_updates: int, last_update: int) -> list[Step]:
-        """Steps that set the counters."""
+        """Return the steps that set the counters."""
         steps: list[Step] = [
             partial(setattr, self, "_step", step),
             partial(setattr, self, "_num_updates", num_updates),
@@ -707,7 +710,7 @@ class FastEMA:
         return steps
 
     def _replacing_decays(self, decays: Decays) -> list[Step]:
-        """Steps that let updates go on with other decays; raises where the device's table does not fit."""
+        """Return the steps that let updates go on with other decays; raise where the device's table does not fit."""
         if decays is self._decays:
             return []
         on_device: list[Step] = [] if self._clock is None else [self._clock.replacing(decays)]
@@ -734,7 +737,7 @@ class FastEMA:
         """Compile and load what a captured `update()` launches, by one that skips: in the capture it is too late."""
         if self._clock is not None:
             skip = torch.ones((), dtype=torch.float32, device=self._clock.step.device)
-            self._shadow.update([0.0] * len(self._decays), self._guard, skip, self._clock.weights)
+            self._shadow.update([0.0] * len(self._decays), self._skip_nonfinite, skip, self._clock.weights)
 
     def _refuse_while_applied(self, what: str) -> None:
         if self._shadow.is_applied:
@@ -767,7 +770,7 @@ class FastEMA:
             )
 
     def _warn_about_nonfinite(self) -> None:
-        """Once, and only where looking does not wait for a device."""
+        """Warn of nonfinite elements once, and only where reading the count does not wait for a device."""
         if self._warned_nonfinite or not self._shadow.is_on_cpu:
             return
         count = self.nonfinite_count()

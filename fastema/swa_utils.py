@@ -98,7 +98,7 @@ class _AveragingFunction:
         return f"{self.factory}({'' if self.decay is None else self.decay})"
 
     def weight(self, num_averaged: int) -> float:
-        """The weight of the live model in the next average."""
+        """Return the weight of the live model in the next average."""
         if self.decay is not None:
             return 1 - self.decay
         if self.factory == "get_swa_multi_avg_fn":
@@ -108,7 +108,7 @@ class _AveragingFunction:
 
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> Any:
-    """The function that applies an exponential moving average to lists of parameters.
+    """Return the function that applies an exponential moving average to lists of parameters.
 
     Args:
         decay: in [0, 1].
@@ -120,12 +120,12 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> Any:
 
 
 def get_swa_multi_avg_fn() -> Any:
-    """The function that applies an equally weighted average to lists of parameters."""
+    """Return the function that applies an equally weighted average to lists of parameters."""
     return _AveragingFunction("get_swa_multi_avg_fn")
 
 
 def get_ema_avg_fn(decay: float = 0.999) -> Any:
-    """The function that applies an exponential moving average to one parameter.
+    """Return the function that applies an exponential moving average to one parameter.
 
     Args:
         decay: in [0, 1].
@@ -137,12 +137,12 @@ def get_ema_avg_fn(decay: float = 0.999) -> Any:
 
 
 def get_swa_avg_fn() -> Any:
-    """The function that applies an equally weighted average to one parameter."""
+    """Return the function that applies an equally weighted average to one parameter."""
     return _AveragingFunction("get_swa_avg_fn")
 
 
 def _codes(function: Any) -> list[Any]:
-    """The code of a function and of what it wraps, outermost first."""
+    """Return the code of a function and of what it wraps, outermost first."""
     codes = []
     while isinstance(function, FunctionType):
         codes.append(function.__code__)
@@ -156,11 +156,11 @@ _TORCH_CODES = {
 
 
 def _recognised(function: Any) -> _AveragingFunction | None:
-    """`function` as one of ours, where it is ours or torch's; None: it is the user's."""
+    """Return `function` as one of ours, where it is ours or torch's; None: it is the user's."""
     if isinstance(function, _AveragingFunction):
         known = function
     else:
-        # Torch's are closures, told by their code: every one that a factory makes shares it, and nobody else has it.
+        # Torch's are closures, told by their code: all that a factory makes share it, and no others.
         codes = _codes(function)
         factory = next((name for name, torch_codes in _TORCH_CODES.items() if codes == torch_codes), None)
         if factory is None:
@@ -200,7 +200,7 @@ class _Counter:
         return self._value
 
     def increase(self, tensor: Tensor) -> None:
-        """Adds one to the tensor, which was just read."""
+        """Add one to the tensor, which was just read."""
         tensor.add_(1)
         if self._tensor() is tensor:
             self._mark, self._value = (tensor.data_ptr(), tensor._version), self._value + 1
@@ -259,7 +259,7 @@ class AveragedModel(_TorchAveragedModel):
             ) from error
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Averages the parameters of `model` as they are now; the first call copies them.
+        """Average the parameters of `model` as they are now; the first call copies them.
 
         Raises:
             RuntimeError: the average is swapped into a model.
@@ -286,7 +286,7 @@ class AveragedModel(_TorchAveragedModel):
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[nn.Module]:
-        """A block in which `model` has the averaged parameters and buffers; they leave it however the block ends.
+        """Open a block in which `model` has the averaged parameters and buffers; they leave it however the block ends.
 
         Storages change places by their pointers: no byte is copied, and every alias of the weights follows. Meanwhile
         `averaged.module` has the live weights. Where the two differ in dtype, device or layout, the average is copied
@@ -329,7 +329,7 @@ class AveragedModel(_TorchAveragedModel):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: all but what is built anew at the next update."""
+        """Return the state for pickle and deepcopy, without what the next update builds anew."""
         self._refuse_while_swapped("pickling or copying an AveragedModel")
         state = {key: value for key, value in self.__dict__.items() if key not in _BUILT_ANEW}
         state.pop("_compiled_call_impl", None)  # as torch's modules
@@ -344,7 +344,7 @@ class AveragedModel(_TorchAveragedModel):
             raise RuntimeError(f"{what} while the average is swapped into a model: leave the block first")
 
     def _recognised_function(self) -> _AveragingFunction | None:
-        """The averaging function, the default included; None: it is the user's."""
+        """Return the averaging function, the default included; None: it is the user's."""
         function = self.multi_avg_fn if self.multi_avg_fn else self.avg_fn
         if function is None:
             return _DEFAULT
@@ -379,7 +379,7 @@ class AveragedModel(_TorchAveragedModel):
             ) from None
 
     def _update_for(self, model: nn.Module) -> Update | None:
-        """What brings the average up to date; None: torch's own code does."""
+        """Return what runs the update; None: torch's own code does."""
         if self._recognised_function() is None:
             return None
         try:
@@ -391,7 +391,7 @@ class AveragedModel(_TorchAveragedModel):
 
 
 def _forget(averaged: weakref.ref[AveragedModel], model: Any) -> None:
-    """The live model is gone: its weights need not be kept for the next update."""
+    """Drop what refers to the weights of a live model that is gone."""
     owner = averaged()
     pairs = None if owner is None else owner.__dict__.get("_pairs")
     if owner is not None and pairs is not None and pairs.is_of(model):
@@ -403,7 +403,7 @@ def _forget(averaged: weakref.ref[AveragedModel], model: Any) -> None:
 
 @torch.no_grad()
 def update_bn(loader: Iterable[Any], model: nn.Module, device: int | torch.device | None = None) -> None:
-    """Estimates the running statistics of BatchNorm layers anew, from one pass over `loader`.
+    """Estimate the running statistics of BatchNorm layers anew, from one pass over `loader`.
 
     Args:
         loader: yields the model's input, or a list or tuple whose first element it is.
@@ -446,7 +446,7 @@ _before_patch: dict[str, Any] | None = None
 
 
 class _Patch:
-    """What `patch()` returns: a block at whose end torch's names are back, if that `patch()` replaced them."""
+    """The context manager that `patch()` returns; its end calls `unpatch()`, if that `patch()` replaced names."""
 
     def __init__(self, is_first: bool) -> None:
         self._is_first = is_first
@@ -462,7 +462,7 @@ class _Patch:
 
 
 def patch() -> _Patch:
-    """Puts the names of this module into `torch.optim.swa_utils`, for a trainer that imports them from there.
+    """Put the names of this module into `torch.optim.swa_utils`, for a trainer that imports them from there.
 
     Call it before the trainer is imported, since `from ... import` keeps what was there. A second call changes nothing,
     and the end of its block does not either.
@@ -487,7 +487,7 @@ def patch() -> _Patch:
 
 
 def unpatch() -> None:
-    """Puts torch's own names back, if they were replaced."""
+    """Put torch's own names back, if they were replaced."""
     global _before_patch
     for name, value in (_before_patch or {}).items():
         setattr(_torch_swa_utils, name, value)

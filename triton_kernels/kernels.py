@@ -29,7 +29,7 @@ UNHINTED_TILE = tl.constexpr(4 * THREADS)
 
 
 def tile_elements(variant: int) -> int:
-    """Elements of a tile, so that 32 bytes a thread of the wider operand are in flight (16 of a copy).
+    """Return the elements of a tile, so that 32 bytes a thread of the wider operand are in flight (16 of a copy).
 
     That leaves 40 to 56 registers a thread: five or six blocks a multiprocessor, of which each has 16 KiB in flight.
     Chunks without the hint take what does not raise the registers of all.
@@ -47,7 +47,7 @@ def tile_elements(variant: int) -> int:
 
 @triton.jit
 def _widened(stored, FORMAT: tl.constexpr, OP: tl.constexpr):
-    """The value in opmath; exact but for a float64 seen in float32."""
+    """Return the value in opmath; exact but for a float64 seen in float32."""
     if FORMAT == BFLOAT16:
         stored = (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return stored.to(OP)
@@ -55,7 +55,7 @@ def _widened(stored, FORMAT: tl.constexpr, OP: tl.constexpr):
 
 @triton.jit
 def _narrowed(value, FORMAT: tl.constexpr):
-    """What is stored; to nearest even. 16-bit formats go through float32, as they do in C++."""
+    """Round to the stored dtype, to nearest even. 16-bit formats go through float32, as they do in C++."""
     if FORMAT == FLOAT64:
         stored = value.to(tl.float64)
     elif FORMAT == FLOAT32:
@@ -81,7 +81,7 @@ def _is_finite(value):
 
 @triton.jit
 def _averaged(old, new, weight, OP: tl.constexpr):
-    """old + weight * (new - old) in one fused multiply-add; from weight 0.5 on from the live end. weight: float64."""
+    """Return old + weight * (new - old), fused; from weight 0.5 on computed from `new`. weight: float64."""
     rounded = weight.to(OP)
     from_live = rounded >= 0.5
     coefficient = tl.where(from_live, rounded - 1.0, rounded)
@@ -101,8 +101,10 @@ def _address(row, column, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _update_tile(shadows, live, weights, offsets, mask, kept, KIND: tl.constexpr, K: tl.constexpr, GUARD: tl.constexpr):
-    """One tile under one rule: live is read once for all shadows. Returns `kept` with what the guard kept added."""
+def _update_tile(
+    shadows, live, weights, offsets, mask, nonfinite, KIND: tl.constexpr, K: tl.constexpr, SKIP_NONFINITE: tl.constexpr
+):
+    """Update one tile and return `nonfinite` with its count added. Live is read once for all shadows."""
     stored_live = tl.load(live + offsets, mask=mask)
     if KIND == COPY_BYTES:
         for k in tl.static_range(K):
@@ -123,28 +125,28 @@ def _update_tile(shadows, live, weights, offsets, mask, kept, KIND: tl.constexpr
                 pointers = shadows[k] + offsets
                 stored = tl.load(pointers, mask=mask)
                 result = _narrowed(_averaged(_widened(stored, SHADOW, OP), new, weights[k], OP), SHADOW)
-                if GUARD:
+                if SKIP_NONFINITE:
                     result = tl.where(finite, result, stored)
                 tl.store(pointers, result, mask=mask)
-            if GUARD:
+            if SKIP_NONFINITE:
                 if mask is None:
-                    kept += (~finite).to(tl.int32)
+                    nonfinite += (~finite).to(tl.int32)
                 else:
-                    kept += (~finite & mask).to(tl.int32)
-    return kept
+                    nonfinite += (~finite & mask).to(tl.int32)
+    return nonfinite
 
 
 @triton.jit
 def _update_chunk(
     row,
     weights,
-    kept_total,
+    nonfinite_total,
     KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
     K: tl.constexpr,
-    GUARD: tl.constexpr,
-    COUNT_KEPT: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr,
+    COUNT_NONFINITE: tl.constexpr,
 ):
     count = tl.load(row + COUNT).to(tl.int32)
     LIVE: tl.constexpr = tl.uint8 if KIND == COPY_BYTES else STORED[KIND % 4]
@@ -154,44 +156,50 @@ def _update_chunk(
     for k in tl.static_range(K):
         shadows = shadows + (_address(row, SHADOWS + k, SHADOW, ALIGNED),)  # noqa: RUF005 (Triton has no unpacking)
     lanes = tl.arange(0, TILE)
-    kept = tl.zeros([TILE], tl.int32)
+    nonfinite = tl.zeros([TILE], tl.int32)
     if ALIGNED:
         full = count // TILE
         for tile in range(full):
-            kept = _update_tile(shadows, live, weights, tile * TILE + lanes, None, kept, KIND, K, GUARD)
+            nonfinite = _update_tile(
+                shadows, live, weights, tile * TILE + lanes, None, nonfinite, KIND, K, SKIP_NONFINITE
+            )
         if full * TILE < count:
             # A mask that is constant over 16 elements leaves the accesses 16 bytes wide; then come the last 15 at most.
             vectors = tl.multiple_of(count // 16 * 16, 16)
             offsets = full * TILE + lanes
-            kept = _update_tile(shadows, live, weights, offsets, offsets < vectors, kept, KIND, K, GUARD)
+            nonfinite = _update_tile(
+                shadows, live, weights, offsets, offsets < vectors, nonfinite, KIND, K, SKIP_NONFINITE
+            )
             if vectors < count:
                 last = vectors + tl.arange(0, 16)
                 rest = tl.zeros([16], tl.int32)
-                rest = _update_tile(shadows, live, weights, last, last < count, rest, KIND, K, GUARD)
-                if GUARD and COUNT_KEPT and KIND < CONVERT:
-                    _add_kept(kept_total, rest)
+                rest = _update_tile(shadows, live, weights, last, last < count, rest, KIND, K, SKIP_NONFINITE)
+                if SKIP_NONFINITE and COUNT_NONFINITE and KIND < CONVERT:
+                    _add_nonfinite(nonfinite_total, rest)
     else:
         for tile in range(tl.cdiv(count, TILE)):
             offsets = tile * TILE + lanes
-            kept = _update_tile(shadows, live, weights, offsets, offsets < count, kept, KIND, K, GUARD)
-    if GUARD and COUNT_KEPT and KIND < CONVERT:
-        _add_kept(kept_total, kept)
+            nonfinite = _update_tile(
+                shadows, live, weights, offsets, offsets < count, nonfinite, KIND, K, SKIP_NONFINITE
+            )
+    if SKIP_NONFINITE and COUNT_NONFINITE and KIND < CONVERT:
+        _add_nonfinite(nonfinite_total, nonfinite)
 
 
 @triton.jit
-def _add_kept(kept_total, kept):
-    here = tl.sum(kept, 0)
+def _add_nonfinite(nonfinite_total, nonfinite):
+    here = tl.sum(nonfinite, 0)
     if here != 0:  # rare by nature
-        tl.atomic_add(kept_total, here.to(tl.int64))
+        tl.atomic_add(nonfinite_total, here.to(tl.int64))
 
 
 # ---- the kernels ----
 
 
-@triton.jit(do_not_specialize=["kept_total", "skip", "device_weights", "bits0", "bits1", "bits2", "bits3"])
+@triton.jit(do_not_specialize=["nonfinite_total", "skip", "device_weights", "bits0", "bits1", "bits2", "bits3"])
 def update(
     table,  # int64 [chunks, SHADOWS + K]
-    kept_total,  # int64 scalar: what the guard kept so far
+    nonfinite_total,  # int64 scalar: live elements that were not finite so far
     skip,  # float32 scalar, or None: not zero: nothing happens
     device_weights,  # float64 [K], or None: read instead of the four
     bits0: tl.int64,  # 1 - decay of each shadow, the bits of a float64: a Python float would arrive as float32
@@ -201,10 +209,10 @@ def update(
     VARIANTS: tl.constexpr,  # what is in the table
     TILES: tl.constexpr,  # and the tile of each
     K: tl.constexpr,
-    GUARD: tl.constexpr,
-    COUNT_KEPT: tl.constexpr,  # an element is counted once for all shadows
+    SKIP_NONFINITE: tl.constexpr,
+    COUNT_NONFINITE: tl.constexpr,  # an element is counted once for all shadows
 ):
-    """Averages or copies every chunk of the table."""
+    """Average or copy every chunk of the table."""
     wanted = True if skip is None else tl.load(skip) == 0.0
     if wanted:
         row = table + tl.program_id(0).to(tl.int64) * (SHADOWS + K)
@@ -219,7 +227,15 @@ def update(
         for i in tl.static_range(len(VARIANTS)):
             if variant == VARIANTS[i]:
                 _update_chunk(
-                    row, weights, kept_total, VARIANTS[i] // 2, VARIANTS[i] % 2, TILES[i], K, GUARD, COUNT_KEPT
+                    row,
+                    weights,
+                    nonfinite_total,
+                    VARIANTS[i] // 2,
+                    VARIANTS[i] % 2,
+                    TILES[i],
+                    K,
+                    SKIP_NONFINITE,
+                    COUNT_NONFINITE,
                 )
 
 
@@ -258,7 +274,7 @@ def exchange(
     which: tl.int64,  # the shadow
     K: tl.constexpr,
 ):
-    """Live and one shadow change places, bit for bit."""
+    """Swap live and one shadow, bit for bit."""
     row = table + tl.program_id(0).to(tl.int64) * (SHADOWS + K)
     if tl.load(row + VARIANT) % 2 == 1:
         _exchange_chunk(row, which, True)

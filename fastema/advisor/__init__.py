@@ -1,4 +1,4 @@
-"""What a run's own numbers say about its average: which decay, when to start, why it is worse.
+"""Advice from a run's own numbers: which decay, when to start, why an average is worse.
 
 Nothing here knows the metric: noise and progress are estimated from the history itself.
 """

@@ -1,4 +1,4 @@
-"""Why an average is worse than its model, or hardly better: the possible causes, each held against the numbers."""
+"""Causes of an average that is worse than its model or hardly better, each tested against the numbers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def diagnose(
     total_steps: int | None = None,
     **decay_args: Any,
 ) -> list[Finding]:
-    """Compares the metric of the model with that of its average, an epoch a value.
+    """Compare the metric of the model with that of its average, an epoch a value.
 
     Args:
         base: of the trained weights.
@@ -123,7 +123,7 @@ class _Run:
 
     @property
     def gap(self) -> float:
-        """Now: the median of the last three epochs of the average, so that one lucky epoch decides nothing."""
+        """The gap now: the median of the last three epochs of the average, so that one lucky epoch decides nothing."""
         return median(self.gaps[-3:])
 
     @property
@@ -181,7 +181,7 @@ def _too_early(run: _Run, settled_at: float) -> Finding | None:
 
 
 def _lags(run: _Run) -> Finding | None:
-    """While the metric climbs by `slope` an epoch, an average `lag` epochs back is about slope times lag behind."""
+    """Test whether the lag explains the gap: an average `lag` epochs back is about slope times lag behind."""
     shape = run.shape
     if shape is None or shape.significance < 2.0:
         return None

@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def is_event_file(path: Path) -> bool:
-    """Whether this is what TensorBoard's writers leave: such a file, or a folder with one."""
+    """Return whether this is what TensorBoard's writers leave: such a file, or a folder with one."""
     return "tfevents" in path.name or (path.is_dir() and any("tfevents" in file.name for file in path.iterdir()))
 
 
 def read_scalars(path: Path) -> dict[str, list[float | None]]:
-    """Every scalar of an event file or of a log folder: a column a tag, in row n the n-th value of each.
+    """Return every scalar of an event file or of a log folder: a column a tag, in row n the n-th value of each.
 
     Not a row a step: training and validation are logged at different ones. Two columns that are compared should have
     been logged together.

@@ -44,7 +44,7 @@ class History:
         return History({column: [values[row] for row in rows] for column, values in self.columns.items()}, self.source)
 
     def column(self, name: str) -> list[float | None]:
-        """One column.
+        """Return one column.
 
         Raises:
             ValueError: there is none of that name; offers the existing ones.
@@ -54,7 +54,7 @@ class History:
         return self.columns[name]
 
     def whole_column(self, name: str) -> list[float]:
-        """A column in which every row has a value; rows after its last value count as not yet run.
+        """Return a column in which every row has a value; rows after its last value count as not yet run.
 
         Raises:
             ValueError: unknown, without any value, or with a gap.
@@ -121,7 +121,7 @@ def metric_of(history: History, metric: str | None) -> str:
 
 
 def mode_of(metric: str) -> str:
-    """Whether more or less is better, by the usual names.
+    """Return whether more or less is better, by the usual names.
 
     Example:
         >>> mode_of("val_loss"), mode_of("iou"), mode_of("flosses")
@@ -187,7 +187,7 @@ def _merged_by_step(columns: dict[str, list[float | None]]) -> dict[str, list[fl
 
 
 def _number(value: object) -> float | None:
-    """None for what is no number; NaN stays NaN, and is refused where it is used."""
+    """Return a float, or None for what is no number; NaN stays NaN, and is refused where it is used."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     try:

@@ -27,7 +27,7 @@ _COLOURS = {
 
 @dataclass(frozen=True)
 class Window:
-    """How far an average looks back: in updates, and in epochs where their length is known."""
+    """The window of an average: in updates, and in epochs where their length is known."""
 
     decay: float
     decay_type: str
@@ -54,12 +54,12 @@ class Advice:
 
 
 def plain(advice: Advice) -> dict[str, Any]:
-    """Plain values, for JSON."""
+    """Return plain values, for JSON."""
     return asdict(advice)
 
 
 def print_page(advice: Advice) -> None:
-    """Prints the page."""
+    """Print the page."""
     from rich.console import Console
     from rich.text import Text
 
@@ -91,7 +91,7 @@ def print_page(advice: Advice) -> None:
 
 
 def plot(advice: Advice, path: Path) -> None:
-    """Draws base and average, the window as a band, and what was found where."""
+    """Draw base and average, the window as a band, and the findings."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Whether to start an average now: which of a few patterns the base model's history shows.
+"""Advice whether to start an average now, from a few patterns in the base model's history.
 
 An average brings something where weights move about a level (oscillation) or on their way (improving). It brings
 nothing where they stand still, and it keeps what has gone wrong where training falls apart.
@@ -26,7 +26,7 @@ _FALLS_OF_FEW = -0.7
 
 @dataclass(frozen=True)
 class StartAdvice:
-    """What to do about the average now.
+    """Advice about the average.
 
     Attributes:
         action: "start", "wait" or "fix first".
@@ -44,7 +44,7 @@ class StartAdvice:
 
 
 def should_start(history: Sequence[float], mode: str = "max") -> StartAdvice:
-    """Judges the base model's metric, an epoch a value.
+    """Judge the base model's metric, an epoch a value.
 
     Two and three values have no noise to estimate: of them, only a fall by more than half of the value is a collapse,
     which is the one judgement that needs the metric's zero to mean something.
@@ -132,12 +132,12 @@ def _judged(shape: Shape, sign: float) -> StartAdvice:
 
 
 def _smooth(shape: Shape) -> bool:
-    """Whether an epoch's step is mostly trend: the noise of a difference is √2 that of a value."""
+    """Return whether an epoch's step is mostly trend: the noise of a difference is √2 that of a value."""
     return abs(shape.slope) > 2**0.5 * shape.noise
 
 
 def _collapse(values: Sequence[float]) -> tuple[int, float] | None:
-    """Where the steepest fall of oriented values landed, and by how much, if it is a collapse that lasts."""
+    """Return where the steepest fall of oriented values landed, and by how much, if it is a collapse that lasts."""
     if len(values) < 2:
         return None
     at = max(range(1, len(values)), key=lambda i: values[i - 1] - values[i])

@@ -1,4 +1,4 @@
-"""Which decay for a run of a given length.
+"""Recommendation of a decay for a run of a given length.
 
 What counts is how many optimizer steps a run has, not how many epochs. The guide's rule (0.99 for 20 to 60 epochs,
 0.999 up to 150, 0.9999 beyond, if very stable) was found at 400 updates an epoch; the limits here are its in updates.
@@ -34,7 +34,7 @@ SCHEDULE = "threshold"
 
 @dataclass(frozen=True)
 class Recommendation:
-    """How to average a run.
+    """Settings with which to average a run.
 
     Attributes:
         decay: the target.
@@ -55,7 +55,7 @@ class Recommendation:
 
 
 def recommend_decay(epochs: int, updates_per_epoch: float, stability: str = "stable") -> Recommendation:
-    """Recommends decay, schedule, start and patience for a run.
+    """Recommend decay, schedule, start and patience for a run.
 
     Args:
         epochs: of the whole run.

@@ -23,7 +23,7 @@ _NORMAL = 1.4826  # the median of |x| times this is the standard deviation, for 
 
 
 def oriented(history: Sequence[float], mode: str, name: str = "history") -> list[float]:
-    """The values as finite floats of which more is better.
+    """Return the values as finite floats of which more is better.
 
     Raises:
         ValueError: empty, not numbers, NaN or infinite, or an unknown mode.
@@ -43,7 +43,7 @@ def oriented(history: Sequence[float], mode: str, name: str = "history") -> list
 
 
 def noise_of(values: Sequence[float]) -> float:
-    """The standard deviation of what is not trend.
+    """Return the standard deviation of what is not trend.
 
     Second differences of independent noise of variance s² have variance 6 s² (1 + 4 + 1), and those of a straight
     line are 0. Of three values and fewer the one or no second difference is all there is.
@@ -53,13 +53,13 @@ def noise_of(values: Sequence[float]) -> float:
 
 
 def slope_of(values: Sequence[float]) -> float:
-    """Theil and Sen's: the median slope over all pairs, in units an epoch; at least two values."""
+    """Return the Theil-Sen slope: the median over all pairs, in units an epoch; at least two values."""
     return median((b - a) / (j - i) for (i, a), (j, b) in combinations(enumerate(values), 2))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a history looks like now.
+    """Level, noise and trend of a history now.
 
     Attributes:
         epochs: how many epochs "now" has.
@@ -83,17 +83,17 @@ class Shape:
 
     @property
     def quiet(self) -> bool:
-        """Whether the noise is too small to matter."""
+        """True if the noise is too small to matter."""
         return self.noise <= _MATTERS * self.scale
 
     @property
     def drifting(self) -> bool:
-        """Whether the gain or loss matters; a level may be large for no reason, so a tenth of that share of it."""
+        """True if the gain or loss matters; a level may be large for no reason, so a tenth of that share of it."""
         return abs(self.gain) > (_MATTERS if self.climbed else _MATTERS_OF_LEVEL) * self.scale
 
 
 def shape_of(values: Sequence[float]) -> Shape:
-    """The shape of three oriented values and more."""
+    """Return the shape of three oriented values and more."""
     now = values[-RECENT:]
     count = len(now)
     noise, slope, level = noise_of(now), slope_of(now), median(now)

@@ -1,4 +1,4 @@
-"""How far an average looks back, and how much of it is still the weights it started from.
+"""The window of an average, and the share of it that is still the weights it started from.
 
 All of it follows from `shadow = decay * shadow + (1 - decay) * live`: a weight that is k updates old counts
 `(1 - decay) * decay**k`, which is about `1 / (1 - decay)` updates old on average; the starting weights count the
@@ -13,7 +13,7 @@ from numbers import Real
 from typing import Any
 
 from fastema.core.checks import checked_count, checked_decays
-from fastema.core.decays import Decays
+from fastema.core.decays import Decays, updates_back
 
 #: Below this share of starting weights an average has settled: three windows of a constant decay (exp(-3) = 0.05).
 SETTLED = 0.05
@@ -23,17 +23,17 @@ _MOST_UPDATES = 10_000_000
 
 
 def window(decay: float | Sequence[float]) -> Any:
-    """How many updates the average looks back: 1 / (1 - decay); a tuple for several decays.
+    """Return how many updates the average looks back: 1 / (1 - decay); a tuple for several decays.
 
     Example:
         >>> round(window(0.999))
         1000
     """
-    return _of_each(decay, lambda each: math.inf if each == 1.0 else 1.0 / (1.0 - each))
+    return _of_each(decay, updates_back)
 
 
 def lag(decay: float | Sequence[float], updates_per_epoch: float) -> Any:
-    """How many epochs the average looks back; a tuple for several decays.
+    """Return how many epochs the average looks back; a tuple for several decays.
 
     Example:
         >>> round(lag(0.9999, updates_per_epoch=400), 6)
@@ -44,7 +44,7 @@ def lag(decay: float | Sequence[float], updates_per_epoch: float) -> Any:
 
 
 def reflects_epoch(epoch: float, decay: float | Sequence[float], updates_per_epoch: float) -> Any:
-    """Which epoch's weights the average resembles at the end of `epoch`; never one before the training.
+    """Return the epoch whose weights the average resembles at the end of `epoch`; never one before the training.
 
     Example:
         >>> round(reflects_epoch(86, 0.9999, updates_per_epoch=400), 6)
@@ -60,7 +60,7 @@ def initial_share(
     total_steps: int | None = None,
     **decay_args: Any,
 ) -> Any:
-    """What part of the average is still the starting weights: the product of the decays; a tuple for several.
+    """Return the share of the starting weights in the average: the product of the decays; a tuple for several.
 
     Args:
         decay: the target, or several.
@@ -98,7 +98,7 @@ def settle_epochs(
     total_steps: int | None = None,
     **decay_args: Any,
 ) -> Any:
-    """How many epochs until at most `share` of the average is starting weights; a tuple for several decays.
+    """Return how many epochs pass until at most `share` of the average is starting weights; a tuple for several decays.
 
     Args:
         decay: the target, or several.
@@ -140,7 +140,7 @@ def updates_per_epoch(
     drop_last: bool = False,
     step_on_tail: bool = True,
 ) -> int:
-    """Optimizer steps an epoch: what an average counts, which is neither images nor batches.
+    """Return the optimizer steps in an epoch: what an average counts, which is neither images nor batches.
 
     Args:
         images: samples in the training set (of this process, if several share it).
@@ -167,7 +167,7 @@ def updates_per_epoch(
 
 
 def checked_rate(updates_per_epoch: float) -> float:
-    """`updates_per_epoch` as a finite number above 0."""
+    """Return `updates_per_epoch` as a finite number above 0."""
     if not isinstance(updates_per_epoch, Real) or not 0 < updates_per_epoch < math.inf:
         raise ValueError(f"updates_per_epoch must be a positive number, got {updates_per_epoch}")
     return float(updates_per_epoch)

@@ -1,15 +1,14 @@
-"""The backends: who runs an update. One small contract, one module each.
+"""The backends, which run updates and exchanges: one module each.
 
 A backend is a module with
     NAME                                         "native", "triton", "torch"
     why_unusable(device_type)                    None, or the reason why it cannot run on that kind of device
     probe(device)                                None, or the reason why it cannot run on this one: asks the device
     describe(device_type)                        what runs there
-    Plan(shadows, lives, copies, views)          see csrc/plan.h
-    StorageExchange(lives, others, managed, parts), second_owner(tensor)    see csrc/storage_exchange.h
-    Watch(dicts, tensors, shadows, loose)                                   see csrc/watch.h
-and the C++ classes of `native` and the Python ones of `torch` are twins, held to the same tests. `triton` has a Plan
-alone, and takes the rest from `host`.
+    Plan, StorageExchange, Watch                 see contract.py
+    second_owner(tensor)                         another storage over the memory of `tensor`, which it keeps alive
+`triton` has a Plan alone, and takes the rest from `host`. `native.Plan` has `update_watched(watch, ...)` too: the check
+and the update in one call.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def _devices() -> list[Device]:
 
 
 def default_name() -> str:
-    """FASTEMA_BACKEND, or "auto"."""
+    """Return FASTEMA_BACKEND, or "auto"."""
     return os.environ.get("FASTEMA_BACKEND") or "auto"
 
 
@@ -118,7 +117,7 @@ def skips_on(devices: Sequence[Device], skip: Tensor | None) -> list[Tensor | No
 
 
 def host(name: str) -> ModuleType:
-    """Whose StorageExchange and Watch to use: they need a compiler, but no kernel for the device."""
+    """Return the backend whose StorageExchange and Watch to use; they need no kernel for the device."""
     return plain_torch if name == "torch" or native.why_unusable("cpu") is not None else native
 
 

@@ -1,4 +1,4 @@
-"""Steps that a KeyboardInterrupt cannot split: they run in one call of C.
+"""Run steps in one call of C, so that KeyboardInterrupt cannot split them.
 
 Python delivers signals between bytecodes, and a loop inside a call of C has none, as long as its steps are functions of
 C themselves: `Tensor.copy_`, `setattr`, methods of fastema._C.

@@ -29,7 +29,7 @@ else:
 
 
 def _build_record() -> dict[str, str | None]:
-    """What setup.py could not build and why."""
+    """Return what setup.py could not build, and why."""
     path = Path(__file__).parent.parent / "_build_record.json"
     try:
         return json.loads(path.read_text())
@@ -38,7 +38,7 @@ def _build_record() -> dict[str, str | None]:
 
 
 def why_unusable(device_type: str) -> str | None:
-    """None if the backend runs on this kind of device, else the reason."""
+    """Return why the backend cannot run on this kind of device, or None."""
     if _C is None:
         reason = _build_record().get("extension") or _import_error
         return f"fastema._C is not available ({reason}); reinstall with --no-build-isolation and a C++ compiler"
@@ -79,7 +79,7 @@ def clock_launch(device: torch.device) -> Callable[..., None] | None:
 
 
 def describe(device_type: str) -> str:
-    """What runs there."""
+    """Describe what runs on this kind of device."""
     if device_type == "cuda":
         return "CUDA kernels, swap by pointer"
     return f"C++ kernels ({_C.cpu_isa()}, {torch.get_num_threads()} threads), swap by pointer"

@@ -1,4 +1,4 @@
-"""Which streams use a plan's memory: the allocator must know, else it may hand the memory out while they still read it.
+"""The streams that use a plan's memory: the allocator must know them, else it may reuse the memory too early.
 
 csrc/plan.cpp does the same for the native backend.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Streams:
-    """Records tensors on every stream that they are used on; a stream is recorded once.
+    """Tensors that are recorded on every stream that uses them; each stream once.
 
     Args:
         device: where the tensors are; on a CPU nothing is recorded.

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fastema.backends import contract
 from fastema.backends.atomic import Step, run_atomically
 from fastema.backends.streams import Streams
 
@@ -22,7 +23,7 @@ _BATCH, _GPU_BATCH = 1 << 18, 1 << 22
 
 
 def why_unusable(device_type: str) -> str | None:
-    """None if the backend runs on this kind of device, else the reason."""
+    """Return why the backend cannot run on this kind of device, or None."""
     if device_type in ("cuda", "xpu") and not torch.get_device_module(device_type).is_available():
         return f"torch sees no {device_type.upper()} device"
     return None
@@ -33,13 +34,13 @@ def probe(device: torch.device) -> None:
 
 
 def describe(device_type: str) -> str:
-    """What runs there."""
+    """Describe what runs on this kind of device."""
     swap = "by pointer" if _SWAPS_POINTERS else "by contents (this torch cannot swap storages)"
     return f"torch operations, swap {swap}"
 
 
 class Plan:
-    """shadow <- shadow + weight * (live - shadow) for every segment. See csrc/plan.h for the arguments."""
+    """shadow <- shadow + weight * (live - shadow) for every segment; see `contract.Plan`."""
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class Plan:
         averaged = [not copy for copy in copies]
         self._batches = [_batches(compress(pairs, averaged)) for pairs in self._pairs]
         self._views = list(views)
-        self._kept: Tensor | int = 0
+        self._nonfinite: Tensor | int = 0
         tensors = [*lives, *chain(*shadows)]
         self._streams = [
             Streams(device, (tensor for tensor in tensors if tensor.device == device))
@@ -65,7 +66,7 @@ class Plan:
     def update(
         self,
         weights: Sequence[float],
-        guard: bool,
+        skip_nonfinite: bool,
         skip: Tensor | None = None,
         device_weights: Tensor | None = None,
     ) -> None:
@@ -79,34 +80,34 @@ class Plan:
             for shadow, live in copied:
                 shadow.copy_(live)
             for batch in batches:
-                self._average(batch, weight, guard, counts=which == 0)
+                self._average(batch, weight, skip_nonfinite, counts=which == 0)
         torch.autograd.graph.increment_version(self._views)
 
-    def _average(self, batch: list[Pair], weight: float, guard: bool, counts: bool) -> None:
+    def _average(self, batch: list[Pair], weight: float, skip_nonfinite: bool, counts: bool) -> None:
         shadows, lives = [shadow for shadow, _ in batch], [live for _, live in batch]
         opmath = torch.float64 if shadows[0].dtype == torch.float64 else torch.float32
         old, new = _joined(shadows).to(opmath), _joined(lives).to(shadows[0].device, opmath)
         result = torch.lerp(old, new, weight)
-        if guard:
+        if skip_nonfinite:
             finite = new.isfinite()
             result = torch.where(finite, result, old)
             if counts:  # an element is counted once for all shadows
-                self._kept = self._kept + (finite.numel() - finite.count_nonzero())
+                self._nonfinite = self._nonfinite + (finite.numel() - finite.count_nonzero())
         if len(batch) == 1:
             shadows[0].copy_(result)
         else:
             torch._foreach_copy_(shadows, result.split([shadow.numel() for shadow in shadows]))
 
     def nonfinite_count(self) -> int:
-        return int(self._kept)
+        return int(self._nonfinite)
 
     @torch.no_grad()
     def exchange(self, which: int) -> None:
-        """Swaps the contents of live and of one shadow, a block at a time."""
+        """Swap the contents of live and of one shadow, a block at a time."""
         run_atomically(self.exchange_steps(which))
 
     def exchange_steps(self, which: int) -> list[Step]:
-        """What `exchange()` does, for `run_atomically`."""
+        """Return the steps of `exchange()`, for `run_atomically`."""
         pairs = self._pairs[which]
         if any(shadow.dtype != live.dtype for shadow, live in pairs):
             raise ValueError("contents of different dtypes cannot be exchanged exactly")
@@ -118,11 +119,11 @@ class Plan:
 
 
 def _batches(pairs: Iterable[Pair]) -> list[list[Pair]]:
-    """Small segments of the same dtypes in one batch: an operation on 256 elements takes as long as one on none."""
+    """Group small segments of the same dtypes: an operation on 256 elements takes as long as one on none."""
     batches: list[list[Pair]] = []
     open_batches: dict[Any, tuple[list[Pair], int]] = {}
     for shadow, live in pairs:
-        if shadow.dim() != 1:  # no segment, but a stand-in for a tensor: see `Shadow.update_operands`
+        if shadow.dim() != 1:  # a tensor of a compiled graph: see `Shadow.update_operands`
             batches.append([(shadow, live)])
             continue
         alike = shadow.dtype, shadow.device, live.dtype, live.device
@@ -146,7 +147,7 @@ _SWAPS_POINTERS = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # torch 2.13
 
 
 def _exchange_contents(first: Tensor, second: Tensor) -> list[Step]:
-    """Steps that swap the contents of two tensors of bytes."""
+    """Yield the steps that swap the contents of two tensors of bytes."""
     held = first.new_empty(min(_EXCHANGE_BLOCK, first.numel()))
     copy = torch.Tensor.copy_
     steps: list[Step] = []
@@ -157,7 +158,7 @@ def _exchange_contents(first: Tensor, second: Tensor) -> list[Step]:
 
 
 class _Exchange:
-    """Live and shadow change places. See csrc/storage_exchange.h.
+    """An exchange of live and shadow; see `contract.StorageExchange`.
 
     After an exception at any point of `enter()` nothing has changed; after one in `leave()`, it can be called again.
     """
@@ -229,10 +230,14 @@ class _Exchange:
 
 
 class ContentsExchange(_Exchange):
-    """Live and shadow change places by their contents: addresses stay, as captured CUDA graphs need it."""
+    """The exchange of the contents of live and shadow: addresses stay, as captured CUDA graphs need it."""
 
     def __init__(
-        self, plans: Sequence[Any], which: int, managed: Sequence[Tensor], pairs: Sequence[tuple[Storage, Storage]]
+        self,
+        plans: Sequence[contract.Plan],
+        which: int,
+        managed: Sequence[Tensor],
+        pairs: Sequence[tuple[Storage, Storage]],
     ) -> None:
         super().__init__(managed, pairs)
         self._plans = list(plans)  # of any backend
@@ -249,7 +254,7 @@ class ContentsExchange(_Exchange):
 
 
 class StorageExchange(_Exchange):
-    """Live and shadow change places by the pointers of their storages, and `parts` by their contents."""
+    """The exchange of live and shadow by the pointers of their storages, and of `parts` by their contents."""
 
     def __init__(
         self,
@@ -284,7 +289,7 @@ def second_owner(tensor: Tensor) -> Tensor:
 
 
 class Watch:
-    """Whether what a plan was built for is still what the model holds. See csrc/watch.h for the arguments."""
+    """A check that the model still holds what a plan was built for; see `contract.Watch`."""
 
     def __init__(
         self,

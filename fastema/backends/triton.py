@@ -35,7 +35,7 @@ _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}  # 256 threads in warps o
 
 
 def _load_kernels() -> Any:
-    """The kernels, or None with the reason kept."""
+    """Return the kernels; None, with the reason noted, where they cannot be imported."""
     global _kernels, _import_error
     if _kernels is None and _import_error is None:
         try:
@@ -46,7 +46,7 @@ def _load_kernels() -> Any:
 
 
 def why_unusable(device_type: str) -> str | None:
-    """None if the backend runs on this kind of device, else the reason."""
+    """Return why the backend cannot run on this kind of device, or None."""
     if device_type not in ("cpu", *_GPUS):
         return f"there are no kernels for {device_type}"
     if device_type in _GPUS and not torch.get_device_module(device_type).is_available():
@@ -68,7 +68,7 @@ def probe(device: torch.device) -> str | None:
         return None
     try:
         live, shadow = torch.ones(2, 16, device=device)
-        Plan([[shadow]], [live], [False], []).update([0.5], guard=True)
+        Plan([[shadow]], [live], [False], []).update([0.5], skip_nonfinite=True)
         torch.get_device_module(device).synchronize(device)
     except Exception as error:  # a broken Triton fails in many ways
         lines = str(error).strip().splitlines() or [""]
@@ -77,7 +77,7 @@ def probe(device: torch.device) -> str | None:
 
 
 def describe(device_type: str) -> str:
-    """What runs there."""
+    """Describe what runs on this kind of device."""
     version = importlib.import_module("triton").__version__
     if device_type in _GPUS:
         return f"Triton {version} kernels, swap by pointer"
@@ -85,7 +85,7 @@ def describe(device_type: str) -> str:
 
 
 class Plan:
-    """shadow <- shadow + weight * (live - shadow) for every segment. See csrc/plan.h for the arguments.
+    """shadow <- shadow + weight * (live - shadow) for every segment; see `contract.Plan`.
 
     Up to kernels.MAX_SHADOWS shadows are averaged in one launch, and so in one read of the live weights; more take
     several.
@@ -109,7 +109,7 @@ class Plan:
         self._held = [list(lives), *map(list, shadows)]  # so that the addresses in the table stay valid
         self._same_dtypes = all(shadow.dtype == live.dtype for shadow, live in zip(shadows[0], lives, strict=True))
         self._views = list(views)
-        self._kept = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._nonfinite = torch.zeros((), dtype=torch.int64, device=self._device)
         most = self._kernels.MAX_SHADOWS
         self._launches = [
             _Launch(self._kernels, shadows[first : first + most], lives, kinds, self._device, first)
@@ -118,7 +118,7 @@ class Plan:
         self._pack = struct.Struct(f"{len(shadows)}d")
         self._unpack = struct.Struct(f"{len(shadows)}q")
         self._streams = Streams(
-            self._device, [self._kept, *(launch.table for launch in self._launches), *chain(*self._held)]
+            self._device, [self._nonfinite, *(launch.table for launch in self._launches), *chain(*self._held)]
         )
         # Triton launches on the current device, and on its current stream. -1 is nothing to change.
         gpu = torch.get_device_module(self._device) if self._device.type in _GPUS else torch.cuda
@@ -127,7 +127,7 @@ class Plan:
     def update(
         self,
         weights: Sequence[float],
-        guard: bool,
+        skip_nonfinite: bool,
         skip: Tensor | None = None,
         device_weights: Tensor | None = None,
     ) -> None:
@@ -139,11 +139,11 @@ class Plan:
         self._streams.note_current()
         with self._current:
             for launch in self._launches:
-                launch.update(bits, guard, self._kept, skip, device_weights)
+                launch.update(bits, skip_nonfinite, self._nonfinite, skip, device_weights)
         torch.autograd.graph.increment_version(self._views)
 
     def exchange(self, which: int) -> None:
-        """Swaps the contents of live and of one shadow."""
+        """Swap the contents of live and of one shadow."""
         if not 0 <= which < self._count:
             raise ValueError("no such shadow")
         if not self._same_dtypes:
@@ -154,7 +154,7 @@ class Plan:
             self._launches[launch].exchange(column)
 
     def nonfinite_count(self) -> int:
-        return int(self._kept)
+        return int(self._nonfinite)
 
 
 class _Launch:
@@ -181,7 +181,12 @@ class _Launch:
         self._tiles = tuple(kernels.tile_elements(variant) for variant in self._variants)
 
     def update(
-        self, bits: Sequence[int], guard: bool, kept: Tensor, skip: Tensor | None, device_weights: Tensor | None
+        self,
+        bits: Sequence[int],
+        skip_nonfinite: bool,
+        nonfinite: Tensor,
+        skip: Tensor | None,
+        device_weights: Tensor | None,
     ) -> None:
         if self._chunks == 0:
             return
@@ -190,15 +195,15 @@ class _Launch:
             device_weights = device_weights[self._first :]  # a view: nothing is allocated on the device
         self._kernels.update[(self._chunks,)](
             self.table,
-            kept,
+            nonfinite,
             skip,
             device_weights,
             *mine,
             VARIANTS=self._variants,
             TILES=self._tiles,
             K=self._shadows,
-            GUARD=guard,
-            COUNT_KEPT=self._first == 0,
+            SKIP_NONFINITE=skip_nonfinite,
+            COUNT_NONFINITE=self._first == 0,
             **self._options,
         )
 
@@ -213,7 +218,7 @@ class _Launch:
 def _checked_kinds(
     shadows: Sequence[Sequence[Tensor]], lives: Sequence[Tensor], copies: Sequence[bool], device: torch.device
 ) -> list[int]:
-    """What happens to each segment, numbered as in csrc/chunks.h."""
+    """Return the kind of each segment, numbered as in csrc/chunks.h."""
     if len(copies) != len(lives) or any(len(shadow) != len(lives) for shadow in shadows):
         raise ValueError("every shadow, lives and copies must have equal lengths")
     kinds = []
@@ -242,7 +247,7 @@ def _chunk_rows(
     tile_elements: Callable[[int], int],
     workers: int,
 ) -> list[list[int]]:
-    """Cuts every segment into chunks of whole tiles; every element is in exactly one.
+    """Cut every segment into chunks of whole tiles; every element is in exactly one.
 
     Live and shadow of a segment mostly become aligned after the same few elements, and these get a chunk of their own,
     so that the rest is hinted. Where they never do, the whole segment goes without the hint.
@@ -274,7 +279,7 @@ def _chunk_rows(
 
 
 def _elements_to_alignment(addresses: Sequence[int], steps: Sequence[int]) -> int | None:
-    """After how many elements all addresses are multiples of 16; None: never."""
+    """Return after how many elements all addresses are multiples of 16; None: never."""
     for head in range(16):
         if all((address + head * step) % 16 == 0 for address, step in zip(addresses, steps, strict=True)):
             return head
@@ -282,7 +287,7 @@ def _elements_to_alignment(addresses: Sequence[int], steps: Sequence[int]) -> in
 
 
 def _workers(device: torch.device) -> int:
-    """How many blocks run at once. The interpreter runs one, and the fewer chunks the better."""
+    """Return how many blocks run at once; 1 in the interpreter."""
     if device.type not in _GPUS:
         return 1
     properties = torch.get_device_module(device).get_device_properties(device)
@@ -291,7 +296,7 @@ def _workers(device: torch.device) -> int:
 
 
 def _warp_size(device: torch.device) -> int:
-    """64 on AMD's CDNA, where 8 warps would leave 8-byte accesses to each thread; else 32."""
+    """Return 64 on AMD's CDNA, where 8 warps would leave 8-byte accesses to each thread; else 32."""
     return getattr(torch.cuda.get_device_properties(device), "warp_size", 32) if device.type == "cuda" else 32
 
 

@@ -1,1 +1,1 @@
-"""What the front doors stand on: storages, shadows, swaps, state."""
+"""The parts that FastEMA and AveragedModel share: policy, storages, shadows, swap, state."""

@@ -1,4 +1,4 @@
-"""What users hand in, checked; and the wording of the errors."""
+"""Checks of arguments, and the wording of their errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STALL_DECAY = 0.99
 
 
 def checked_decay(decay: object) -> float:
-    """`decay` as a float in [0, 1]."""
+    """Return `decay` as a float in [0, 1]."""
     if isinstance(decay, bool) or not isinstance(decay, Real):
         raise ValueError(f"decay must be a number in [0, 1], got {decay!r}")
     if not 0.0 <= float(decay) <= 1.0:  # NaN fails too
@@ -26,7 +26,7 @@ def checked_decay(decay: object) -> float:
 
 
 def checked_decays(decay: float | Sequence[float]) -> tuple[tuple[float, ...], bool]:
-    """The decays, and whether they came as a sequence."""
+    """Return the decays, and whether they came as a sequence."""
     if isinstance(decay, Sequence) and not isinstance(decay, str):
         if not decay:
             raise ValueError("decay must be a number in [0, 1] or several of them, got an empty sequence")
@@ -35,7 +35,7 @@ def checked_decays(decay: float | Sequence[float]) -> tuple[tuple[float, ...], b
 
 
 def checked_count(name: str, value: int, at_least: int) -> int:
-    """`value` as an int that is not too small."""
+    """Return `value` as an int that is not too small."""
     try:
         count = None if isinstance(value, bool) else operator.index(value)  # NumPy's integers are no int
     except TypeError:
@@ -46,7 +46,7 @@ def checked_count(name: str, value: int, at_least: int) -> int:
 
 
 def checked_shadow_dtype(dtype: torch.dtype | None, decay: float) -> torch.dtype | None:
-    """`dtype`, if an average in it moves.
+    """Return `dtype`, if an average in it moves.
 
     Rounded to nearest, a 16-bit shadow drops every change below half a unit in its last place (2^-9 of the value for
     bfloat16): from decay 0.99 on it stands still while the weights move on.
@@ -64,7 +64,7 @@ def checked_shadow_dtype(dtype: torch.dtype | None, decay: float) -> torch.dtype
 
 
 def checked_device(device: torch.device | str | int | None) -> torch.device | None:
-    """`device` with its index: "cuda" becomes the current CUDA device."""
+    """Return `device` with its index: "cuda" becomes the current CUDA device."""
     if device is None:
         return None
     try:
@@ -77,7 +77,7 @@ def checked_device(device: torch.device | str | int | None) -> torch.device | No
 
 
 def difference(name: str, expected: Tensor, got: Tensor, dtypes: bool) -> str | None:
-    """How `got` differs in shape, or in dtype, if that counts; None where it does not."""
+    """Describe how `got` differs in shape, or in dtype, if that counts; None where it does not."""
     if not isinstance(got, Tensor):
         return f"{name!r} is a {type(got).__name__}, not a tensor"
     if expected.shape != got.shape:
@@ -88,7 +88,7 @@ def difference(name: str, expected: Tensor, got: Tensor, dtypes: bool) -> str | 
 
 
 def refuse_differences(what: str, differences: Iterable[str | None], error: type[Exception] = ValueError) -> None:
-    """Raises `error` with the first few differences, if there are any."""
+    """Raise `error` with the first few differences, if there are any."""
     found = [text for text in differences if text is not None]
     if found:
         raise error(f"{what}: {first_few(found, _SHOWN, '; ')}")

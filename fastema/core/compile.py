@@ -38,7 +38,7 @@ def register(update_operands: UpdateOperands) -> int:
 def update(
     shadows: Sequence[Tensor], lives: Sequence[Tensor], handle: int, step: int | None, found_inf: Tensor | None
 ) -> None:
-    """FastEMA.update() on what its `Shadow.operands()` are in the graph; `handle` finds the FastEMA."""
+    """Run FastEMA.update() on what its `Shadow.operands()` are in the graph; `handle` finds the FastEMA."""
     update_operands = _updates[handle]() if handle in _updates else None
     if update_operands is None:
         raise RuntimeError("the FastEMA that was compiled into this graph no longer exists")
@@ -53,7 +53,7 @@ def _(
 
 
 def refuse_freezing(tensors: Iterable[Tensor], modules: Iterable[nn.Module]) -> None:
-    """Raises RuntimeError where inductor makes constants of the weights, which no swap reaches.
+    """Raise RuntimeError where inductor makes constants of the weights, which no swap reaches.
 
     Dynamo leaves a mark on every parameter that it has seen, whichever module or function was compiled around it.
 

@@ -1,4 +1,4 @@
-"""What a FastEMA averages with: one schedule and one target decay for each of its averages."""
+"""The schedule and the target decay of each average of a FastEMA."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import Any
 
 from fastema.core.checks import checked_count, checked_decays
 from fastema.core.schedules import make_schedule, schedule_class, takes_argument
+
+
+def updates_back(decay: float) -> float:
+    """Return how many updates an average with `decay` reaches back: 1 / (1 - decay)."""
+    return math.inf if decay == 1.0 else 1.0 / (1.0 - decay)
 
 
 class Decays:
@@ -68,7 +73,7 @@ class Decays:
 
     @property
     def settles(self) -> bool:
-        """Whether every decay reaches its target and stays there."""
+        """True if every decay reaches its target and stays there."""
         return all(schedule.settles for schedule in self.schedules)
 
     @property
@@ -126,7 +131,7 @@ class Decays:
         now = self.at(step)
         pairs = zip(self.targets, self.schedules, now, strict=True)
         decays = [target if schedule.has_target else current for target, schedule, current in pairs]
-        return [math.inf if decay == 1.0 else 1.0 / (1.0 - decay) for decay in decays]
+        return [updates_back(decay) for decay in decays]
 
     def one_or_all(self, values: Sequence[float]) -> Any:
         """Return a tuple for a user who gave several, else the one value."""

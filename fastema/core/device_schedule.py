@@ -20,7 +20,7 @@ _MOST_ROWS = 1 << 22  # 32 MiB for one decay
 
 
 class DeviceSchedule:
-    """Counts optimizer steps on the device and looks their weights up.
+    """A step counter and a table of weights on the device.
 
     Args:
         decays: targets and schedule; the table of one that does not settle ends at its total_steps.
@@ -45,7 +45,7 @@ class DeviceSchedule:
 
     @torch.no_grad()
     def advance(self, found_inf: Tensor | None) -> Tensor:
-        """One optimizer step on; none where `found_inf` is not 0.
+        """Count one optimizer step, unless `found_inf` is not 0.
 
         Returns:
             The float32 scalar that is not 0 where nothing is averaged; `weights` are those of the step.

@@ -1,4 +1,4 @@
-"""Models spread over processes: DTensors, as tensor parallelism and FSDP2's `fully_shard` make them.
+"""Models sharded over processes: DTensors, as tensor parallelism and FSDP2's `fully_shard` make them.
 
 A DTensor is a description around a local tensor, and only the local one has memory. So FastEMA averages and exchanges
 local tensors, each process its own and without communication, and describes them again where it hands them out.
@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_dtensor(tensor: object) -> bool:
-    # Whoever has a DTensor has imported its package; `import fastema` need not.
+    # A process with a DTensor has imported its package; `import fastema` need not.
     package = sys.modules.get("torch.distributed.tensor")
     return package is not None and isinstance(tensor, package.DTensor)
 
 
 def local_part(tensor: Any) -> Tensor:
-    """What lies in this process's memory: of a DTensor its local tensor, else the tensor itself."""
+    """Return the part in this process's memory: of a DTensor its local tensor, else the tensor itself."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
@@ -43,7 +43,7 @@ def has_storage(tensor: Any) -> bool:
 
 
 def described_as(whole: Any, local: Tensor) -> Tensor:
-    """`local`, sharing its memory, as the DTensor that `whole` is; itself, where that is none."""
+    """Return `local` as a DTensor like `whole`, sharing its memory; `local` itself where `whole` is no DTensor."""
     if not is_dtensor(whole):
         return local
     spec = whole._spec  # from_local() would copy what is not on the mesh's device, as an offloaded average
@@ -53,7 +53,7 @@ def described_as(whole: Any, local: Tensor) -> Tensor:
 
 
 def placement(tensor: Any) -> str:
-    """How a DTensor is spread, for error messages; empty for others."""
+    """Describe how a DTensor is sharded, for error messages; empty for others."""
     return f" as {tensor.placements} on {tensor.device_mesh}" if is_dtensor(tensor) else ""
 
 
@@ -62,7 +62,7 @@ def has_partial_sums(tensor: Any) -> bool:
 
 
 def difference(name: str, target: Any, value: Any) -> str | None:
-    """Why `assignment(target, value)` is none, or None. Shapes and dtypes are somebody else's to compare."""
+    """Return why `assignment(target, value)` is impossible, or None. Shapes and dtypes are not compared."""
     if not is_dtensor(value):
         return None
     if not is_dtensor(target):
@@ -79,7 +79,7 @@ def difference(name: str, target: Any, value: Any) -> str | None:
 
 
 def assignment(target: Any, value: Any) -> tuple[Tensor, Tensor]:
-    """What to copy into what for `target.copy_(value)`, without communication: of a plain `value` its own part."""
+    """Return the local tensors of `target.copy_(value)`, without communication; a plain `value` is sharded first."""
     if is_dtensor(target) and not is_dtensor(value):
         package = sys.modules["torch.distributed.tensor"]
         mesh = target.device_mesh
@@ -89,7 +89,7 @@ def assignment(target: Any, value: Any) -> tuple[Tensor, Tensor]:
 
 
 class GatheredParameters:
-    """What FSDP2 gathers for the forward of these modules.
+    """The parameters that FSDP2 gathers for the forward of these modules.
 
     Raises:
         ValueError: a module is wrapped by FSDP's first version.
@@ -115,7 +115,7 @@ class GatheredParameters:
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """A block in which the modules' slots hold the sharded parameters; nothing is freed or communicated."""
+        """Open a block in which the modules' slots hold the sharded parameters; nothing is freed or communicated."""
         found = [(parameter, _in_slot(parameter)) for group in self._groups for parameter in group.fsdp_params]
         gathered = [(parameter, tensor) for parameter, tensor in found if tensor is not parameter.sharded_param]
         for parameter, _ in gathered:
@@ -127,13 +127,13 @@ class GatheredParameters:
                 parameter._setattr_on_modules(tensor)
 
     def drop(self) -> None:
-        """Frees them: the next forward gathers them anew."""
+        """Free the gathered copies: the next forward gathers them anew."""
         for group in self._groups:
             group.wait_for_unshard()  # one that was begun ahead
             group._to_sharded()  # what reshard() does, but also after a forward that raised
 
     def tensors(self) -> list[Tensor]:
-        """The parameters that graphs of past forwards refer to; their memory comes and goes."""
+        """Return the parameters that graphs of past forwards refer to; their memory comes and goes."""
         return [
             parameter._unsharded_param
             for group in self._groups

@@ -11,10 +11,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from fastema.backends import contract
 
 _ALIGNMENT = 64  # bytes: a cache line, and a multiple of every element
 _BLOCK = 64 << 20  # torch rounds pinned memory up to a power of two: one block of all the weights may waste half of it
@@ -24,10 +26,10 @@ class Copy(Protocol):
     """Device memory on its way to the host."""
 
     def order_writes(self) -> None:
-        """What the caller does to the device memory from now on comes after the copy."""
+        """Make what the caller enqueues from now on wait for the copy."""
 
     def wait(self) -> None:
-        """Blocks the calling thread until the copy is done.
+        """Block the calling thread until the copy is done.
 
         Raises:
             Exception: it failed.
@@ -35,17 +37,17 @@ class Copy(Protocol):
 
 
 class Transfer(Protocol):
-    """Who copies from a device to the host. The tests have a slow one without a GPU."""
+    """A way to copy from a device to the host. The tests have a slow one without a GPU."""
 
     def host_memory(self, nbytes: int) -> Tensor:
-        """[nbytes] uint8, in memory that a copy reaches without the host's help."""
+        """Return [nbytes] uint8 in memory that a copy reaches without the host's help."""
 
     def start(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Copy:
-        """Begins host <- device for pairs of equal dtypes and sizes, after all that was enqueued so far."""
+        """Begin host <- device for pairs of equal dtypes and sizes, after all that was enqueued so far."""
 
 
 def transfer_between(live: torch.device, shadow: torch.device) -> Transfer | None:
-    """Who brings weights from one device to a shadow on the other without a wait; None: nobody."""
+    """Return what copies weights to a shadow on another device without a wait; None: there is nothing."""
     return CudaTransfer(live) if live.type == "cuda" and shadow.type == "cpu" else None
 
 
@@ -67,7 +69,7 @@ class CudaCopy:
 
 
 class CudaTransfer:
-    """Copies on a stream of its own, in the order of events alone: the host never waits."""
+    """Transfer on a stream of its own, ordered by events alone: the host never waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -109,7 +111,7 @@ class _Piece:
 
 
 def _pieces(lives: Sequence[Tensor], block_bytes: int) -> Iterator[_Piece]:
-    """All elements of `lives`, cut where a block ends."""
+    """Yield all elements of `lives`, cut where a block ends."""
     block = offset = 0
     for run, live in enumerate(lives):
         begin = 0
@@ -142,13 +144,13 @@ class OffloadedPlan:
     Args:
         transfer: brings the one to the other.
         plan: the plan on the host, `Plan` of a backend.
-        shadows, lives, copies, views: see csrc/plan.h; lives on the device.
+        shadows, lives, copies, views: see `contract.Plan`; lives on the device.
     """
 
     def __init__(
         self,
         transfer: Transfer,
-        plan: Callable[..., Any],
+        plan: Callable[..., contract.Plan],
         shadows: Sequence[Sequence[Tensor]],
         lives: Sequence[Tensor],
         copies: Sequence[bool],
@@ -182,15 +184,15 @@ class OffloadedPlan:
         self._future: Future[None] | None = None
         self._late_copy: Copy | None = None  # under way, of weights that only `order_writes` protects
 
-    def leave_to_steps(self, storages: frozenset[int]) -> None:
-        """Who writes to these live storages (`_cdata`) calls `order_writes()` before; the others are safe at once."""
+    def defer_copies_until_step(self, storages: frozenset[int]) -> None:
+        """Let copies of these live storages (`_cdata`) last until the caller's `order_writes()`."""
         self.order_writes()
         is_late = [live.untyped_storage()._cdata in storages for _, live in self._pairs]
         self._late = [pair for pair, late in zip(self._pairs, is_late, strict=True) if late]
         self._at_once = [pair for pair, late in zip(self._pairs, is_late, strict=True) if not late]
 
     def order_writes(self) -> None:
-        """What is enqueued from now on may write to every weight."""
+        """Make writes that are enqueued from now on wait for the copies."""
         if self._late_copy is not None:
             self._late_copy.order_writes()
 
@@ -198,11 +200,11 @@ class OffloadedPlan:
     def update(
         self,
         weights: Sequence[float],
-        guard: bool,
+        skip_nonfinite: bool,
         skip: Tensor | None = None,
         device_weights: Tensor | None = None,
     ) -> None:
-        """As csrc/plan.h has it, `skip` on the lives' device; returns before anything is averaged.
+        """Begin an update and return before anything is averaged; see `Plan.update`. `skip` is on the lives' device.
 
         The caller has called `synchronize()`, of every plan of its own before the first of them updates.
         """
@@ -219,15 +221,15 @@ class OffloadedPlan:
         if self._late:
             self._late_copy = self._transfer.start(self._late)
             copies.append(self._late_copy)
-        self._submit(copies, None if skip is None else self._skip, list(weights), guard)
+        self._submit(copies, None if skip is None else self._skip, list(weights), skip_nonfinite)
 
-    def _submit(self, copies: list[Copy], skip: Tensor | None, weights: list[float], guard: bool) -> None:
+    def _submit(self, copies: list[Copy], skip: Tensor | None, weights: list[float], skip_nonfinite: bool) -> None:
         plan = self._plan  # not self: the thread keeps nobody alive who could end it
 
         def average() -> None:
             for copy in copies:
                 copy.wait()
-            plan.update(weights, guard, skip)
+            plan.update(weights, skip_nonfinite, skip)
 
         if self._executor is None or self._executor_process != os.getpid():  # threads do not survive a fork
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="fastema-offload")
@@ -237,7 +239,7 @@ class OffloadedPlan:
         self._job = job
 
     def synchronize(self) -> None:
-        """Waits until the shadow is up to date.
+        """Wait until the shadow is up to date.
 
         Raises:
             RuntimeError: the average failed, told once; or this process was forked before it was done.

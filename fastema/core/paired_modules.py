@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastema import backends
+from fastema.backends import contract
 from fastema.backends import torch as plain_torch
 from fastema.core import swap
-from fastema.core.policy import AVERAGED_DTYPES
+from fastema.core.policy import AVERAGED_DTYPES, why_no_storage
 from fastema.core.storages import Run, SwapBuffer, allocate, element_runs, flat, gaps, merged, view_in, whole
 from fastema.core.swap import Swap, SwapEntry
 
@@ -28,7 +28,7 @@ _WALKS = ("parameters", "named_parameters", "buffers", "named_buffers", "named_m
 
 
 class UseTorchFallback(Exception):
-    """Raised where torch's own update must run: it gives the result, or the error."""
+    """Signal that torch's own update must run: it gives the result, or the error."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,7 @@ class Pair:
     @property
     def is_regular(self) -> bool:
         tensors = (self.averaged, self.live)
-        return self.averaged.shape == self.live.shape and not any(_why_no_storage(tensor) for tensor in tensors)
-
-
-def _why_no_storage(tensor: Tensor) -> str | None:
-    """Why `tensor` is not a view of memory of its own; None: it is."""
-    if nn.parameter.is_lazy(tensor):
-        return "is not initialised yet"
-    if is_traceable_wrapper_subclass(tensor):
-        return f"is a {type(tensor).__name__}, a wrapper without storage of its own"
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        return f"has layout {tensor.layout}, or is quantised"
-    if tensor.device.type == "meta" or (tensor.numel() and tensor.untyped_storage().nbytes() == 0):
-        return "has no memory behind it"
-    return None
+        return self.averaged.shape == self.live.shape and not any(why_no_storage(tensor) for tensor in tensors)
 
 
 def _has_no_average(tensor: Tensor) -> bool:
@@ -63,7 +50,7 @@ def _has_no_average(tensor: Tensor) -> bool:
 
 
 def pairs_of(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[list[Pair], tuple[int, int]]:
-    """The pairs of an AveragedModel and a live model, as torch pairs them: what is left over on a side stays alone.
+    """Return the pairs of an AveragedModel and a live model, as torch pairs them: the longer side's rest is left out.
 
     Returns:
         The pairs, and how many tensors the two sides have.
@@ -116,21 +103,21 @@ class PairedModules:
         self._host = backends.host(backends.default_name())
         tensors = [tensor for pair in self.pairs for tensor in (pair.averaged, pair.live)]
         averages = [pair.averaged for pair in self.pairs]
-        self._watch = self._host.Watch(dicts, tensors, averages) if self.is_regular else None
+        self._watch: contract.Watch | None = self._host.Watch(dicts, tensors, averages) if self.is_regular else None
         self._update: Update | None = None
         self._swap: Swap | None = None
 
     def holds(self, model: nn.Module, use_buffers: bool) -> bool:
-        """Whether this is the pair for `model`, and still describes both sides."""
+        """Return whether this is the pair for `model`, and still describes both sides."""
         is_same = self._model() is model and self._use_buffers == use_buffers
         return is_same and self._watch is not None and self._watch.holds()
 
     def is_of(self, model: Any) -> bool:
-        """`model`: a weak reference to the model."""
+        """Return whether this is the pair for `model`, a weak reference."""
         return self._model is model
 
     def update(self) -> Update:
-        """How the averaged module is brought up to date.
+        """Return the update of the averaged module.
 
         Raises:
             UseTorchFallback: with torch's own code.
@@ -170,7 +157,7 @@ class PairedModules:
         """Raise RuntimeError while a swap is entered that has any of these storages."""
         if swap.entered:
             tensors = [tensor for pair in self.pairs for tensor in (pair.averaged, pair.live)]
-            storages = {tensor.untyped_storage()._cdata for tensor in tensors if not _why_no_storage(tensor)}
+            storages = {tensor.untyped_storage()._cdata for tensor in tensors if not why_no_storage(tensor)}
             swap.refuse_foreign(what, frozenset(storages))
 
 
@@ -182,7 +169,7 @@ def _unflagged(tensor: Tensor) -> bool:
 
 
 def _strides(tensor: Tensor) -> list[int]:
-    """The strides that say where elements are."""
+    """Return the strides that say where elements are."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
@@ -244,7 +231,7 @@ class Update:
                 group[0].append(averaged)
                 group[1].append(live)
         self._refuse_overlaps(pairs)
-        self._plans: list[tuple[str, Any]] = []
+        self._plans: list[tuple[str, contract.Plan]] = []
         for device, parts in stretches.items():
             averaged_flats, lives, copies, views = (list(part) for part in zip(*parts, strict=True))
             plan = selected[device].Plan([averaged_flats], lives, copies, views)
@@ -264,7 +251,7 @@ class Update:
 
     @staticmethod
     def _backend_for(device: torch.device) -> Any:
-        """Whose plan to use; None: torch's foreach operations are what there is."""
+        """Return the backend whose plan to use; None: torch's foreach operations."""
         module = backends.select(backends.default_name(), device)
         return None if module is plain_torch else module
 
@@ -278,7 +265,7 @@ class Update:
 
     @staticmethod
     def _refuse_overlaps(pairs: list[Pair]) -> None:
-        """Where averaged tensors share memory torch averages it once for each; threads of ours would race."""
+        """Raise UseTorchFallback where averaged tensors share memory: torch averages it once for each tensor."""
         spans = []
         for pair in pairs:
             own = _span(pair.averaged)
@@ -293,13 +280,13 @@ class Update:
             ends[device, is_averaged] = max(end, ends.get((device, is_averaged), 0))
 
     def start(self) -> None:
-        """The first update: everything is copied."""
+        """Run the first update: copy everything."""
         for averaged, live in self._pairs:
             averaged.copy_(live)
 
     @torch.no_grad()
     def run(self, weight_on: Callable[[str], float]) -> None:
-        """Every later one. `weight_on`: the weight of the live side on a kind of device."""
+        """Run a later update. `weight_on`: the weight of the live side on a kind of device."""
         for device_type, plan in self._plans:
             plan.update([weight_on(device_type)], False)
         for (device, _), (averaged, lives) in self._alike.items():
@@ -322,7 +309,7 @@ def _is_disjoint(tensor: Tensor) -> bool:
 
 
 def _span(tensor: Tensor) -> tuple[str, int, int]:
-    """From its first to behind its last byte."""
+    """Return the tensor's bytes [begin, end)."""
     begin = tensor.data_ptr()
     if tensor.numel() == 0:
         return str(tensor.device), begin, begin
@@ -361,9 +348,9 @@ def _swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any) -> Swap:
     """
     for pair in pairs:
         for tensor in (pair.averaged, pair.live):
-            reason = _why_no_storage(tensor)
+            reason = why_no_storage(tensor)
             if reason is not None:
-                raise ValueError(f"swapped(): a tensor {reason}, so there is nothing to exchange")
+                raise ValueError(f"swapped(): a tensor {reason}")
         if pair.averaged.shape != pair.live.shape:
             shapes = f"{tuple(pair.averaged.shape)} and {tuple(pair.live.shape)}"
             raise ValueError(f"swapped() needs the model that is averaged: two tensors have shapes {shapes}")
@@ -381,13 +368,8 @@ def _swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any) -> Swap:
             for key, group in groups.items()
             for pair in group
         ]
-        by_pointer = [buffer for buffer in buffers if not buffer.parts]
-        exchange = host.StorageExchange(
-            [whole(buffer.live) for buffer in by_pointer],
-            [whole(buffer.storage) for buffer in by_pointer],
-            [tensor for pair in pairs for tensor in (pair.averaged, pair.live)],
-            [part for buffer in buffers for part in buffer.parts],
-        )
+        versioned = [tensor for pair in pairs for tensor in (pair.averaged, pair.live)]
+        exchange = swap.exchange_of(buffers, versioned, host)
         for buffer in buffers:
             buffer.free()
     return Swap(_OWNER, _DROPPED, entries, exchange, buffers)

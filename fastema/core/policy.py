@@ -1,4 +1,4 @@
-"""What happens to each tensor of a model: averaged, copied or skipped.
+"""The rule of each tensor of a model: average, copy or skip.
 
 Parameters are averaged. Of the buffers only running statistics of normalisation layers are: the others are counters,
 masks, caches or spectral-norm vectors, whose average means nothing. Integer and bool tensors are copied.
@@ -30,6 +30,7 @@ RUNNING_STATISTICS = frozenset({"running_mean", "running_var", "running_std"})
 AVERAGED_DTYPES = frozenset(
     {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex32, torch.complex64, torch.complex128}
 )
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # submodules of torch.compile and of activation checkpointing
 _PRECEDENCE: dict[Rule, int] = {"average": 0, "copy": 1, "skip": 2}
 
 
@@ -67,7 +68,7 @@ class Managed:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the EMA's state holds it: all but copies of what the model itself does not save."""
+        """True if the EMA's state holds it: all but copies of what the model itself does not save."""
         return self.persistent or self.rule == "average"
 
 
@@ -81,7 +82,7 @@ class _Slot:
 
     @property
     def place(self) -> tuple[dict[str, Any], str] | None:
-        """Return the module's dict and the key; None for a pair of name and tensor."""
+        """The module's dict and the key; None for a pair of name and tensor."""
         if self.module is None:
             return None
         leaf = self.name.rpartition(".")[2]
@@ -89,7 +90,7 @@ class _Slot:
 
 
 def checked_source(source: Source) -> Source:
-    """`source`, pairs as a list.
+    """Return `source`, pairs as a list.
 
     Raises:
         TypeError: it is neither a module nor pairs of name and tensor.
@@ -107,12 +108,14 @@ def checked_source(source: Source) -> Source:
 
 
 def clean_name(name: str) -> str:
-    """The name without what compiling and activation checkpointing put in: states are the same with and without."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+    """Return the name without what compiling and activation checkpointing put into it."""
+    if "_orig_mod" not in name and "_checkpoint_wrapped_module" not in name:
+        return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _without_wrappers(module: nn.Module) -> nn.Module:
-    """The model that a compiler or data parallelism wraps whole: states with and without them are the same."""
+    """Return the model inside `torch.compile` and data parallelism: states with and without them are the same."""
     while True:
         if isinstance(module, (DistributedDataParallel, DataParallel)):
             module = module.module
@@ -123,7 +126,7 @@ def _without_wrappers(module: nn.Module) -> nn.Module:
 
 
 def _slots(source: Source) -> list[_Slot]:
-    """Every named tensor; one that has several names comes several times."""
+    """Return every named tensor; one with several names comes once for each."""
     if not isinstance(source, nn.Module):
         return [_Slot(name, tensor, None, False, True) for name, tensor in source]
     with dtensor.GatheredParameters(source.modules()).set_aside():
@@ -143,7 +146,7 @@ def _slots_of(model: nn.Module) -> Iterator[_Slot]:
 
 
 def named_tensors(source: Source) -> Iterator[tuple[str, Tensor]]:
-    """Every name with its tensor; tied tensors come under each of their names."""
+    """Yield every name with its tensor; tied tensors come under each of their names."""
     return ((slot.name, slot.tensor) for slot in _slots(source))
 
 
@@ -170,24 +173,32 @@ def _rule_for(slot: _Slot, buffers: Buffers, policy: Policy | None) -> Rule:
     return chosen
 
 
+def why_no_storage(tensor: Tensor) -> str | None:
+    """Return why `tensor` is not an ordinary view of memory of its own; None: it is."""
+    if nn.parameter.is_lazy(tensor):
+        return "is not initialised yet: run the lazy module once first"
+    if tensor.layout != torch.strided:
+        return f"has layout {tensor.layout}: only strided tensors have storage that can be mirrored"
+    if tensor.is_quantized:
+        return "is quantised: average the float model and quantise the result"
+    if tensor.device.type == "meta":
+        return "is on the meta device: materialise the model (to_empty() and initialise) first"
+    if is_traceable_wrapper_subclass(tensor):
+        return f"is a {type(tensor).__name__}, a wrapper without storage of its own"
+    if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+        return "has no memory behind it: its storage was freed"
+    return None
+
+
 def _refuse_unmanageable(slot: _Slot) -> None:
-    tensor, reason = dtensor.local_part(slot.tensor), None
+    tensor = dtensor.local_part(slot.tensor)
+    reason: str | None
     if tensor is not slot.tensor and slot.module is None:
         reason = "is a DTensor without its module, in which FSDP may keep copies of it: give FastEMA the model itself"
     elif dtensor.has_partial_sums(slot.tensor):
         reason = f"holds sums that are not reduced yet, {slot.tensor.placements}: redistribute() it"  # type: ignore[attr-defined]
-    elif nn.parameter.is_lazy(tensor):
-        reason = "is not initialised yet: run the lazy module once before building FastEMA"
-    elif tensor.layout != torch.strided:
-        reason = f"has layout {tensor.layout}: only strided tensors have storage that can be mirrored"
-    elif tensor.is_quantized:
-        reason = "is quantised: average the float model and quantise the result"
-    elif tensor.device.type == "meta":
-        reason = "is on the meta device: materialise the model (to_empty() and initialise) before building FastEMA"
-    elif is_traceable_wrapper_subclass(tensor):
-        reason = f"is a {type(tensor).__name__}, a wrapper without storage of its own"
-    elif tensor.numel() and tensor.untyped_storage().nbytes() == 0:
-        reason = "has no memory behind it: its storage was freed"
+    else:
+        reason = why_no_storage(tensor)
     if reason is not None:
         raise ValueError(f"{slot.name!r} {reason}. A policy that returns 'skip' for it leaves it alone.")
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastema import backends
+from fastema.backends import contract
 from fastema.backends import torch as plain_torch
 from fastema.core import dtensor, offload, swap
 from fastema.core.policy import Managed
-from fastema.core.storages import ShadowStorage, whole
+from fastema.core.storages import ShadowStorage
 from fastema.core.swap import Swap, SwapEntry
 
 _OWNER = "another FastEMA is applied to the same model: the live weights are its average now; restore() that one first"
@@ -70,7 +71,7 @@ class Shadow:
         self._which = 0  # the shadow that it exchanges
         self._swaps: dict[tuple[int, bool, int], Swap] = {}  # built at the first use of a shadow
         self._loose_live: list[Tensor] = []  # the live values of loose buffers, while the averages are in
-        self.nonfinite_elsewhere = 0  # elements counted by updates of stand-ins, and by earlier plans
+        self.nonfinite_elsewhere = 0  # elements counted in compiled graphs, and by earlier plans
         # Under inference_mode the shadow would become inference tensors, which nothing may ever update again.
         with torch.inference_mode(False), torch.no_grad():
             self._build(dtype, device)
@@ -115,7 +116,7 @@ class Shadow:
         for storage in self._storages:
             device = storage.live.device
             places.setdefault((device, device == storage.device), []).append(storage)
-        self.plans: list[Any] = []
+        self.plans: list[Any] = []  # contract.Plan, or OffloadedPlan, which cannot exchange
         self._plan_devices = [device for device, _ in places]  # of the live weights
         self.offloaded: list[offload.OffloadedPlan] = []  # those of `plans` that run in a thread
         names: list[str] = []
@@ -137,14 +138,14 @@ class Shadow:
         loose = [slot for _, entry in self._loose for slot in entry.slots]
         shadows = [shadow for storage in self._storages for shadow in storage.shadows]
         with self._gathered.set_aside():
-            self._watch = self._host.Watch(self._dicts, self._tensors, shadows, loose)
+            self._watch: contract.Watch = self._host.Watch(self._dicts, self._tensors, shadows, loose)
         is_simple = len(self.plans) == 1 and not self._gathered and not self._parts and not self._loose
         native = getattr(self.plans[0], "update_watched", None) if is_simple else None
         self._one_call = None if native is None else partial(native, self._watch)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether some tensors are DTensors."""
+        """True if some tensors are DTensors."""
         return bool(self._parts)
 
     # ---- every step ----
@@ -172,7 +173,7 @@ class Shadow:
             return watch() and all(dtensor._local_tensor is part for dtensor, part in self._parts)
 
     def follow_averages(self) -> None:
-        """Make the averages' memory, which somebody replaced, the one that plans use.
+        """Build plans for the averages' memory where a user replaced it.
 
         Where the model has changed too, nothing is done: a new shadow will take the averages over.
         """
@@ -193,7 +194,7 @@ class Shadow:
                 storage.settle()
 
     def refuse_resized(self) -> None:
-        """Raise RuntimeError where somebody resized the storage of an average."""
+        """Raise RuntimeError where a user resized the storage of an average."""
         for storage in self._storages:
             for shadow in storage.shadows:
                 if shadow.untyped_storage().nbytes() != shadow.numel():
@@ -202,23 +203,27 @@ class Shadow:
                         "shadow_state_dict()): its values may be gone. Build a new FastEMA, and resize a clone()"
                     )
 
-    def update_watched(self, weights: list[float], guard: bool, skip: Tensor | None = None) -> str | None:
-        """Look whether model and averages are where they were, and update; in one call of C++ where there is one plan.
+    def update_watched(self, weights: list[float], skip_nonfinite: bool, skip: Tensor | None = None) -> str | None:
+        """Update if model and averages are where they were; in one call of C++ where there is one plan.
 
         Returns:
             None; "moved" where nothing was done; "averages moved" where they were replaced during the update.
         """
         if self._one_call is not None:
-            return self._one_call(weights, guard, skip)
+            return self._one_call(weights, skip_nonfinite, skip)
         if not self.is_current():
             return "moved"
-        self.update(weights, guard, skip)
+        self.update(weights, skip_nonfinite, skip)
         return None if self._watch.shadows_hold() else "averages moved"
 
     def update(
-        self, weights: list[float], guard: bool, skip: Tensor | None = None, device_weights: Tensor | None = None
+        self,
+        weights: list[float],
+        skip_nonfinite: bool,
+        skip: Tensor | None = None,
+        device_weights: Tensor | None = None,
     ) -> None:
-        """shadow <- shadow + weight * (live - shadow), or a copy, for everything. Arguments: see csrc/plan.h.
+        """Average or copy every tensor; for the arguments see `Plan.update` in fastema/backends/contract.py.
 
         Raises:
             RuntimeError: an earlier average failed in its thread; nothing is averaged.
@@ -226,7 +231,7 @@ class Shadow:
         self.synchronize()
         skips = backends.skips_on(self._plan_devices, skip)
         for plan, own_skip in zip(self.plans, skips, strict=True):
-            plan.update(weights, guard, own_skip, device_weights)
+            plan.update(weights, skip_nonfinite, own_skip, device_weights)
         for index, entry in self._loose:
             self._copy_loose(index, entry.current(), skip)
 
@@ -255,7 +260,7 @@ class Shadow:
         stepped = {id(parameter) for parameter in parameters}
         others = {entry.tensor.untyped_storage()._cdata for entry in self._bound if id(entry.whole) not in stepped}
         for plan in self.offloaded:
-            plan.leave_to_steps(self.live_storages - others)
+            plan.defer_copies_until_step(self.live_storages - others)
 
     def order_writes(self) -> None:
         """Let what is enqueued from now on come after the copies to the host."""
@@ -288,19 +293,19 @@ class Shadow:
         shadows: list[Tensor],
         lives: list[Tensor],
         weights: list[float],
-        guard: bool,
+        skip_nonfinite: bool,
         skip: Tensor | None = None,
         device_weights: Tensor | None = None,
     ) -> None:
-        """Update `operands()` or stand-ins for them, of the same shapes.
+        """Update `operands()`, or the tensors of the same shapes that a compiled graph has for them.
 
         Raises:
-            RuntimeError: managed tensors overlap, which stand-ins cannot show.
+            RuntimeError: managed tensors overlap, which the graph's tensors cannot show.
         """
         own_shadows, own_lives = self.operands()
         own = [tensor.data_ptr() for tensor in (*own_shadows, *own_lives)]
         if own == [tensor.data_ptr() for tensor in (*shadows, *lives)]:
-            self.update(weights, guard, skip, device_weights)
+            self.update(weights, skip_nonfinite, skip, device_weights)
             return
         if any(storage.overlaps for storage in self._storages):
             raise RuntimeError("tensors of the model overlap in memory: call update() outside the compiled function")
@@ -318,7 +323,7 @@ class Shadow:
             )
         copies = [entry.rule == "copy" for entry in self._bound]
         plan = plain_torch.Plan(targets, lives, copies, [])
-        plan.update(weights, guard, skip, device_weights)
+        plan.update(weights, skip_nonfinite, skip, device_weights)
         self.nonfinite_elsewhere += plan.nonfinite_count()
 
     # ---- the swap ----
@@ -329,12 +334,12 @@ class Shadow:
 
     @property
     def applied(self) -> int:
-        """Which shadow is in the model, or was last."""
+        """Index of the shadow that is in the model, or was last."""
         return self._which
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the last swap exchanged contents."""
+        """True if the last swap exchanged contents."""
         return self._swap is not None and self._swap.by_contents
 
     def versions(self) -> int:
@@ -342,7 +347,7 @@ class Shadow:
         return sum(tensor._version for tensor in self._tensors if not tensor.is_inference())
 
     def refuse_foreign(self, what: str) -> None:
-        """Raise RuntimeError while somebody else's averages are in the same model, or this one's are in another."""
+        """Raise RuntimeError while another EMA's averages are in this model, or this EMA's are in another model."""
         if swap.entered:
             swap.refuse_foreign(what, self.storages, own=self._swap)
 
@@ -386,18 +391,12 @@ class Shadow:
                 SwapEntry(entry.names, place, entry.rule == "copy", buffer_of[place[0]].view_of(entry.tensor))
                 for entry, place in ((entry, swap.place_of(entry.tensor)) for entry in self._bound)
             ]
-            exchange: Any
+            exchange: contract.StorageExchange | plain_torch.ContentsExchange
             if in_place:
                 pairs = [(buffer.live, buffer.storage) for buffer in buffers]
                 exchange = plain_torch.ContentsExchange(self.plans, which, versioned, pairs)
             else:
-                by_pointer = [buffer for buffer in buffers if not buffer.parts]
-                exchange = self._host.StorageExchange(
-                    [whole(buffer.live) for buffer in by_pointer],
-                    [whole(buffer.storage) for buffer in by_pointer],
-                    versioned,
-                    [part for buffer in buffers for part in buffer.parts],
-                )
+                exchange = swap.exchange_of(buffers, versioned, self._host)
         return Swap(_OWNER, _DROPPED, entries, exchange, buffers)
 
     def _versioned(self) -> list[Tensor]:
@@ -461,7 +460,7 @@ class Shadow:
 
 
 def _refuse_two_storages_over_one_memory(entries: list[Managed]) -> None:
-    """`entries`: one tensor of each storage."""
+    """Raise ValueError where two storages share memory. `entries`: one tensor of each storage."""
     spans = []
     for entry in entries:
         storage = entry.tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""The averages by name: saving, loading, copying, and carrying them over to a rebuilt shadow.
+"""The averages by name: save, load, copy, and move them to a rebuilt shadow.
 
 Everything here checks first and lists the first differences; nothing is changed before.
 """
@@ -75,11 +75,17 @@ def _state_of_side(
     source: Source,
     shadow: Shadow,
     places: dict[Place, Tensor],
-    is_there: bool,
-    go_there: Callable[[], AbstractContextManager[Any]],
+    is_in_model: bool,
+    put_in_model: Callable[[], AbstractContextManager[Any]],
     side: str,
 ) -> dict[str, Any]:
-    """Return `source.state_dict()` with the tensors of one side, found by their place in the model's memory."""
+    """Return `source.state_dict()` with the tensors of one side: the averages, or the trained weights.
+
+    Args:
+        places: the tensors of that side, by the place of their live tensor in memory.
+        is_in_model: True if that side is in the model now.
+        put_in_model: open a block in which it is; used for values that `state_dict()` computes.
+    """
     state: dict[str, Any] = source.state_dict() if isinstance(source, nn.Module) else dict(source)
     managed = {place[0] for place in places} | shadow.live_storages
     other = {_place(tensor)[0] for _, tensor in named_tensors(source) if dtensor.has_storage(tensor)} - managed
@@ -94,11 +100,11 @@ def _state_of_side(
             result[key] = places[place]
         elif place[0] not in other:
             made_anew.append(key)
-    if made_anew and is_there:
+    if made_anew and is_in_model:
         result.update({key: state[key].detach().clone() for key in made_anew})
     elif made_anew:
         try:
-            with go_there():
+            with put_in_model():
                 state = source.state_dict() if isinstance(source, nn.Module) else dict(source)
                 result.update({key: state[key].detach().clone() for key in made_anew})
         except RuntimeError as error:

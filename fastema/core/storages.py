@@ -155,9 +155,9 @@ def gaps(runs: Iterable[Run], nbytes: int) -> list[tuple[int, int]]:
 class ShadowStorage:
     """A live storage and its shadows, all of the same layout.
 
-    A shadow is two storages over one memory: `memory`, which the kernels use and nobody else sees, and the one whose
-    views are handed out and which changes places with the live storage. So whoever replaces the memory of a tensor
-    that was handed out frees nothing that a kernel writes to.
+    A shadow is two storages over one memory: `memory`, for the kernels alone, and the one whose views users get and
+    which changes places with the live storage. So a user who replaces the memory of a view frees nothing that a kernel
+    writes to.
 
     Args:
         entries: the managed tensors on this storage.

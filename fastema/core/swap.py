@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastema.backends.contract import StorageExchange
 from fastema.backends.torch import ContentsExchange
 from fastema.core import dtensor
-from fastema.core.storages import SwapBuffer
+from fastema.core.storages import SwapBuffer, whole
 from fastema.core.text import first_few
 
-#: The swaps that are entered now, by id. Empty: nobody's averages are in any model.
+#: The swaps that are entered now, by id. Empty: no model has averages in it.
 entered: dict[int, weakref.ref[Swap]] = {}
 
 #: By how much an exchange moves the version counters. Further than training ever counts, and another number every time,
@@ -79,9 +80,25 @@ class SwapEntry:
 
 
 def place_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what tells a tensor from every other one, whichever alias of it is at hand."""
+    """Return a key of the tensor's memory, dtype and layout: equal for every alias."""
     storage = tensor.untyped_storage()
     return storage._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def exchange_of(buffers: Sequence[SwapBuffer], versioned: Sequence[Tensor], host: Any) -> StorageExchange:
+    """Return the exchange of live storages and `buffers`, by pointers or, of parts of a storage, by contents.
+
+    Args:
+        versioned: tensors whose version counters tell autograd.
+        host: the backend whose `StorageExchange` to use.
+    """
+    by_pointer = [buffer for buffer in buffers if not buffer.parts]
+    return host.StorageExchange(
+        [whole(buffer.live) for buffer in by_pointer],
+        [whole(buffer.storage) for buffer in by_pointer],
+        versioned,
+        [part for buffer in buffers for part in buffer.parts],
+    )
 
 
 class Swap:
@@ -101,7 +118,7 @@ class Swap:
         owner: str,
         dropped: str,
         entries: Sequence[SwapEntry],
-        exchange: Any,
+        exchange: StorageExchange | ContentsExchange,
         buffers: Sequence[SwapBuffer],
     ) -> None:
         self.owner = owner
@@ -245,7 +262,7 @@ class Swap:
             return f"is in a storage of {buffer.live.nbytes():,} bytes now, had {live:,}"
         if buffer.storage.nbytes() != other:
             return f"has its trained value in a storage that was resized to {buffer.storage.nbytes():,} bytes"
-        if self.by_contents and not self._exchange.is_untouched(index):
+        if isinstance(self._exchange, ContentsExchange) and not self._exchange.is_untouched(index):
             return "is in other memory now, and contents were exchanged in place"
         return None
 

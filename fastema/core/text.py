@@ -1,4 +1,4 @@
-"""Small pieces of messages."""
+"""Wording that several messages share."""
 
 from __future__ import annotations
 

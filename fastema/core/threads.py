@@ -1,4 +1,4 @@
-"""One thread at a time: a second one gets an error at once, since to wait would only hide what is wrong with it."""
+"""One thread at a time: a second one gets an error at once, since waiting would hide the mistake."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class OneThread:
 
 
 def one_thread(method: Method) -> Method:
-    """A method of an object whose `_one_thread` keeps other threads out meanwhile."""
+    """Decorate a method so that `self._one_thread` keeps other threads out while it runs."""
 
     @wraps(method)
-    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self._one_thread:
             return method(self, *args, **kwargs)
 
-    return cast(Method, guarded)
+    return cast(Method, alone)

@@ -1,4 +1,4 @@
-"""What the callbacks for Lightning and for the Hugging Face Trainer share."""
+"""The parts that the callbacks for Lightning and for the Hugging Face Trainer share."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ema_arguments(decay: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """A block in which an attribute of one object is another one."""
+    """Replace an attribute of one object in a block."""
     own = vars(owner)
     was = own.get(name)
     was_own = name in own

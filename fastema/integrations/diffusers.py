@@ -114,7 +114,7 @@ class EMAModel:
     # ---- averaging ----
 
     def get_decay(self, optimization_step: int) -> float:
-        """The decay of step `optimization_step`, counted from 1."""
+        """Return the decay of step `optimization_step`, counted from 1."""
         step = max(0, optimization_step - self.update_after_step - 1)
         if step <= 0:
             return 0.0
@@ -174,7 +174,7 @@ class EMAModel:
 
     @contextmanager
     def swapped(self, parameters: Parameters | None = None) -> Iterator[EMAModel]:
-        """A block in which `parameters` hold the averages, by an exchange of pointers; see `FastEMA.apply_shadow`.
+        """Open a block in which `parameters` hold the averages, by an exchange of pointers; see `FastEMA.apply_shadow`.
 
         The same as `store()`, `copy_to()` ... `restore()` for a validation, without the copies.
         """
@@ -190,7 +190,7 @@ class EMAModel:
     # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
-        """diffusers' own state; the tensors share memory with the EMA."""
+        """Return diffusers' own state; the tensors share memory with the EMA."""
         return {
             "decay": self.decay,
             "min_decay": self.min_decay,
@@ -274,7 +274,7 @@ class EMAModel:
     # ---- inside ----
 
     def _bound_to(self, lives: list[Tensor]) -> ExternalAverage:
-        """The plan for these parameters, built anew if they, their need of gradients, or the averages are others."""
+        """Return the plan for these parameters; a new one if they, their need of gradients, or the averages changed."""
         trained = [live.requires_grad for live in lives]
         bound = self._bound
         if (
@@ -327,7 +327,7 @@ class EMAModel:
         self._views = list(self.shadow_params)
 
     def _replace(self, shadow_params: list[Tensor]) -> None:
-        """With averages in memory of their own; the next step builds a plan for them."""
+        """Put the averages into memory of their own; the next step builds a plan for them."""
         self.shadow_params = shadow_params
         self._bound, self._views = None, []
 
@@ -370,5 +370,5 @@ def _widened_copy(parameter: Tensor) -> Tensor:
 
 
 def _same(these: list[Tensor], those: list[Tensor]) -> bool:
-    """Whether they are the same objects."""
+    """Return whether they are the same objects."""
     return len(these) == len(those) and all(map(is_, these, those))

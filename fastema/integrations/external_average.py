@@ -1,4 +1,4 @@
-"""What the adapters for timm and diffusers share: a FastEMA whose averages are somebody's own tensors.
+"""The base of the adapters for timm and diffusers: a FastEMA whose averages are the library's own tensors.
 
 Those classes hold their averages as ordinary tensors (a module's, or a list), are handed the live weights with every
 call, and have their own formula for the decay. Here such averages become views of a FastEMA's shadow, so that one
@@ -43,7 +43,7 @@ class ExternalAverage:
         self._shadow = self._ema._shadow
 
     def averages(self) -> dict[str, Tensor]:
-        """By name; they share memory with the EMA. Right while swapped in, too."""
+        """Return the averages by name, sharing memory with the EMA. Right while swapped in, too."""
         return averages_by_name(self._ema._shadow, 0)
 
     def update(self, decay: float) -> bool:
@@ -62,7 +62,7 @@ class ExternalAverage:
         self._ema._refuse_while_applied(what)
 
     def swapped(self) -> AbstractContextManager[FastEMA]:
-        """A block in which the averages are in the live tensors."""
+        """Open a block in which the averages are in the live tensors."""
         return self._ema.swapped()
 
     @property
@@ -71,7 +71,7 @@ class ExternalAverage:
 
 
 def shadow_like(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[torch.dtype | None, torch.device | None]:
-    """What FastEMA must be given as dtype and device, so that its shadow is like averages that exist already.
+    """Return the dtype and device for FastEMA with which its shadow is like averages that exist already.
 
     Averages in 16 bits are widened to float32, in which they move.
 

@@ -100,7 +100,7 @@ class ModelEmaV3(nn.Module):
         self._look_after(bound)
 
     def get_decay(self, step: int | None = None) -> float:
-        """The decay of an update at optimizer step `step`, counted from 0; None: no warm-up."""
+        """Return the decay of an update at optimizer step `step`, counted from 0; None: no warm-up."""
         if step is None:
             return self.decay
         step = max(0, step - self.update_after_step - 1)
@@ -165,7 +165,7 @@ class ModelEmaV3(nn.Module):
                     average.copy_(live)
 
     def _bound_to(self, model: nn.Module, exclude_buffers: bool) -> ExternalAverage:
-        """The plan for this model, built anew if it is another one, or if the tensors of `module` were replaced."""
+        """Return the plan for this model, built anew if the model or the tensors of `module` were replaced."""
         bound = self._bound
         if (
             bound is not None
@@ -230,7 +230,7 @@ class ModelEmaV3(nn.Module):
         self._watch = backends.host(backends.default_name()).Watch(dicts, tensors)
 
     def _pairs(self, model: Source) -> list[tuple[tuple[str, Tensor], Tensor]]:
-        """Every live tensor, with its name, and its average: by position, as a wrapper changes names."""
+        """Return every live tensor with its name and its average: by position, as a wrapper changes names."""
         lives = list(named_tensors(model))
         averages = [tensor for _, tensor in named_tensors(self.module)]
         if len(lives) != len(averages):
@@ -242,7 +242,7 @@ class ModelEmaV3(nn.Module):
 
 
 def _policy(exclude_buffers: bool, dtype: torch.dtype | None) -> Policy:
-    """What timm does with each tensor."""
+    """Return timm's rule for a tensor."""
 
     def rule(name: str, tensor: Tensor, module: nn.Module | None) -> Rule:
         leaf = name.rpartition(".")[2]
@@ -278,7 +278,7 @@ def _module_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 def _copy_around(
     model: nn.Module, averages: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> nn.Module:
-    """A deep copy of the model whose tensors are `averages`, by name; the few others are copied."""
+    """Return a deep copy of the model whose tensors are `averages`, by name; the few others are copied."""
     # deepcopy() takes what its memo holds for a copy made before.
     memo: dict[int, Any] = {
         id(live): torch.Tensor._make_subclass(

@@ -263,7 +263,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         self._handle = self._ema.attach(optimizer)
 
     def _is_averaged(self, metric: str | None) -> bool:
-        """Whether a metric was measured with the averaged weights."""
+        """Return whether a metric was measured with the averaged weights."""
         if self._evaluate_weights == "both":
             name = metric or ""
             return (name if name.startswith("eval_") else f"eval_{name}").startswith(f"{_averaged_prefix('eval')}_")
@@ -290,7 +290,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
 
     @contextmanager
     def _averaged(self, what: str) -> Iterator[None]:
-        """A block in which the model has the averaged weights."""
+        """Open a block in which the model has the averaged weights."""
         assert self._trainer is not None
         if self._ema is None:
             if not self._trainer.is_in_train:
@@ -304,7 +304,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
 
     @contextmanager
     def _hidden(self, rename: Callable[[dict[str, float]], dict[str, float]]) -> Iterator[None]:
-        """A block in which an evaluation is logged, with its metrics renamed, and shown to no callback otherwise."""
+        """Log an evaluation in a block with its metrics renamed, and show it to no callback otherwise."""
         assert self._trainer is not None
         handler, log = self._trainer.callback_handler, self._trainer.log
 
@@ -322,7 +322,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
             yield
 
     def _joined(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The metrics of the average; before it has begun, the model's own under its names."""
+        """Return the metrics of the average; before it has begun, the model's own under its names."""
         assert self._joining is not None
         prefix, averaged = self._joining
         if averaged is not None:
@@ -333,7 +333,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
 
 
 def _averaged_prefix(prefix: str) -> str:
-    """eval → eval_ema; eval_of_one_data_set → eval_ema_of_one_data_set: the Trainer wants `eval_` in front."""
+    """Map eval → eval_ema; eval_of_one_data_set → eval_ema_of_one_data_set: the Trainer wants `eval_` in front."""
     word, separator, rest = prefix.partition("_")
     return f"{word}_ema{separator}{rest}"
 
@@ -349,7 +349,7 @@ def _averaged_metrics(prefix: str, metrics: dict[str, float]) -> dict[str, float
 
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
-    """A block after which all random number generators are as before it."""
+    """Open a block after which all random number generators are as before it."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:

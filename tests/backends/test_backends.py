@@ -1,4 +1,4 @@
-"""Which backend runs: by argument, by environment, by what this machine has; and what the user is told."""
+"""The choice of a backend, by argument, environment and machine; and the messages about it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ needs_native = pytest.mark.skipif(native.why_unusable("cpu") is not None, reason
 
 @pytest.fixture
 def no_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a machine where fastema._C was not built, and nobody was told yet."""
+    """Pretend that fastema._C was not built, and that nothing was warned of yet."""
     monkeypatch.setattr(native, "_C", None)
     monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.delenv("FASTEMA_BACKEND", raising=False)
@@ -224,7 +224,9 @@ def test_every_plan_of_a_model_gets_found_inf_on_its_own_device() -> None:
         def __init__(self) -> None:
             self.seen: list[torch.Tensor | None] = []
 
-        def update(self, weights: object, guard: bool, skip: torch.Tensor | None, device_weights: object) -> None:
+        def update(
+            self, weights: object, skip_nonfinite: bool, skip: torch.Tensor | None, device_weights: object
+        ) -> None:
             self.seen.append(skip)
 
     shadow = FastEMA(small_model(), decay=0.5)._shadow

@@ -1,4 +1,4 @@
-"""What only a GPU can show. `make gpu-test` runs these; elsewhere they are skipped."""
+"""Tests that need a GPU. `make gpu-test` runs these; elsewhere they are skipped."""
 
 from __future__ import annotations
 
@@ -60,32 +60,32 @@ def flat(tensor: Tensor, offset: int) -> Tensor:
     return room[offset:]
 
 
-@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "plain"])
+@pytest.mark.parametrize("skip_nonfinite", [True, False], ids=["skipping", "plain"])
 @pytest.mark.parametrize(("shadow_dtype", "live_dtype"), DTYPE_PAIRS, ids=str)
 def test_matrix_is_bit_equal_to_the_cpu(
-    gpu_backend: str, shadow_dtype: torch.dtype, live_dtype: torch.dtype, guard: bool
+    gpu_backend: str, shadow_dtype: torch.dtype, live_dtype: torch.dtype, skip_nonfinite: bool
 ) -> None:
     lives = [values(size, dtype=live_dtype, seed=size) for size in SIZES for _ in range(4)]
     offsets = [(a, b) for _ in SIZES for a, b in ((0, 0), (1, 1), (3, 0), (0, 1))]
     shadows = [
         [values(live.numel(), dtype=shadow_dtype, seed=live.numel() + 1 + which) for live in lives] for which in (0, 1)
     ]
-    if guard:
+    if skip_nonfinite:
         for live in lives:
             live[::7] = float("nan")
             live[3::11] = float("inf")
     weights = [0.01, 0.6]
     cpu_shadows = [[shadow.clone() for shadow in each] for each in shadows]
-    native.Plan(cpu_shadows, lives, [False] * len(lives), []).update(weights, guard)
+    native.Plan(cpu_shadows, lives, [False] * len(lives), []).update(weights, skip_nonfinite)
     gpu_lives = [flat(live, offset) for live, (_, offset) in zip(lives, offsets, strict=True)]
     gpu_shadows = [
         [flat(shadow, offset) for shadow, (offset, _) in zip(each, offsets, strict=True)] for each in shadows
     ]
     plan = backends.BACKENDS[gpu_backend].Plan(gpu_shadows, gpu_lives, [False] * len(lives), [])
-    plan.update(weights, guard)
+    plan.update(weights, skip_nonfinite)
     for cpu, gpu in zip(chain(*cpu_shadows), chain(*gpu_shadows), strict=True):
         torch.testing.assert_close(gpu.cpu(), cpu, rtol=0, atol=0, equal_nan=True)
-    assert plan.nonfinite_count() == (sum(int((~live.isfinite()).sum()) for live in lives) if guard else 0)
+    assert plan.nonfinite_count() == (sum(int((~live.isfinite()).sum()) for live in lives) if skip_nonfinite else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

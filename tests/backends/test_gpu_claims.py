@@ -1,4 +1,4 @@
-"""What README says of GPUs, each claim by a test that fails if it does not hold. `make gpu-test` runs those on "cuda".
+"""README's claims about GPUs, each with a test that fails if it does not hold. `make gpu-test` runs those on "cuda".
 
 Where a claim makes sense on a CPU, the same body runs there too, so that a mistake in the test is found without a GPU;
 streams are nothing there, and a captured graph is a function that reads the weights at the addresses they had.
@@ -84,7 +84,7 @@ class Side:
             torch.cuda.current_stream().wait_stream(self._stream)
 
     def is_late(self) -> None:
-        """What is enqueued on it from now on runs after what the host does next."""
+        """Make what is enqueued from now on run after what the host does next."""
         if self._stream is not None:
             with torch.cuda.stream(self._stream):
                 torch.cuda._sleep(LONG)

@@ -117,9 +117,15 @@ def update_source(
 ) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The update kernel with its signature and constants, as `compiled` takes them."""
     variants = tuple(2 * kind + flag for kind in kinds for flag in aligned)
-    signature = {"table": "*i64", "kept_total": "*i64", "skip": "*fp32", "device_weights": "*fp64"}
+    signature = {"table": "*i64", "nonfinite_total": "*i64", "skip": "*fp32", "device_weights": "*fp64"}
     signature |= {f"bits{k}": "i64" for k in range(4)}
-    defaults: dict[str, Any] = {"skip": None, "device_weights": None, "GUARD": True, "COUNT_KEPT": True, "K": shadows}
+    defaults: dict[str, Any] = {
+        "skip": None,
+        "device_weights": None,
+        "SKIP_NONFINITE": True,
+        "COUNT_NONFINITE": True,
+        "K": shadows,
+    }
     defaults |= {"VARIANTS": variants, "TILES": tuple(map(kernels.tile_elements, variants)), **constants}
     given = {name: value for name, value in defaults.items() if value != "argument"}
     signature |= dict.fromkeys(given, "constexpr")
@@ -327,7 +333,7 @@ def test_auto_takes_triton_on_cuda_where_the_cuda_kernels_are_missing(monkeypatc
 
 
 def test_a_launch_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where Triton finds no C compiler for its launcher: the first launch raises, and FastEMA has its own words."""
+    """Where Triton finds no C compiler for its launcher the first launch raises; FastEMA says so in its own words."""
 
     class Failing:
         def __init__(self, *arguments: object) -> None:

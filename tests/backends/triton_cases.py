@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from cases import COPIED_DTYPES, DTYPE_PAIRS, bits, raw, small_model, train, values
+from cases import COPIED_DTYPES, DTYPE_PAIRS, bits, raw, small_model, train, values, with_offset
 from fastema import FastEMA
 from fastema.backends import native
 from fastema.backends import torch as plain_torch
@@ -75,22 +75,14 @@ def oracles() -> list[ModuleType]:
 ORACLES = oracles()
 
 
-def place(tensor: Tensor, offset: int) -> Tensor:
-    """The same values, `offset` elements into a larger storage with sentinels on both sides."""
-    room = torch.full((tensor.numel() + offset + 19,), 77).to(tensor.dtype)
-    part = room[offset : offset + tensor.numel()]
-    part.copy_(tensor)
-    return part
-
-
 def whole(part: Tensor) -> Tensor:
-    """The storage behind `place`'s result, NaN made alike: which NaN a chip makes is its own affair."""
+    """The storage behind `with_offset`'s result, NaN made alike: which NaN a chip makes is its own affair."""
     storage = torch.empty(0, dtype=part.dtype).set_(part.untyped_storage())
     return storage.where(~storage.isnan(), float("nan")) if storage.is_floating_point() else storage
 
 
 def hostile(size: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Normal numbers, with what rounding and the guard could stumble over among them."""
+    """Normal numbers, with what rounding and skip_nonfinite could stumble over among them."""
     special = [
         float("nan"),
         float("inf"),
@@ -117,20 +109,20 @@ def segments(
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """[count][sizes x OFFSETS] shadows, and the lives."""
     places = [(size, *offsets) for size in sizes for offsets in OFFSETS]
-    lives = [place(hostile(size, live_dtype, size), offset) for size, _, offset in places]
+    lives = [with_offset(hostile(size, live_dtype, size), offset) for size, _, offset in places]
     shadows = [
-        [place(values(size, dtype=shadow_dtype, seed=size + k + 1), offset) for size, offset, _ in places]
+        [with_offset(values(size, dtype=shadow_dtype, seed=size + k + 1), offset) for size, offset, _ in places]
         for k in range(count)
     ]
     return shadows, lives
 
 
 def copied(shadows: list[list[Tensor]]) -> list[list[Tensor]]:
-    return [[place(shadow, shadow.storage_offset()) for shadow in each] for each in shadows]
+    return [[with_offset(shadow, shadow.storage_offset()) for shadow in each] for each in shadows]
 
 
 def check_update(
-    shadow_dtype: torch.dtype, live_dtype: torch.dtype, guard: bool, count: int, sizes: tuple[int, ...] = SIZES
+    shadow_dtype: torch.dtype, live_dtype: torch.dtype, skip_nonfinite: bool, count: int, sizes: tuple[int, ...] = SIZES
 ) -> None:
     shadows, lives = segments(shadow_dtype, live_dtype, count, sizes)
     before = [raw(whole(live)) for live in lives]
@@ -138,29 +130,29 @@ def check_update(
     mine = backend.Plan(shadows, lives, [False] * len(lives), [])
     plans = [oracle.Plan(theirs, lives, [False] * len(lives), []) for oracle, theirs in others]
     for weights in WEIGHTS[count]:
-        mine.update(list(weights), guard)
+        mine.update(list(weights), skip_nonfinite)
         for plan, (oracle, theirs) in zip(plans, others, strict=True):
-            plan.update(list(weights), guard, None)
+            plan.update(list(weights), skip_nonfinite, None)
             for which in range(count):
                 for i, (got, expected) in enumerate(zip(shadows[which], theirs[which], strict=True)):
                     what = f"segment {i} of {got.numel()}, shadow {which}, weights {weights}, against {oracle.NAME}"
                     assert raw(whole(got)) == raw(whole(expected)), what
             assert mine.nonfinite_count() == plan.nonfinite_count()
-    assert (mine.nonfinite_count() > 0) == guard
+    assert (mine.nonfinite_count() > 0) == skip_nonfinite
     assert [raw(whole(live)) for live in lives] == before, "the live weights were written"
 
 
 def small_updates() -> Iterator[Callable[[], None]]:
     for index, (shadow, live) in enumerate(DTYPE_PAIRS):
-        for guard in (True, False):
-            count = 3 if guard == (index % 2 == 0) else 1  # the loop over shadows is the same for every pair
-            yield lambda s=shadow, t=live, g=guard, k=count: check_update(s, t, g, k)
+        for skip_nonfinite in (True, False):
+            count = 3 if skip_nonfinite == (index % 2 == 0) else 1  # the loop over shadows is the same for every pair
+            yield lambda s=shadow, t=live, g=skip_nonfinite, k=count: check_update(s, t, g, k)
 
 
 def large_updates() -> Iterator[Callable[[], None]]:
     for shadow, live in LARGE_PAIRS:
-        for guard, count in ((True, 1), (False, 3)):
-            yield lambda s=shadow, t=live, g=guard, k=count: check_update(s, t, g, k, (LARGE,))
+        for skip_nonfinite, count in ((True, 1), (False, 3)):
+            yield lambda s=shadow, t=live, g=skip_nonfinite, k=count: check_update(s, t, g, k, (LARGE,))
 
 
 def copies() -> Iterator[Callable[[], None]]:
@@ -176,7 +168,7 @@ def copies() -> Iterator[Callable[[], None]]:
             same = (lambda tensor: tensor) if shadow_dtype == live_dtype else whole  # bitwise, NaN and all
             assert [raw(same(part)) for part in each] == [raw(same(part)) for part in right]
             assert [raw(whole(part)) for part in each] == [raw(whole(part)) for part in right]
-        assert plan.nonfinite_count() == 0, "the guard is the average's, not the copy's"
+        assert plan.nonfinite_count() == 0, "skip_nonfinite is the average's, not the copy's"
 
     for dtype in COPIED_DTYPES:
         yield lambda d=dtype: check(d, d, (*SIZES, LARGE))
@@ -208,10 +200,10 @@ def mixed() -> Iterator[Callable[[], None]]:
         shadows, lives, copy = [], [], []
         for index, (shadow_dtype, live_dtype) in enumerate(DTYPE_PAIRS):
             size = (0, *SIZES)[index % 5]
-            shadows.append(place(values(size, dtype=shadow_dtype, seed=index), index % 4))
+            shadows.append(with_offset(values(size, dtype=shadow_dtype, seed=index), index % 4))
             lives.append(values(size, dtype=live_dtype, seed=99 - index))
             copy.append(index % 5 == 4)
-        shadows.append(place(torch.zeros(33, dtype=torch.int64), 1))
+        shadows.append(with_offset(torch.zeros(33, dtype=torch.int64), 1))
         lives.append(torch.arange(33))
         copy.append(True)
         (expected,) = copied([shadows])
@@ -350,7 +342,7 @@ def end_to_end() -> Iterator[Callable[[], None]]:
             mine, theirs = ema.shadow_state_dict(which), resumed.shadow_state_dict(which)
             assert {name: raw(tensor) for name, tensor in mine.items()} == {n: raw(t) for n, t in theirs.items()}
 
-    def check_guard() -> None:
+    def check_nonfinite() -> None:
         model = small_model()
         ema = FastEMA(model, decay=0.9, decay_type="constant", backend="triton")
         views = [tensor for tensor in ema.shadow_state_dict().values() if tensor.is_floating_point()]
@@ -368,7 +360,7 @@ def end_to_end() -> Iterator[Callable[[], None]]:
     yield lambda: check(torch.float64, decay=[0.5, 0.9, 0.99], decay_type="threshold")
     yield lambda: check(torch.bfloat16, decay=0.999)
     yield lambda: check(torch.float32, decay=[0.9, 0.99], capturable=True)
-    yield check_guard
+    yield check_nonfinite
 
 
 GROUPS = (

@@ -49,8 +49,16 @@ def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return numbers.to(dtype)
 
 
+def with_offset(tensor: Tensor, offset: int) -> Tensor:
+    """Return a copy of `tensor`, `offset` elements into a larger storage with sentinels on both sides."""
+    larger = torch.full((tensor.numel() + offset + 19,), 77).to(tensor.dtype)
+    part = larger[offset : offset + tensor.numel()]
+    part.copy_(tensor)
+    return part
+
+
 def move(tensors: Iterable[Tensor], seed: int) -> None:
-    """What a training step does: every tensor gets other values, in place, each once."""
+    """Change every tensor once, in place, as a training step does."""
     seen: set[int] = set()
     with torch.no_grad():
         for tensor in tensors:

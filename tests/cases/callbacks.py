@@ -1,4 +1,4 @@
-"""What both callbacks' tests expect of an average, from the weights after each real step."""
+"""The average that both callbacks' tests expect, from the weights after each real step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DECAY = 0.8
 
 
 def average(first: dict[str, Tensor], steps: list[dict[str, Tensor]], decay: float = DECAY) -> dict[str, Tensor]:
-    """What the average must be, from the weights after each real step: in double, by the definition."""
+    """Return the expected average, from the weights after each real step: in double, by the definition."""
     averages = {name: value.double() for name, value in first.items()}
     for live in steps:
         for name, value in live.items():

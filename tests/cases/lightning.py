@@ -1,4 +1,4 @@
-"""What the tests of both Lightning callbacks train: a small net, its data, and a Trainer on the CPU."""
+"""A small net, its data, and a Trainer on the CPU, for the tests of both Lightning callbacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an average must be, in plain NumPy: nothing here knows fastema, and torch only hands over the values.
+"""The reference of an average in plain NumPy: fastema is not imported, and torch only gives the values.
 
 Arrays are long double (80 bits where the machine has them), so that the reference is exact beside float64 too.
 """
@@ -28,15 +28,15 @@ def exact(tensor: Tensor) -> Array:
     return tensor.resolve_neg().double().numpy().astype(np.longdouble)
 
 
-def averaged(shadow: Array, live: Array, weight: float, guard: bool = True) -> Array:
+def averaged(shadow: Array, live: Array, weight: float, skip_nonfinite: bool = True) -> Array:
     """The rule as the mathematician writes it."""
     with np.errstate(invalid="ignore", over="ignore"):
         result = shadow + np.longdouble(weight) * (live - shadow)
-    return np.where(np.isfinite(live), result, shadow) if guard else result
+    return np.where(np.isfinite(live), result, shadow) if skip_nonfinite else result
 
 
 def tolerance(shadow: Array, live: Array, dtype: torch.dtype) -> Array:
-    """How far one update in `dtype` may be from `averaged`, element by element.
+    """Return how far one update in `dtype` may be from `averaged`, element by element.
 
     The difference, the weight and the fused multiply-add are each rounded once in the opmath type (half an eps of
     |shadow| + |live| in all, taken twice for good measure), and the result once in `dtype`.

@@ -58,7 +58,7 @@ class Twins:
         self.exact = start.repeat(len(self.decays), 1)  # [decays, elements]
         self.allowed = torch.zeros_like(self.exact)
         self._decay = torch.tensor(self.decays, dtype=torch.float64)[:, None]
-        self.updates = self.kept = 0
+        self.updates = self.nonfinite = 0
         self.worst = 0.0  # the largest error seen, as a share of what is allowed
         self.error = 0.0  # and in numbers
         self._saved: tuple[Any, ...] | None = None
@@ -67,7 +67,7 @@ class Twins:
     # --- what is there ---
 
     def _live(self) -> Tensor:
-        """What is averaged, as one row of float64."""
+        """Return what is averaged, as one row of float64."""
         state = self.models[0].state_dict()
         return torch.cat([state[name].detach().double().flatten() for name in self.averaged])
 
@@ -98,7 +98,7 @@ class Twins:
             self.error = max(self.error, float(error.max()))
             self.worst = max(self.worst, float((error / allowed.clamp(min=1e-37)).max()))
         for ema in self.emas:
-            assert (ema.num_updates, ema.nonfinite_count()) == (self.updates, self.kept)
+            assert (ema.num_updates, ema.nonfinite_count()) == (self.updates, self.nonfinite)
 
     # --- training ---
 
@@ -128,7 +128,7 @@ class Twins:
         self.updates += 1
         live = self._live()
         finite = live.isfinite()
-        self.kept += int((~finite).sum()) // 2  # poison is in the tied weight: twice in a state, averaged once
+        self.nonfinite += int((~finite).sum()) // 2  # poison is in the tied weight: twice in a state, averaged once
         rounding = 2 * _EPS * (self.exact.abs() + live.abs())
         self.allowed = torch.where(finite, self.allowed * self._decay + rounding, self.allowed)
         self.exact = torch.where(finite, self.exact + (1.0 - self._decay) * (live - self.exact), self.exact)
@@ -211,7 +211,7 @@ class Twins:
                 fresh, self.decays if len(self.decays) > 1 else self.decays[0], decay_type="constant", backend=backend
             )
             self.emas[index].load_state_dict(content["ema"])
-        self.kept = 0  # what the guard kept is not part of a state
+        self.nonfinite = 0  # the count is not part of a state
 
     def assign(self) -> None:
         """Other tensors with the same values take the parameters' places."""

@@ -90,7 +90,7 @@ def fingerprint(model: nn.Module, ema: FastEMA) -> dict[str, Any]:
 
 
 def resume(source: Path, target: Path) -> None:
-    """What the new process does."""
+    """Do what the new process does."""
     results = {}
     for (name, backend), saved in torch.load(source, weights_only=True).items():
         model, optimizer, ema = built(name, backend)

@@ -34,7 +34,7 @@ _RESIDENT_GROWTH = 16 * 2**20  # bytes; what allocators keep back
 
 @dataclass
 class Soak:
-    """What happened."""
+    """The result of a run."""
 
     updates: int = 0
     seconds: float = 0.0
@@ -126,7 +126,7 @@ def _half(result: Soak, twins: Twins, updates: int, chance: random.Random, path:
 
 
 def _warm(twins: Twins, path: Path) -> int:
-    """What is traced once everything that is kept at all is kept under tracing too."""
+    """Return the memory that is traced once all that is kept was allocated under tracing."""
     for _ in range(2):
         twins.assign()
         twins.save()

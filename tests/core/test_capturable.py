@@ -103,7 +103,7 @@ def test_resume_between_the_two_ways(backend: str) -> None:
 
 
 def test_addresses_stay_over_updates_loads_and_an_exchange_in_place(backend: str) -> None:
-    """What a captured graph has baked in: shadow, step and weights must stay where they are."""
+    """Shadow, step and weights must stay where they are: a captured graph has their addresses."""
     _, _, captured = pair(backend, decay_type="threshold")
     clock = captured._clock
     assert clock is not None
@@ -158,7 +158,7 @@ FOUND_INF = [None, 1.0, 0.0, 0.0, float("nan"), *[None] * 30, 1.0, 0.0]
 
 
 def clock_states(clock: DeviceSchedule) -> list[list[float]]:
-    """What each step leaves: step, updates, skip, weights."""
+    """Return the state after each step: step, updates, skip, weights."""
     states = []
     for value in FOUND_INF:
         skip = clock.advance(None if value is None else torch.tensor(value, device=clock.step.device))

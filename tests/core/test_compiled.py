@@ -139,7 +139,7 @@ KINDS: list[Kind] = [as_wrapper, in_place, inside_a_function, inside_a_parent]
 
 
 def frames() -> int:
-    """How many frames dynamo has compiled since the last reset of its counters."""
+    """Return how many frames dynamo has compiled since the last reset of its counters."""
     return torch._dynamo.utils.counters["frames"]["ok"]
 
 

@@ -276,7 +276,7 @@ def test_resuming_from_one_file(rank: Rank) -> None:
 
 
 def test_names_without_a_process_group() -> None:
-    """What wraps a whole model leaves no trace in the names, in any order; a child of that name does."""
+    """A wrapper of a whole model leaves no trace in the names, in any order; a child of that name does."""
     model = nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2)))
     model.add_module("module", nn.Linear(2, 2))
     seen: set[str] = set()

@@ -22,7 +22,7 @@ def made(decay: Any = 0.999, **arguments: Any) -> tuple[torch.Tensor, FastEMA]:
 
 
 def weights_of_steps(steps: list[int], passed: bool = False, **arguments: Any) -> list[float]:
-    """What each step's weights count for in the average after the last of `steps`: measured, one run for each."""
+    """Measure the weight of each step in the average after the last of `steps`, with one run for each."""
     found = []
     for which in [0, *steps]:
         weight = torch.full((1,), 1.0 if which == 0 else 0.0, dtype=torch.float64)

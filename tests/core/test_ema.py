@@ -445,7 +445,7 @@ def test_attach_refuses_a_step_while_applied(backend: str) -> None:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_attach_does_not_count_a_step_that_the_gradient_scaler_skipped(backend: str, fused: bool) -> None:
-    """Of a plain optimizer the scaler leaves step() out; a fused one it calls, with its verdict as an attribute."""
+    """The scaler leaves step() of a plain optimizer out; a fused one it calls, with found_inf as an attribute."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
     ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)

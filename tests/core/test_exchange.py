@@ -15,7 +15,7 @@ from cases import Recorder, bits, raw, small_model, tensors_of, train, values
 from fastema import FastEMA
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-GUARD_COUNT = torch.ops.aten._local_scalar_dense.default  # the torch backend looks at its guard's count
+NONFINITE_COUNT = torch.ops.aten._local_scalar_dense.default  # the torch backend reads its nonfinite_count()
 
 
 def averaged(model: nn.Module, backend: str, **arguments: Any) -> FastEMA:
@@ -73,11 +73,11 @@ def test_in_place_leaves_every_address(model: nn.Sequential, ema: FastEMA) -> No
 
 
 def test_an_exchange_copies_nothing_and_allocates_nothing(model: nn.Sequential, ema: FastEMA) -> None:
-    with Recorder(GUARD_COUNT) as first:
+    with Recorder(NONFINITE_COUNT) as first:
         ema.apply_shadow()
         ema.restore()
     assert not [name for name in first.seen if "empty" not in name and "set_" not in name and "detach" not in name]
-    with Recorder(GUARD_COUNT) as second:
+    with Recorder(NONFINITE_COUNT) as second:
         ema.apply_shadow()
         ema.restore()
     assert second.seen == []
@@ -98,7 +98,7 @@ def test_in_place_allocates_nothing_natively(model: nn.Sequential) -> None:
     ema = averaged(model, "native")
     ema.apply_shadow(in_place=True)
     ema.restore()
-    with Recorder(GUARD_COUNT) as recorder:
+    with Recorder(NONFINITE_COUNT) as recorder:
         ema.apply_shadow(in_place=True)
         ema.restore()
     assert recorder.seen == []

@@ -90,7 +90,7 @@ def faults(build: Callable[[], Any], action: Callable[[Any], Any], lines: int = 
 
 @dataclass
 class Case:
-    """What is exchanged."""
+    """The tensors that are exchanged."""
 
     model: nn.Module
     ema: FastEMA

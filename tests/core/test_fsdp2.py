@@ -111,7 +111,7 @@ def assert_same(got: Averages, expected: Averages) -> None:
 
 @torch.no_grad()
 def with_weights(weights: Averages, x: Tensor, wrap: Any = lambda model: model) -> Tensor:
-    """What a model with these weights computes; nothing of FastEMA takes part."""
+    """Return what a model with these weights computes; nothing of FastEMA takes part."""
     model = net()
     for name, tensor in model.state_dict().items():
         tensor.copy_(weights[name])
@@ -334,7 +334,7 @@ def test_an_update_in_the_midst(rank: Rank) -> None:
 
 @on_ranks(2)
 def test_a_swap_between_accumulated_gradients(rank: Rank) -> None:
-    """Which FSDP holds back, not reduced and with gathered parameters, until the last of them."""
+    """FSDP holds them back, not reduced and with gathered parameters, until the last of them."""
     gradients = []
     for swaps in (False, True):
         for reshards in (False, True):
@@ -570,7 +570,7 @@ def trained(model: nn.Module, decay: Any = 0.5) -> FastEMA:
 
 
 def load(ema: FastEMA, folder: Any, **options: Any) -> None:
-    """As README says: in place, then the counters."""
+    """Load as README says: in place, then the counters."""
     state = {"ema": ema.state_dict()}
     dcp.load(state, checkpoint_id=folder, **options)
     ema.load_state_dict(state["ema"])

@@ -1,4 +1,4 @@
-"""What refers to a model and its average in a circle is freed: native types show the collector what they hold."""
+"""Circular references to a model and its average are freed: native types show the collector what they hold."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_optimizers_that_step_in_backward() -> None:
 
 
 class Lookahead:
-    """As many write it by hand: an optimizer inside, and no hooks."""
+    """A Lookahead as many write it by hand: an optimizer inside, and no hooks."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer

@@ -111,7 +111,7 @@ def seam(monkeypatch: pytest.MonkeyPatch) -> Seam:
 
 
 def averages(ema: FastEMA) -> list[dict[str, bytes]]:
-    """Of every decay, bit for bit."""
+    """Return the averages of every decay as bytes."""
     return [
         {name: raw(tensor) for name, tensor in ema.shadow_state_dict(which=which).items()}
         for which in range(len(ema._decays))
@@ -119,7 +119,7 @@ def averages(ema: FastEMA) -> list[dict[str, bytes]]:
 
 
 def pair(seam: Seam, model: nn.Module | None = None, **arguments: Any) -> tuple[FastEMA, FastEMA, nn.Module, nn.Module]:
-    """An offloaded average and an ordinary one, of equal models, on a device whose guard nobody asks unbidden."""
+    """Return an offloaded and an ordinary average of equal models; neither reads nonfinite_count() by itself."""
     model = small_model() if model is None else model
     twin = copy.deepcopy(model)
     arguments = {"decay": 0.5, "decay_type": "constant", **arguments}
@@ -188,7 +188,7 @@ def test_without_the_order_of_writes_the_values_would_be_wrong(seam: Seam) -> No
     assert averages(ema) != averages(ordinary)
 
 
-def test_other_weights_that_a_guard_skips_are_counted(seam: Seam) -> None:
+def test_nonfinite_elements_of_other_weights_are_counted(seam: Seam) -> None:
     ema, ordinary, model, twin = pair(seam, decay=[0.5, 0.9])
     for each, its in ((ema, model), (ordinary, twin)):
         with torch.no_grad():

@@ -21,7 +21,7 @@ def shadow(ema: FastEMA) -> dict[str, Tensor]:
 
 
 def through_a_file(state: Any) -> Any:
-    """As a checkpoint does it."""
+    """Save and load, as a checkpoint does."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)

@@ -179,7 +179,7 @@ def test_flat_recurrent_weights_stay_flat(backend: str, kind: type[nn.RNNBase]) 
 
 
 def test_weights_flattened_into_one_storage(backend: str) -> None:
-    """As cuDNN lays recurrent weights out: every parameter a view of one buffer."""
+    """cuDNN lays recurrent weights out so: every parameter a view of one buffer."""
     model = nn.GRU(3, 4)
     flat = torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
     begin = 0

@@ -37,7 +37,7 @@ def covered(tensor: Tensor) -> list[int]:
 
 @st.composite
 def sliced_views(draw: st.DrawFn) -> Tensor:
-    """What slicing, stepping, indexing, transposing and viewing make of a buffer."""
+    """Draw views of a buffer: sliced, stepped, indexed, transposed."""
     shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     offset = draw(st.integers(0, 3))
     room = torch.zeros(offset + int(torch.tensor(shape).prod()) + draw(st.integers(0, 3)))

@@ -135,7 +135,7 @@ def test_a_thread_that_was_refused_does_not_shut_anyone_out(backend: str) -> Non
 
 
 class WeightsInWorkers(Dataset[float]):
-    """What a DataLoader's worker sees of the model."""
+    """A data set that returns the weights that a DataLoader's worker sees."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

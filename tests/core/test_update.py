@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import COPIED_DTYPES, DTYPE_PAIRS, LAYOUTS, OFFSETS, SIZES, WEIGHTS, move, raw, values
+from cases import COPIED_DTYPES, DTYPE_PAIRS, LAYOUTS, OFFSETS, SIZES, WEIGHTS, move, raw, values, with_offset
 from cases.reference import assert_within, averaged, exact, tolerance
 from fastema import FastEMA, backends
 from fastema.backends import native
@@ -31,24 +31,16 @@ def plan_of(module: ModuleType, shadows: list[Tensor], lives: list[Tensor], copy
 
 
 def update(
-    module: ModuleType, shadow: Tensor, live: Tensor, weight: float, guard: bool = True, copy: bool = False
+    module: ModuleType, shadow: Tensor, live: Tensor, weight: float, skip_nonfinite: bool = True, copy: bool = False
 ) -> Any:
     """One update of one segment; returns the plan."""
     plan = module.Plan([[shadow]], [live], [copy], [])
-    plan.update([weight], guard, None)
+    plan.update([weight], skip_nonfinite, None)
     return plan
 
 
-def with_offset(tensor: Tensor, offset: int) -> Tensor:
-    """The same values, `offset` elements into a larger storage with sentinels on both sides."""
-    room = torch.full((tensor.numel() + offset + 3,), 77).to(tensor.dtype)
-    part = room[offset : offset + tensor.numel()]
-    part.copy_(tensor)
-    return part
-
-
 def sentinels_hold(part: Tensor) -> bool:
-    """Whether everything around `with_offset`'s result is untouched."""
+    """Return whether everything around `with_offset`'s result is untouched."""
     storage = torch.empty(0, dtype=part.dtype).set_(part.untyped_storage())
     around = torch.cat([storage[: part.storage_offset()], storage[part.storage_offset() + part.numel() :]])
     return bool((around == torch.tensor(77, dtype=part.dtype)).all())
@@ -65,17 +57,19 @@ def isa(request: pytest.FixtureRequest) -> Any:
     return getattr(native._C.Isa, request.param)
 
 
-@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "plain"])
+@pytest.mark.parametrize("skip_nonfinite", [True, False], ids=["skipping", "plain"])
 @pairs
-def test_update_is_the_reference(backend: str, shadow_dtype: torch.dtype, live_dtype: torch.dtype, guard: bool) -> None:
+def test_update_is_the_reference(
+    backend: str, shadow_dtype: torch.dtype, live_dtype: torch.dtype, skip_nonfinite: bool
+) -> None:
     module = backends.BACKENDS[backend]
     for size in SIZES:
         old, live = values(size, dtype=shadow_dtype, seed=1), values(size, dtype=live_dtype, seed=2)
         was = raw(live)
         for weight in (0.001, 0.7):
             shadow = old.clone()
-            update(module, shadow, live, weight, guard)
-            expected = averaged(exact(old), exact(live), weight, guard)
+            update(module, shadow, live, weight, skip_nonfinite)
+            expected = averaged(exact(old), exact(live), weight, skip_nonfinite)
             what = f"size {size}, weight {weight}"
             assert_within(shadow, expected, tolerance(exact(old), exact(live), shadow_dtype), what)
             assert raw(live) == was, "the live weights were written"
@@ -83,34 +77,34 @@ def test_update_is_the_reference(backend: str, shadow_dtype: torch.dtype, live_d
 
 @needs_native
 @needs_fused_lerp
-@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "plain"])
+@pytest.mark.parametrize("skip_nonfinite", [True, False], ids=["skipping", "plain"])
 @pairs
-def test_backends_agree_bit_for_bit(shadow_dtype: torch.dtype, live_dtype: torch.dtype, guard: bool) -> None:
+def test_backends_agree_bit_for_bit(shadow_dtype: torch.dtype, live_dtype: torch.dtype, skip_nonfinite: bool) -> None:
     for size in SIZES:
         old, live = values(size, dtype=shadow_dtype, seed=3), values(size, dtype=live_dtype, seed=4)
         for weight in WEIGHTS:
             a, b = old.clone(), old.clone()
-            update(native, a, live, weight, guard)
-            update(plain_torch, b, live, weight, guard)
+            update(native, a, live, weight, skip_nonfinite)
+            update(plain_torch, b, live, weight, skip_nonfinite)
             assert raw(a) == raw(b), f"size {size}, weight {weight}"
 
 
-@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "plain"])
+@pytest.mark.parametrize("skip_nonfinite", [True, False], ids=["skipping", "plain"])
 @pairs
 def test_instruction_sets_agree_bit_for_bit(
-    isa: Any, shadow_dtype: torch.dtype, live_dtype: torch.dtype, guard: bool
+    isa: Any, shadow_dtype: torch.dtype, live_dtype: torch.dtype, skip_nonfinite: bool
 ) -> None:
     for size in (1, 5, 17, 1025, 16385):
         old, live = values(size, dtype=shadow_dtype, seed=5), values(size, dtype=live_dtype, seed=6)
         live[size // 2] = float("nan")
         expected, got = old.clone(), old.clone()
-        best = update(native, expected, live, 0.3, guard)
+        best = update(native, expected, live, 0.3, skip_nonfinite)
         plan = native.Plan([[got]], [live], [False], [])
         plan.set_isa(isa)
-        plan.update([0.3], guard, None)
+        plan.update([0.3], skip_nonfinite, None)
         assert torch.equal(got.isnan(), expected.isnan())
         assert raw(got.nan_to_num(7.0)) == raw(expected.nan_to_num(7.0)), f"size {size}"
-        assert plan.nonfinite_count() == best.nonfinite_count() == int(guard)
+        assert plan.nonfinite_count() == best.nonfinite_count() == int(skip_nonfinite)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -167,7 +161,7 @@ def test_floats_under_the_copy_rule_are_converted(
     backend: str, shadow_dtype: torch.dtype, live_dtype: torch.dtype
 ) -> None:
     live = values(1025, dtype=live_dtype, seed=14)
-    live[3], live[4] = float("nan"), float("-inf")  # the guard is the average's, not the copy's
+    live[3], live[4] = float("nan"), float("-inf")  # skip_nonfinite is the average's, not the copy's
     shadow = values(1025, dtype=shadow_dtype, seed=15)
     plan = update(backends.BACKENDS[backend], shadow, live, 0.001, copy=True)
     assert torch.equal(shadow.isnan(), live.isnan())
@@ -176,7 +170,7 @@ def test_floats_under_the_copy_rule_are_converted(
 
 
 @pairs
-def test_guard_keeps_what_is_not_finite_and_counts_it(
+def test_nonfinite_elements_are_skipped_and_counted(
     backend: str, shadow_dtype: torch.dtype, live_dtype: torch.dtype
 ) -> None:
     module = backends.BACKENDS[backend]
@@ -188,18 +182,18 @@ def test_guard_keeps_what_is_not_finite_and_counts_it(
         ]
         clean = live.clone()
         clean[bad] = 0
-        guarded, plain, expected = old.clone(), old.clone(), old.clone()
-        plan = update(module, guarded, live, 0.3, guard=True)
+        skipping, plain, expected = old.clone(), old.clone(), old.clone()
+        plan = update(module, skipping, live, 0.3, skip_nonfinite=True)
         update(module, expected, clean, 0.3)
-        assert raw(guarded[bad]) == raw(old[bad]), "a shadow moved although its live value is not finite"
-        assert raw(guarded[~bad]) == raw(expected[~bad])
+        assert raw(skipping[bad]) == raw(old[bad]), "a shadow moved although its live value is not finite"
+        assert raw(skipping[~bad]) == raw(expected[~bad])
         assert plan.nonfinite_count() == int(bad.sum())
         plan.update([0.3], True, None)
         assert plan.nonfinite_count() == 2 * int(bad.sum()), "the count is since the beginning"
-        unguarded = update(module, plain, live, 0.3, guard=False)
+        propagating = update(module, plain, live, 0.3, skip_nonfinite=False)
         assert not plain[bad].isfinite().any()
         assert raw(plain[~bad]) == raw(expected[~bad])
-        assert unguarded.nonfinite_count() == 0
+        assert propagating.nonfinite_count() == 0
 
 
 def test_every_16_bit_pattern_is_widened_and_narrowed_as_torch_does(backend: str) -> None:
@@ -209,12 +203,12 @@ def test_every_16_bit_pattern_is_widened_and_narrowed_as_torch_does(backend: str
     for dtype in (torch.float16, torch.bfloat16):
         live = patterns.view(dtype)
         wide = torch.zeros(1 << 16)
-        update(module, wide, live, 1.0, guard=False, copy=True)
+        update(module, wide, live, 1.0, skip_nonfinite=False, copy=True)
         assert torch.equal(wide.isnan(), live.isnan())
         assert raw(wide[~live.isnan()]) == raw(live.float()[~live.isnan()])
         narrow = torch.zeros(1 << 16, dtype=dtype)
         between = torch.where(wide.isfinite(), wide * 1.0007, wide)  # most fall between two halves: rounding shows
-        update(module, narrow, between, 1.0, guard=False, copy=True)
+        update(module, narrow, between, 1.0, skip_nonfinite=False, copy=True)
         assert torch.equal(narrow.isnan(), between.isnan())
         assert raw(narrow[~between.isnan()]) == raw(between.to(dtype)[~between.isnan()])
 

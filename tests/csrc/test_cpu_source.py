@@ -29,7 +29,7 @@ def is_gcc() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not is_gcc(), reason="needs gcc for x86-64, whose report this reads")
-def test_every_dtype_pair_is_vectorised_with_and_without_the_guard(tmp_path: Path) -> None:
+def test_every_dtype_pair_is_vectorised_with_and_without_skip_nonfinite(tmp_path: Path) -> None:
     source = ROOT / "csrc/cpu_kernels.cpp"
     text = source.read_text()
     begin = text[: text.index("EMA_FN int32_t average_block")].count("\n") + 1

@@ -22,7 +22,7 @@ FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-lineinfo", "-Xptxas", "-v", "-I"
 ARCHITECTURES = ("sm_90", "sm_75", "sm_80", "sm_100", "sm_120")
 BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Float16": 2}
 PAIRS = [(shadow, live) for shadow in BYTES for live in BYTES]
-KERNELS = 4  # update with and without the guard, exchange, clock
+KERNELS = 4  # update with and without skip_nonfinite, exchange, clock
 THREADS_IN_FLIGHT_BYTES = 128
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH: the CUDA source is not compiled")
@@ -68,12 +68,14 @@ class Compiled:
         (found,) = [kernel for kernel in self.kernels if name in kernel.name]
         return found
 
-    def update_loops(self, guard: bool) -> dict[tuple[str, str], dict[str, Loop]]:
+    def update_loops(self, skip_nonfinite: bool) -> dict[tuple[str, str], dict[str, Loop]]:
         """Dtype pair -> its loop over vectors and its loop over scalars."""
         found: dict[tuple[str, str], dict[str, Loop]] = {}
-        for loop in self.kernel(f"update_kernelILb{int(guard)}E").loops:
+        for loop in self.kernel(f"update_kernelILb{int(skip_nonfinite)}E").loops:
             callers = {self.lines[line - 1] for instruction in loop.instructions for line in instruction.lines}
-            pairs = {pair for line in callers for pair in re.findall(r"average<kGuard, (\w+), (\w+)>\(rows", line)}
+            pairs = {
+                pair for line in callers for pair in re.findall(r"average<kSkipNonfinite, (\w+), (\w+)>\(rows", line)
+            }
             kinds = {kind for line in callers for kind in re.findall(r"run_tiles<(kCount|1), \w+>\(rows", line)}
             if len(pairs) == len(kinds) == 1:
                 loops = found.setdefault(pairs.pop(), {})
@@ -127,17 +129,19 @@ def test_nothing_is_spilled(binary: Compiled) -> None:
     assert max(registers) <= 80, "more than 80 registers do not fit the launch bounds"
 
 
-@pytest.mark.parametrize("guard", [False, True], ids=["plain", "guard"])
-def test_every_dtype_pair_has_its_loads_in_flight_before_the_first_use(binary: Compiled, guard: bool) -> None:
-    loops = binary.update_loops(guard)
+@pytest.mark.parametrize("skip_nonfinite", [False, True], ids=["plain", "skip_nonfinite"])
+def test_every_dtype_pair_has_its_loads_in_flight_before_the_first_use(binary: Compiled, skip_nonfinite: bool) -> None:
+    loops = binary.update_loops(skip_nonfinite)
     assert set(loops) == set(PAIRS)
     found = {pair: complaints(loops[pair]["vectors"], *pair) for pair in PAIRS}
     assert not any(found.values()), {pair: reasons for pair, reasons in found.items() if reasons}
 
 
-@pytest.mark.parametrize("guard", [False, True], ids=["plain", "guard"])
-def test_unaligned_chunks_have_their_loads_in_flight_before_the_first_use(binary: Compiled, guard: bool) -> None:
-    for (shadow, live), loops in binary.update_loops(guard).items():
+@pytest.mark.parametrize("skip_nonfinite", [False, True], ids=["plain", "skip_nonfinite"])
+def test_unaligned_chunks_have_their_loads_in_flight_before_the_first_use(
+    binary: Compiled, skip_nonfinite: bool
+) -> None:
+    for (shadow, live), loops in binary.update_loops(skip_nonfinite).items():
         if (shadow, live) == ("BFloat16", "double"):
             continue  # for sm_100 and sm_120 ptxas converts between the loads; a pair that is not found in training
         loop = loops["scalars"]
@@ -157,7 +161,7 @@ def test_an_exchange_loads_four_pairs_before_the_first_store(binary: Compiled) -
 
 
 def planted(folder: Path, *changes: tuple[str, str]) -> Loop:
-    """The loop of float32 <- float32 with the guard, of the source with a fault in it, for one architecture."""
+    """The loop of float32 <- float32 with skip_nonfinite, of the source with a fault in it, for one architecture."""
     text = SOURCE.read_text()
     for right, wrong in changes:
         assert right in text
@@ -181,14 +185,15 @@ def test_what_is_sound_has_no_complaint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ([("(tile, shadow + offset, left", "(tile, shadow + offset, is_kept<Shadow>(lives[0].values[0]) ? 0 : left")],
+        ([("(tile, shadow + offset, left",
+           "(tile, shadow + offset, is_nonfinite<Shadow>(lives[0].values[0]) ? 0 : left")],
          "before the first use"),
         ([("(at) + n * kThreads", "(at) + n / 2 * (2 * kThreads) + n % 2")], "stores of {16: 4} bytes, 32 apart"),
         ([("st.global.", "st.")], "accesses to ['generic', 'global'] memory"),
         ([("sizeof(Shadow) == sizeof(Live) ? 4 : 8", "2")], "64 bytes in flight"),
         ([("constexpr uint32_t kCount = 16 /", "constexpr uint32_t kCount = 8 /")], "where [16] bytes are due"),
     ],
-    ids=["the guard is hoisted", "a stride of 32 bytes", "generic stores", "two packs", "8-byte accesses"],
+    ids=["skip_nonfinite is hoisted", "a stride of 32 bytes", "generic stores", "two packs", "8-byte accesses"],
 )  # fmt: skip
 def test_a_planted_fault_is_found(tmp_path: Path, changes: list[tuple[str, str]], complaint: str) -> None:
     found = complaints(planted(tmp_path, *changes), "float", "float")

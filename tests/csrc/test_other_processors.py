@@ -67,7 +67,7 @@ def test_aarch64_is_vectorised(tmp_path: Path) -> None:
     target = tmp_path / "kernels.o"
     report = output_of(compiler, "-std=c++17", *flags(), "-fopt-info-vec", "-c", SOURCE, "-o", target)
     lines = re.findall(r"cpu_kernels\.cpp:(\d+):\d+: optimized:\s+loop vectorized using 16 byte vectors", report)
-    assert sum(int(line) in average_lines() for line in lines) >= 2 * PAIRS, report  # with and without the guard
+    assert sum(int(line) in average_lines() for line in lines) >= 2 * PAIRS, report  # with and without skip_nonfinite
     assert len(re.findall(r"\bfmla\s+v\d+\.[24][sd]", output_of(disassembler, "-d", target))) >= 2 * PAIRS
 
 

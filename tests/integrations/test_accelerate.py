@@ -62,7 +62,7 @@ def test_accumulated_batches_count_once(backend: str) -> None:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_skipped_steps_with_a_schedule_and_a_scheduler(backend: str, fused: bool) -> None:
-    """What the scaler skips does not move the schedule; a learning-rate scheduler wraps step() and must not matter."""
+    """A step that the scaler skips does not move the schedule; a scheduler that wraps step() must not matter."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
     ema = FastEMA(model, 0.999, decay_type="threshold", backend=backend)
@@ -266,7 +266,7 @@ def test_the_average_resumes_with_accelerate_s_own_checkpoint(accelerate: Any, t
 
 
 def test_the_diffusers_adapter_in_accelerate_s_checkpoint(accelerate: Any, tmp_path: Any) -> None:
-    """As diffusers' scripts use it: stepped where gradients are in sync, saved by Accelerate."""
+    """Used as in diffusers' scripts: stepped where gradients are in sync, saved by Accelerate."""
     from fastema.integrations.diffusers import EMAModel
 
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)

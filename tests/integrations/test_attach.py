@@ -207,7 +207,7 @@ def test_row_sam_itself() -> None:
 
 
 class Lookahead:
-    """As many write it by hand."""
+    """A Lookahead as many write it by hand."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, k: int) -> None:
         self.optimizer, self.k, self.count = optimizer, k, 0

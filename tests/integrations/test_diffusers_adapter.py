@@ -66,7 +66,7 @@ def largest(tensors: Iterable[Tensor]) -> list[float]:
 
 
 def furthest(first: Any, second: Any, scales: list[float]) -> float:
-    """How far they differ, in units of the last place of the largest values that the averages went through."""
+    """Return how far they differ, in units of the last place of the largest values that the averages went through."""
     differences = largest(mine - other for mine, other in zip(first.shadow_params, second.shadow_params, strict=True))
     eps = torch.finfo(torch.float32).eps
     return max(difference / (eps * scale) for difference, scale in zip(differences, scales, strict=True) if scale)

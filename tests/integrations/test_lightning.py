@@ -153,7 +153,7 @@ def test_every_keyword_reaches_fastema_and_wrong_ones_are_refused_at_once(tmp_pa
 
 
 def logged_by(net: Net, weights: dict[str, Tensor], batches: DataLoader[Any]) -> dict[str, float]:
-    """What the module must log with these weights, computed by hand."""
+    """Return what the module must log with these weights, computed by hand."""
     plain = Net().eval()
     plain.load_state_dict(weights)
     with torch.no_grad():

@@ -74,7 +74,7 @@ def states_differ(first: nn.Module, second: nn.Module) -> list[str]:
 
 
 def fast(averaged: ours.AveragedModel) -> bool:
-    """Whether the last update took the plan."""
+    """Return whether the last update took the plan."""
     return averaged._pairs is not None and averaged._pairs._update is not None
 
 
@@ -277,7 +277,7 @@ def test_bfloat16_weights_and_a_float32_average(name: str, backend: str) -> None
 )
 @pytest.mark.parametrize("before", [False, True])
 def test_layouts(change: Callable[[nn.Conv2d], Any], before: bool) -> None:
-    """Of the live weights alone, or of both sides."""
+    """Layouts of the live weights alone, or of both sides."""
     conv = nn.Conv2d(4, 4, 3)
     if before:
         change(conv)
@@ -831,8 +831,8 @@ def test_torchscript_is_torchs_business() -> None:
         pass
 
 
-def test_modules_that_walk_their_own_way_are_torchs_business() -> None:
-    """What they walk may change without a trace in their slots."""
+def test_modules_with_a_walk_of_their_own_fall_back_to_torch() -> None:
+    """Their walks may change without a trace in their slots."""
 
     class Chooser(nn.Linear):
         chosen = ("weight",)

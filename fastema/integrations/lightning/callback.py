@@ -165,7 +165,7 @@ class FastEMACallback(HoldsAverage, Callback):
         self._prepare(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detaches; the trained weights are back in place already."""
+        """Detach; the trained weights are back in place already."""
         self._undo.close()
         self._restore()
 
@@ -195,7 +195,7 @@ class FastEMACallback(HoldsAverage, Callback):
             self.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming exactly needs; empty before the average has begun."""
+        """Return what resuming exactly needs; empty before the average has begun."""
         if self._ema is not None:
             return self._ema.state_dict()
         return dict(self._restored or {})
@@ -302,7 +302,7 @@ class FastEMACallback(HoldsAverage, Callback):
 
     @contextmanager
     def _averaged(self, trainer: Trainer) -> Iterator[None]:
-        """A block in which the module has the averaged weights, and a checkpoint that is saved still the trained."""
+        """Open a block in which the module has the averaged weights; a checkpoint still holds the trained ones."""
         save = trainer.save_checkpoint
 
         def save_trained(*args: Any, **kwargs: Any) -> None:

@@ -46,7 +46,7 @@ def averaged_names(metrics: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def logging_both(pl_module: LightningModule) -> Iterator[None]:
-    """A block in which `self.log` of the module logs under its own names and those of the average."""
+    """Open a block in which `self.log` of the module logs under its own names and those of the average."""
     log = pl_module.log
 
     def log_twice(name: str, *args: Any, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ def logging_both(pl_module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def extra_run(trainer: Trainer, loop: Any) -> Iterator[None]:
-    """A block in which an evaluation loop runs once more than the trainer knows of.
+    """Open a block in which an evaluation loop runs once more than the trainer knows of.
 
     Its metrics get the names of the average. The other callbacks' hooks are not called. Random numbers, the progress
     of the loop, learning rates and their schedulers are afterwards as they were before.
@@ -118,7 +118,7 @@ def _renamed_metrics(trainer: Trainer, loop: Any) -> Iterator[None]:
 
 @contextmanager
 def _untouched_progress(loop: Any) -> Iterator[None]:
-    """A block after which the loop has counted nothing, so that checkpoints hold the progress of one run.
+    """Open a block after which the loop has counted nothing, so that checkpoints hold the progress of one run.
 
     An exception leaves what was counted: the validation has not finished, and a resumed run repeats it.
     """
@@ -137,7 +137,7 @@ def _untouched_progress(loop: Any) -> Iterator[None]:
 
 @contextmanager
 def _untouched_schedules(trainer: Trainer) -> Iterator[None]:
-    """A block after which learning rates and their schedulers are as before, if the module steps them in a hook."""
+    """Restore learning rates and their schedulers after a block: the module may step them in a hook."""
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     states = [deepcopy(scheduler.state_dict()) for scheduler in schedulers]
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]

@@ -62,7 +62,7 @@ struct Case {
   Kind kind;
   Dtype shadow, live;
   int shadows;
-  bool guard;
+  bool skip_nonfinite;
   double weight;
   const float* skip;
   bool weights_on_device;
@@ -86,7 +86,7 @@ void run(const Case& c) {
       for (const int64_t live_offset : {0, 1, 2}) {
         if (size == kManyTiles && (shadow_offset == 3 || live_offset != shadow_offset)) continue;
         lives.emplace_back(size, live_offset, live_size);
-        if (!bytes_only) fill(lives.back(), c.live, c.guard);
+        if (!bytes_only) fill(lives.back(), c.live, c.skip_nonfinite);
         for (int k = 0; k < c.shadows; ++k) {
           // Shadow 1 has another alignment than the others, as no allocator of ours makes it.
           const int64_t offset = shadow_offset + (k == 1 && size == 1025 ? 1 : 0);
@@ -108,10 +108,10 @@ void run(const Case& c) {
   const CpuChunks work(cpu_chunks, c.shadows);
   UpdateArgs args{};
   args.shadows = c.shadows;
-  args.guard = c.guard;
-  args.count_kept = true;
+  args.skip_nonfinite = c.skip_nonfinite;
+  args.count_nonfinite = true;
   for (int k = 0; k < c.shadows; ++k) args.weights[k] = c.weight / (k + 1);
-  const int64_t kept_on_cpu = c.skip != nullptr ? 0 : update_on_cpu(work, 0, args, 1, best_isa());
+  const int64_t nonfinite_on_cpu = c.skip != nullptr ? 0 : update_on_cpu(work, 0, args, 1, best_isa());
 
   double device_weights[kMaxShadows];
   std::memcpy(device_weights, args.weights, sizeof device_weights);
@@ -120,10 +120,10 @@ void run(const Case& c) {
     for (double& weight : args.weights) weight = -1.0;
   }
   args.skip = c.skip;
-  unsigned long long kept = 0;
+  unsigned long long nonfinite = 0;
   const int64_t count = static_cast<int64_t>(gpu_chunks.size()) / c.shadows;
-  if (launch_update(gpu_chunks.data(), count, args, &kept, 0, nullptr) != nullptr) std::abort();
-  bool equal = static_cast<int64_t>(kept) == kept_on_cpu;
+  if (launch_update(gpu_chunks.data(), count, args, &nonfinite, 0, nullptr) != nullptr) std::abort();
+  bool equal = static_cast<int64_t>(nonfinite) == nonfinite_on_cpu;
   for (int k = 0; k < c.shadows; ++k) {
     for (size_t i = 0; i < on_gpu[k].size(); ++i) {
       // The whole buffer: what lies before the segment is nobody's to touch.
@@ -151,8 +151,10 @@ void run(const Case& c) {
   if (!equal) {
     ++failures;
     std::printf(
-        "differs: kind %d, %d shadows, guard %d, weight %g, skip %d, kept %llu on the GPU and %lld on the CPU\n",
-        c.kind, c.shadows, c.guard, c.weight, c.skip != nullptr, kept, static_cast<long long>(kept_on_cpu));
+        "differs: kind %d, %d shadows, skip_nonfinite %d, weight %g, skip %d, nonfinite %llu on the GPU and %lld on "
+        "the CPU\n",
+        c.kind, c.shadows, c.skip_nonfinite, c.weight, c.skip != nullptr, nonfinite,
+        static_cast<long long>(nonfinite_on_cpu));
   }
 }
 
@@ -190,9 +192,10 @@ int main(int count, char** arguments) {
     for (const Dtype live : dtypes) {
       const Kind pair = dtype_pair(shadow, live);
       for (const int shadows : {1, 2, 4}) {
-        for (const bool guard : {false, true}) {
+        for (const bool skip_nonfinite : {false, true}) {
           for (const double weight : {1e-3, 0.5, 1.0}) {
-            run({static_cast<Kind>(kAverage + pair), shadow, live, shadows, guard, weight, nullptr, shadows == 2});
+            run({static_cast<Kind>(kAverage + pair), shadow, live, shadows, skip_nonfinite, weight, nullptr,
+                 shadows == 2});
           }
         }
       }

@@ -34,8 +34,8 @@ from fastema.segmentation.train.distillation import Distillation, Teacher, disti
 from fastema.segmentation.train.losses import BALANCE_WEIGHT, structure_loss
 from fastema.segmentation.train.optimizer import Precision
 from fastema.segmentation.train.trainer import Trainer
-from segmentation.tiny_network import random_net
 from segmentation.runs import Pairs, differences, output_of, tiny_options, tiny_run
+from segmentation.tiny_network import random_net
 
 BACKBONE = "mobilenetv3_small_050"
 STUDENT = "mobilenetv3_small_075"
