@@ -546,6 +546,7 @@ class FastEMA:
         checked_shadow_dtype(self._dtype, decays.highest)
         with torch.no_grad():
             run_atomically([*steps, *self._counting(*counters), *self._replacing_decays(decays)])
+        self._shadow.note_writes()
         for key, value in decays.config().items():
             if value != own[key]:
                 warnings.warn(
@@ -728,6 +729,7 @@ class FastEMA:
         self._replaced |= state.replaced_buffers(self._shadow)
         new = self._build_shadow()
         state.carry_over(self._shadow, new)
+        new.note_writes()
         if self._clock is not None and not self._shadow.is_on_cpu:
             self._captured.append(self._shadow)
         self._shadow = new

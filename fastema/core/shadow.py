@@ -116,6 +116,7 @@ class Shadow:
         for storage in self._storages:
             device = storage.live.device
             places.setdefault((device, device == storage.device), []).append(storage)
+        self._bumped = torch.empty(0, device="cpu")  # its version counts the updates of these plans
         self.plans: list[Any] = []  # contract.Plan, or OffloadedPlan, which cannot exchange
         self._plan_devices = [device for device, _ in places]  # of the live weights
         self.offloaded: list[offload.OffloadedPlan] = []  # those of `plans` that run in a thread
@@ -124,7 +125,7 @@ class Shadow:
             segments = [[segment for s in storages for segment in s.segments[which]] for which in range(self.count)]
             lives = [live for storage in storages for live in storage.lives]
             copies = [run.copy for storage in storages for run in storage.runs]
-            views = [] if self.plans else [view for views in self._views for view in views]
+            views = [] if self.plans else [*self._all_views(), self._bumped]
             transfer = offload.transfer_between(device, storages[0].device)
             if transfer is not None:
                 module = self._host
@@ -135,6 +136,7 @@ class Shadow:
                 self.plans.append(module.Plan(segments, lives, copies, views))
             names.append(module.NAME)
         self.backend_name = "+".join(dict.fromkeys(names))
+        self.note_writes()
         loose = [slot for _, entry in self._loose for slot in entry.slots]
         shadows = [shadow for storage in self._storages for shadow in storage.shadows]
         with self._gathered.set_aside():
@@ -172,20 +174,36 @@ class Shadow:
         with self._gathered.set_aside():
             return watch() and all(dtensor._local_tensor is part for dtensor, part in self._parts)
 
-    def follow_averages(self) -> None:
+    def follow_averages(self, after_swap: bool = False) -> None:
         """Build plans for the averages' memory where a user replaced it.
 
         Where the model has changed too, nothing is done: a new shadow will take the averages over.
         """
-        if self._watch.shadows_hold() or not self._is_unchanged():
+        if self._watch.shadows_hold():
             return
         self.synchronize()
+        # A copy to shared memory may have been made during an update. What the kernels wrote is whole; but where a user
+        # has written to the averages since, that counts.
+        if not after_swap and self._only_updates_wrote():
+            self.settle()
+        if not self._is_unchanged():
+            return
         self.nonfinite_elsewhere = self.nonfinite_count()
         with torch.inference_mode(False), torch.no_grad():
             for storage in self._storages:
                 storage.own_memory()
             self._swaps.clear()
             self._plan()
+
+    def _all_views(self) -> list[Tensor]:
+        return [view for views in self._views for view in views]
+
+    def note_writes(self) -> None:
+        """Note that what was written to the averages, other than by updates, is where they are now."""
+        self._noted = [view._version - self._bumped._version for view in self._all_views()]
+
+    def _only_updates_wrote(self) -> bool:
+        return self._noted == [view._version - self._bumped._version for view in self._all_views()]
 
     def settle(self) -> None:
         """Copy an average whose memory was replaced in the middle of its update to where it is now."""
@@ -424,7 +442,7 @@ class Shadow:
                 self._set_loose(averages)
                 raise
         if not is_unchanged:
-            self.follow_averages()
+            self.follow_averages(after_swap=True)
             self._swaps.clear()
         if self._parts and not self.is_current():
             raise RuntimeError(

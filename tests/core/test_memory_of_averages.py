@@ -38,6 +38,18 @@ def test_the_average_goes_on_in_shared_memory(backend: str, state: str) -> None:
     assert torch.equal(shared, expected), "who shares an average sees it go on"
 
 
+def test_what_a_user_writes_to_a_shared_average_counts(backend: str) -> None:
+    model = nn.Linear(3, 3)
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
+    ema.update()
+    shared = ema.state_dict()["shadow"]["weight"]
+    shared.share_memory_()
+    shared.fill_(7)
+    ema.update()
+    assert torch.equal(shared, torch.lerp(torch.full((3, 3), 7.0), model.weight.detach(), 0.5))
+    assert torch.equal(ema.shadow_state_dict()["weight"], shared)
+
+
 def test_an_averaged_model_goes_on_in_shared_memory() -> None:
     model = nn.Linear(30, 30)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
