@@ -54,7 +54,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("has_cuda", &fastema::has_cuda, "Whether the CUDA kernels were compiled in.");
   module.def("probe_cuda", &fastema::probe_cuda, py::arg("index"), py::call_guard<py::gil_scoped_release>(),
              "Why the CUDA kernels cannot run on this device, or None.");
-  module.def("advance_clock", &fastema::advance_clock, "One optimizer step of fastema.core.device_schedule.DeviceSchedule, on its GPU.");
+  module.def("advance_clock", &fastema::advance_clock,
+             "One optimizer step of fastema.core.device_schedule.DeviceSchedule, on its GPU.");
   module.def("cpu_isa", [] { return fastema::isa_name(fastema::best_isa()); }, "The instruction set in use.");
 
   py::enum_<Isa>(module, "Isa")
@@ -63,8 +64,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .value("avx512", Isa::kAvx512);
 
   py::class_<Plan>(module, "Plan")
-      .def(py::init<std::vector<Tensors>, Tensors, const std::vector<bool>&, const Tensors&>(), py::arg("shadows"),
-           py::arg("lives"), py::arg("copies"), py::arg("views"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          py::init<std::vector<Tensors>, Tensors, const std::vector<bool>&, const Tensors&, fastema::OptionalTensors>(),
+          py::arg("shadows"), py::arg("lives"), py::arg("copies"), py::arg("views"),
+          py::arg("lows") = fastema::OptionalTensors(), py::call_guard<py::gil_scoped_release>())
       .def("update", &Plan::update, py::arg("weights"), py::arg("guard"), py::arg("skip") = py::none(),
            py::arg("device_weights") = py::none(), py::call_guard<py::gil_scoped_release>())
       .def("update_watched", &update_watched, py::arg("watch"), py::arg("weights"), py::arg("guard"),

@@ -104,6 +104,8 @@ class FastEMA:
         True
     """
 
+    _may_split = True  # float32 averages of bfloat16 weights may be kept in two planes, which hides them
+
     def __init__(
         self,
         model: Source,
@@ -639,10 +641,8 @@ class FastEMA:
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
         run_atomically(self._counting(*counters))
-        with torch.no_grad():
-            for which, averages in enumerate(pickled["averages"]):
-                for name, average in state.averages_by_name(self._shadow, which).items():
-                    average.copy_(averages[name])
+        for which, averages in enumerate(pickled["averages"]):
+            state.fill(self._shadow, which, averages)
         del self._pickled
         self._warm_up()
 
@@ -659,7 +659,16 @@ class FastEMA:
         managed = collect(self._source, self._buffers, self._policy, self._replaced)
         modules = list(self._source.modules()) if isinstance(self._source, nn.Module) else []
         tensors_now = partial(_tensors_by_name, self._source)
-        shadow = Shadow(managed, len(self._decays), self._dtype, self._device, self._backend, modules, tensors_now)
+        shadow = Shadow(
+            managed,
+            len(self._decays),
+            self._dtype,
+            self._device,
+            self._backend,
+            modules,
+            tensors_now,
+            self._may_split,
+        )
         self._own_references = state.reference_counts(self._source, before)
         self._defer_copies(shadow)
         return shadow

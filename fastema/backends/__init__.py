@@ -5,7 +5,7 @@ A backend is a module with
     why_unusable(device_type)                    None, or the reason why it cannot run on that kind of device
     probe(device)                                None, or the reason why it cannot run on this one: asks the device
     describe(device_type)                        what runs there
-    Plan(shadows, lives, copies, views)          see csrc/plan.h
+    Plan(shadows, lives, copies, views, lows)    see csrc/plan.h
     StorageExchange(lives, others, managed, parts), second_owner(tensor)    see csrc/storage_exchange.h
     Watch(dicts, tensors, shadows, loose)                                   see csrc/watch.h
 and the C++ classes of `native` and the Python ones of `torch` are twins, held to the same tests. `triton` has a Plan

@@ -26,8 +26,16 @@ from fastema.backends import triton as backend
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 TESTS = Path(__file__).parents[1]
-AVERAGE = {"f32": 0, "f32<-bf16": 2, "f32<-f16": 3, "f64": 5, "bf16": 10, "f16": 15}  # kinds, as in csrc/chunks.h
-CONVERT_F32_BF16, COPY_BYTES = 18, 32
+AVERAGE = {
+    "f32": 0,
+    "f32<-bf16": 2,
+    "f32<-f16": 3,
+    "f64": 5,
+    "bf16": 10,
+    "f16": 15,
+    "planes<-bf16": 18,
+}  # kinds, as in csrc/chunks.h
+CONVERT_F32_BF16, COPY_BYTES = 34, 64
 
 
 # ---- interpreted ----
@@ -63,6 +71,7 @@ def interpreted() -> dict[str, tuple[int, str]]:
     [
         ("small_updates", 32),
         ("large_updates", 10),
+        ("updates_of_planes", 4),
         ("copies", 23),
         ("every_half", 2),
         ("mixed", 1),

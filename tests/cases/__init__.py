@@ -49,6 +49,18 @@ def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return numbers.to(dtype)
 
 
+def as_applied(average: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a swap puts into a model of `dtype`: a float32 average rounds to the nearest bfloat16, ties away from zero.
+
+    A cast takes ties to even.
+    """
+    if (average.dtype, dtype) != (torch.float32, torch.bfloat16):
+        return average.to(dtype)
+    bits = average.contiguous().view(torch.int32)
+    is_tie = (bits & 0xFFFF) == 0x8000
+    return torch.where(is_tie, (bits + 1).view(torch.float32), average).to(dtype)  # one bit further from zero
+
+
 def move(tensors: Iterable[Tensor], seed: int) -> None:
     """What a training step does: every tensor gets other values, in place, each once."""
     seen: set[int] = set()
