@@ -320,8 +320,11 @@ class FastEMA:
     def apply_shadow(self, in_place: bool = False, which: int = 0) -> None:
         """Put the averaged weights into the model, by exchanging storage pointers: no byte is copied or allocated.
 
-        Every alias and view of the weights follows, also tensors of a `state_dict()` taken before. Weights of another
-        dtype than the shadow (bfloat16 live, float32 shadow) are cast once into scratch memory, freed by `restore()`.
+        Every alias and view of the weights follows, also tensors of a `state_dict()` taken before. A bfloat16 weight
+        gets its float32 average rounded to nearest (ties away from zero), at no cost either: the average is kept in two
+        16-bit planes, of which the upper one takes the weight's place. Averages that differ from the weights in another
+        way (float16 weights, a `dtype` or `device` of their own) are cast once into scratch memory, freed by
+        `restore()`.
         A backward through a graph recorded before raises until `restore()`. What is written to the model now, such as
         BatchNorm statistics by a forward in train mode, is written to the average. NumPy arrays of weights hold raw
         addresses and do not follow.
@@ -390,6 +393,8 @@ class FastEMA:
     @one_thread
     def copy_to(self, model: nn.Module | None = None, which: int = 0) -> None:
         """Copy the averaged weights into the model, or into another one with the same names and shapes.
+
+        bfloat16 weights get what `apply_shadow()` shows of a float32 average.
 
         Raises:
             RuntimeError: they are applied.
@@ -490,7 +495,8 @@ class FastEMA:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that resuming exactly needs; right even while applied.
 
-        Tensors share memory with the EMA. Taken while applied, those in the model are copies, which stay right.
+        Tensors share memory with the EMA, but for float32 averages of bfloat16 weights, which are copies. Taken while
+        applied, those in the model are copies, which stay right.
 
         Returns:
             `step`, `num_updates`, `last_update` (its step), `decay`, `decay_type`, `decay_args`, and `shadow`: the
@@ -556,7 +562,7 @@ class FastEMA:
         """The averaged model under the model's own keys: `model.load_state_dict(it)` works.
 
         Averaged tensors come in the shadow's dtype, what is skipped as it is in the model. Tensors share memory with
-        the EMA.
+        the EMA, but for float32 averages of bfloat16 weights, which are copies.
 
         Raises:
             RuntimeError: the model's structure, shapes, dtypes or devices changed.
