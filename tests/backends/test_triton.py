@@ -154,7 +154,7 @@ def test_aligned_averages_move_16_bytes_at_once(kernels: ModuleType, capability:
     seen = accesses(ptx)
     wide = ".v2.b64" if pair == "f64" else ".v4.b32"
     assert seen["ld" + wide] >= 2 and seen["st" + wide] >= 2, seen
-    # Beside them: the chunk's row (four of 64 bits; a low plane's address more), and the last elements, each operand once.
+    # Beside them: the chunk's row (four of 64 bits; five with a low plane), and the last elements, each operand once.
     narrow = Counter({access: n for access, n in seen.items() if wide not in access})
     assert narrow.pop("ld.b64") == {"f64": 6, "planes<-bf16": 5}.get(pair, 4)
     assert narrow.total() == {"f64": 1, "planes<-bf16": 5}.get(pair, 3), narrow
