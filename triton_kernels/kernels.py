@@ -79,7 +79,7 @@ def _is_nan(bits):
 
 @triton.jit
 def _joined(high, low):
-    """The float32 of two planes; where a zero or an infinity in `high` and a stale `low` make a NaN, `high` counts."""
+    """Return the float32 of two planes. Where 0 or infinity in `high` and a stale `low` make a NaN, `high` counts."""
     upper = high.to(tl.uint32) << 16
     bits = upper + low.to(tl.int16, bitcast=True).to(tl.int32).to(tl.uint32, bitcast=True)
     return tl.where(_is_nan(bits) & ~_is_nan(upper), upper, bits).to(tl.float32, bitcast=True)
@@ -87,7 +87,7 @@ def _joined(high, low):
 
 @triton.jit
 def _split(value):
-    """The planes of a float32: the nearest bfloat16, ties away from zero, and the rest."""
+    """Return the planes of a float32: the nearest bfloat16, ties away from zero, and the rest."""
     bits = value.to(tl.uint32, bitcast=True)
     bits = tl.where(_is_nan(bits), (bits & 0x80000000) | 0x7FC00000, bits)
     return ((bits + 0x8000) >> 16).to(tl.uint16), (bits & 0xFFFF).to(tl.uint16)

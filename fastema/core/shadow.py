@@ -40,7 +40,7 @@ class Shadow:
         backend: "auto" or the name of one.
         modules: the modules whose slots are watched for replaced tensors.
         tensors_now: return the model's tensors by name, as they are then.
-        may_split: whether float32 averages of bfloat16 tensors may be kept in two planes.
+        may_split: True if float32 averages of bfloat16 tensors may be kept in two planes.
 
     Raises:
         ValueError: a tensor whose storage cannot be mirrored; names it.

@@ -168,7 +168,7 @@ class ShadowStorage:
         device: the shadow's; None: the live storage's.
         count: how many shadows.
         host: the backend whose `second_owner` to use.
-        planes: whether to keep a float32 average of bfloat16 in two planes.
+        planes: True to keep a float32 average of bfloat16 in two planes.
 
     Raises:
         ValueError: tensors that cannot be mirrored together; names them.
