@@ -58,7 +58,7 @@ from fastema.segmentation.train.epoch import EpochResult, train_epoch
 from fastema.segmentation.train.losses import MakeObjective, supervised
 from fastema.segmentation.train.messages import Messages
 from fastema.segmentation.train.optimizer import NotFiniteError, Precision, TrainOptimizer
-from fastema.segmentation.train.out_of_memory import explain_out_of_memory
+from fastema.segmentation.out_of_memory import explain_out_of_memory
 from fastema.segmentation.train.posthoc import BEST_POSTHOC, RunSnapshots, best_average
 from fastema.segmentation.train.run_dir import SNAPSHOTS, TENSORBOARD, is_inside, require_space
 from fastema.segmentation.train.signals import defer_signals
