@@ -509,7 +509,7 @@ def test_the_averaged_adapter_can_be_merged(tmp_path: Path, adapted: Any) -> Non
     assert callback.ema is not None
     with callback.ema.swapped(), torch.no_grad():
         expected = adapted(Data().x)
-    callback.ema.copy_to()  # the merge takes the adapter out of the model: inside a swap its trained weights had no place
+    callback.ema.copy_to()  # inside a swap the merge would take the trained adapter away
     merged = adapted.merge_and_unload()
     with torch.no_grad():
         torch.testing.assert_close(merged(Data().x), expected, rtol=1e-5, atol=1e-6)
