@@ -62,7 +62,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
     chose it was the average's (`metric_for_best_model="eval_ema_loss"`, or `evaluate="ema"`), the model has it too.
 
     Of a PEFT model only what trains is averaged, and a checkpoint gets `ema_adapter/` too, for
-    `PeftModel.from_pretrained(base, ...)`. `with callback.ema.swapped(): model.merge_and_unload()` merges the average.
+    `PeftModel.from_pretrained(base, ...)`. `callback.ema.copy_to(); model.merge_and_unload()` merges the average.
 
     A `trainer.train` that does not resume begins a new average, as a copy of the weights.
 

@@ -354,7 +354,7 @@ def test_no_memory_for_the_shadow_leaves_nothing_half_built(backend: str, alloca
     ema.update()
     del ema
     gc.collect()
-    assert count_tensors() == alive, "something is kept of what was built"
+    assert count_tensors() <= alive, "something is kept of what was built"
 
 
 def count_tensors() -> int:

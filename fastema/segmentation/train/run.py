@@ -16,9 +16,9 @@ from fastema.segmentation.data.verify import verify_pairs
 from fastema.segmentation.distributed.process_group import Processes
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import SYNTHETIC, DistillOptions, TrainOptions
+from fastema.segmentation.out_of_memory import explain_out_of_memory
 from fastema.segmentation.train.distillation import Distillation, load_teacher
 from fastema.segmentation.train.losses import MakeObjective, supervised
-from fastema.segmentation.train.out_of_memory import explain_out_of_memory
 from fastema.segmentation.train.run_dir import ensure_writable, move_previous_run
 from fastema.segmentation.train.signals import sigterm_raises
 from fastema.segmentation.train.trainer import Trainer

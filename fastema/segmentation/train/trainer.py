@@ -38,6 +38,7 @@ from fastema.segmentation.eval.scores import evaluate, predict
 from fastema.segmentation.model.backbones import check_input_size
 from fastema.segmentation.model.network import Architecture, SegmentationNet, create_net
 from fastema.segmentation.options import TrainOptions
+from fastema.segmentation.out_of_memory import explain_out_of_memory
 from fastema.segmentation.report.curves import write_curves
 from fastema.segmentation.report.history import EpochRecord, append_csv
 from fastema.segmentation.report.prediction_grid import Example, write_predictions
@@ -58,7 +59,6 @@ from fastema.segmentation.train.epoch import EpochResult, train_epoch
 from fastema.segmentation.train.losses import MakeObjective, supervised
 from fastema.segmentation.train.messages import Messages
 from fastema.segmentation.train.optimizer import NotFiniteError, Precision, TrainOptimizer
-from fastema.segmentation.train.out_of_memory import explain_out_of_memory
 from fastema.segmentation.train.posthoc import BEST_POSTHOC, RunSnapshots, best_average
 from fastema.segmentation.train.run_dir import SNAPSHOTS, TENSORBOARD, is_inside, require_space
 from fastema.segmentation.train.signals import defer_signals
