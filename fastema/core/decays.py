@@ -26,6 +26,8 @@ class Decays:
         ValueError, TypeError: as in FastEMA.
     """
 
+    _settled_at: float = math.inf  # a step from which on every decay is its target
+
     def __init__(
         self,
         decay: float | Sequence[float],
@@ -92,6 +94,8 @@ class Decays:
         Raises:
             ValueError: a schedule of the user's own left [0, 1]; or `step` lies before the last update's.
         """
+        if step >= self._settled_at:
+            return self.targets
         last_update = step - 1 if last_update is None else last_update
         decays = tuple(
             schedule.at(target, step, self.total_steps, last_update, self.update_after_step)
@@ -100,6 +104,8 @@ class Decays:
         for decay, name in zip(decays, self._types, strict=True):
             if not 0.0 <= decay <= 1.0:
                 raise ValueError(f"decay_type {name!r} gave decay {decay} at step {step}; it must be in [0, 1]")
+        if decays == self.targets and self.settles:
+            self._settled_at = step
         return decays
 
     def checked(self, decay: float | Sequence[float], what: str) -> tuple[float, ...]:
@@ -124,6 +130,7 @@ class Decays:
         """Return the same schedules with other targets, one for each average."""
         other = copy.copy(self)
         other.targets = tuple(targets)
+        other._settled_at = math.inf
         return other
 
     def windows(self, step: int) -> list[float]:

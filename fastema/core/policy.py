@@ -182,9 +182,7 @@ def why_no_storage(tensor: Tensor) -> str | None:
     if tensor.is_quantized:
         return "is quantised: average the float model and quantise the result"
     if tensor.device.type == "meta":
-        return (
-            "is on the meta device: materialise the model (to_empty() and initialise) first, it has no memory yet"
-        )
+        return "is on the meta device: materialise the model (to_empty() and initialise) first, it has no memory yet"
     if is_traceable_wrapper_subclass(tensor):
         return f"is a {type(tensor).__name__}, a wrapper without storage of its own"
     if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
