@@ -44,7 +44,7 @@ while os.getppid() == parent:
 
 
 def bench_name(processes: int) -> str:
-    """What the records of a load are filed under."""
+    """Return the name under which the records of a load are filed."""
     return f"busy: {processes}"
 
 

@@ -1,4 +1,4 @@
-"""How an update grows: a line over tensors and a line over parameters, fitted to the records of `bench.scale`."""
+"""Growth of an update: a line over tensors and a line over parameters, fitted to the records of `bench.scale`."""
 
 from __future__ import annotations
 

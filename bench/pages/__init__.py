@@ -1,1 +1,1 @@
-"""What `bench.report` makes from records: tables, plots, and where ours is not ahead."""
+"""The pages that `bench.report` makes from records: tables, plots, and where ours is not ahead."""

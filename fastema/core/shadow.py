@@ -92,14 +92,13 @@ class Shadow:
         self._owners = [by_live[entry.tensor.untyped_storage()._cdata] for entry in self._bound]  # [bound]
         self._views: list[list[Tensor]] = []  # [count][managed]
         for which in range(self.count):
-            bound = iter(zip(self._owners, self._bound, strict=True))
+            owners = iter(self._owners)
             self._views.append([])
             for entry in self.managed:
                 if entry.loose:
                     self._views[-1].append(entry.tensor.detach().clone())
                 else:
-                    owner, _ = next(bound)
-                    self._views[-1].append(owner.view_of(entry.tensor, which))
+                    self._views[-1].append(next(owners).view_of(entry.tensor, which))
         self.storages = self.live_storages | {
             shadow.untyped_storage()._cdata for storage in self._storages for shadow in storage.shadows
         }
@@ -172,7 +171,7 @@ class Shadow:
         if not self._parts and not self._gathered:
             return watch()
         with self._gathered.set_aside():
-            return watch() and all(dtensor._local_tensor is part for dtensor, part in self._parts)
+            return watch() and all(whole._local_tensor is part for whole, part in self._parts)
 
     def follow_averages(self, after_swap: bool = False) -> None:
         """Build plans for the averages' memory where a user replaced it.
@@ -421,7 +420,7 @@ class Shadow:
         """Return what graphs may refer to."""
         if not self._parts:
             return self._tensors
-        return [*self._tensors, *(dtensor for dtensor, _ in self._parts), *self._gathered.tensors()]
+        return [*self._tensors, *(whole for whole, _ in self._parts), *self._gathered.tensors()]
 
     def restore(self) -> None:
         """Let them change back.

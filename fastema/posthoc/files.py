@@ -36,7 +36,7 @@ class SnapshotError(RuntimeError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a snapshot is of.
+    """The contents of a snapshot, by step, profiles and names.
 
     Args:
         run: tells one training from another.

@@ -24,7 +24,7 @@ _FINEST = 1 << 13  # bins of a long run, besides those at the steps that matter
 
 @dataclass(frozen=True)
 class Profile:
-    """How much each step counts in an average; make one with `power`, `constant_decay`, `uniform` or `weighted`.
+    """The share of each step in an average; make one with `power`, `constant_decay`, `uniform` or `weighted`.
 
     Args:
         kind: "power", "decay", "uniform" or "weights".

@@ -1,4 +1,4 @@
-"""What a command prints while it runs: lines, and a bar on a terminal."""
+"""The output of a command while it runs: lines, and a bar on a terminal."""
 
 from __future__ import annotations
 

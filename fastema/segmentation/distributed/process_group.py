@@ -43,7 +43,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes and prints."""
+        """True if this process writes and prints."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:

@@ -19,7 +19,7 @@ from fastema.segmentation.model.mixture_of_experts import Mixture
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is needed to build the network again, as plain values.
+    """Hold what is needed to build the network again, as plain values.
 
     Args:
         backbone: name of a timm model.

@@ -1,4 +1,4 @@
-"""What a run prints beside its bars and tables: a line an epoch, and other messages when they change."""
+"""The output of a run beside its bars and tables: a line an epoch, and other messages when they change."""
 
 from __future__ import annotations
 
