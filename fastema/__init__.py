@@ -14,8 +14,8 @@ from fastema.ema import FastEMA
 from fastema.schedules import EMA_DECAY_FUNCTIONS, IDecayFunction
 
 # Pickles of 0.1.0 name classes by these modules.
-sys.modules.setdefault("fastema.core.decays", _decays)
-sys.modules.setdefault("fastema.core.threads", _threads)
+sys.modules.setdefault("fastema.decays", _decays)
+sys.modules.setdefault("fastema.threads", _threads)
 
 __version__ = "0.1.0"
 __all__ = ["EMA_DECAY_FUNCTIONS", "FastEMA", "IDecayFunction", "__version__"]

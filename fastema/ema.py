@@ -618,8 +618,11 @@ class FastEMA:
         return {"config": config, "decays": self._decays.arguments(), "counters": self._counted(), "averages": averages}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
+        config = dict(pickled["config"])
+        if "_guard" in config:  # pickled by 0.1.0, whose config also has `_decays`
+            config["_skip_nonfinite"] = config.pop("_guard")
         self._replaced = set()
-        self.__dict__.update(pickled["config"])  # of 0.1.0 it has `_decays` itself
+        self.__dict__.update(config)
         if "decays" in pickled:
             self._decays = Decays(**pickled["decays"])
         self._one_thread = OneThread()
