@@ -196,56 +196,12 @@ class FastEMA:
             compiled.update(*self._shadow.operands(), self._compiled_handle(), step, found_inf)
             return
         with self._one_thread:
-            if self._clock is not None or found_inf is not None:
-                self._refuse_while_applied("update()")
-                if self._is_captured_or_skipped(step, found_inf, decay):
-                    return
-            step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
-            if step % self._update_every == 0:
-                if decay is None:
-                    decays = self._decays.at(step, self._last_update)
-                else:
-                    decays = self._decays.checked(decay, "update(decay=)")
-                weights = [1.0 - each for each in decays]
-                # One call checks the model and launches, unless averages are in some model.
-                outcome: str | None = "moved"
-                if not swap.entered:
-                    outcome = self._shadow.update_watched(weights, self._skip_nonfinite, found_inf)
-                if outcome is not None:
-                    self._update_moved(outcome, weights, found_inf)
-                self._num_updates += 1
-                self._last_update = step
-            else:
-                self._refuse_while_applied("update()")
-            self._step = step
-
-    def _is_captured_or_skipped(self, step: int | None, found_inf: Tensor | None, decay: Any) -> bool:
-        """Return whether an update with a device clock was done, or the host sees that there is none to do."""
-        if found_inf is not None and not isinstance(found_inf, Tensor):
-            raise TypeError(f"found_inf must be a float32 scalar tensor or None, got {found_inf!r}")
-        if self._clock is None:
-            assert found_inf is not None
-            return found_inf.device.type == "cpu" and bool(found_inf)
-        if step is not None or decay is not None:
-            raise ValueError("capturable=True counts its own steps on the device: call update() without step or decay")
-        self._ensure_current()
-        self._update_by_clock(found_inf, self._shadow.update)
-        return True
-
-    def _update_by_clock(self, found_inf: Tensor | None, average: Callable[..., None]) -> None:
-        assert self._clock is not None
-        skip = self._clock.advance(found_inf)
-        average([0.0] * len(self._decays), self._skip_nonfinite, skip, self._clock.weights)
-
-    def _update_moved(self, outcome: str, weights: list[float], found_inf: Tensor | None) -> None:
-        """Finish an update that found model or averages moved; see `Shadow.update_watched`."""
-        if outcome == "moved":
             self._refuse_while_applied("update()")
-            self._ensure_current()
-            outcome = self._shadow.update_watched(weights, self._skip_nonfinite, found_inf) or "done"
-        if outcome == "averages moved":
-            self._shadow.settle()
-            self._shadow.follow_averages()
+            average: Callable[..., None] = self._average
+            if self._clock is not None:
+                self._ensure_current()  # it may raise, so before the device counts the step
+                average = self._shadow.update
+            self._update(average, step, found_inf, decay)
 
     @one_thread
     def _update_operands(
@@ -253,21 +209,44 @@ class FastEMA:
     ) -> None:
         """Update the tensors that a compiled graph has for shadows and weights; see `fastema.core.compile`."""
         self._refuse_while_applied("update()")
-        average = partial(self._shadow.update_operands, shadows, lives)
+        self._update(partial(self._shadow.update_operands, shadows, lives), step, found_inf, None)
+
+    def _update(self, average: Callable[..., None], step: int | None, found_inf: Tensor | None, decay: Any) -> None:
+        """Count a step and average with its decay; `average` is called as `Shadow.update`."""
+        if found_inf is not None and not isinstance(found_inf, Tensor):
+            raise TypeError(f"found_inf must be a float32 scalar tensor or None, got {found_inf!r}")
         if self._clock is not None:
-            if step is not None:
-                raise ValueError("capturable=True counts its own steps on the device: call update() without step")
-            self._update_by_clock(found_inf, average)
+            if step is not None or decay is not None:
+                raise ValueError(
+                    "capturable=True counts its own steps on the device: call update() without step or decay"
+                )
+            skip = self._clock.advance(found_inf)
+            average([0.0] * len(self._decays), self._skip_nonfinite, skip, self._clock.weights)
             return
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
             return
         step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
         if step % self._update_every == 0:
-            weights = [1.0 - decay for decay in self._decays.at(step, self._last_update)]
-            average(weights, self._skip_nonfinite, found_inf)
+            if decay is None:
+                decays = self._decays.at(step, self._last_update)
+            else:
+                decays = self._decays.checked(decay, "update(decay=)")
+            average([1.0 - each for each in decays], self._skip_nonfinite, found_inf)
             self._num_updates += 1
             self._last_update = step
         self._step = step
+
+    def _average(self, weights: list[float], skip_nonfinite: bool, skip: Tensor | None) -> None:
+        """Average the model's tensors; where they were replaced or moved, rebuild the plan first."""
+        outcome = self._shadow.update_watched(weights, skip_nonfinite, skip)
+        if outcome == "moved":
+            self._ensure_current()
+            outcome = self._shadow.update_watched(weights, skip_nonfinite, skip)
+            if outcome == "moved":
+                raise RuntimeError("the model's tensors are being replaced during update(): nothing was averaged")
+        if outcome == "averages moved":
+            self._shadow.settle()
+            self._shadow.follow_averages()
 
     def _compiled_handle(self) -> int:
         return compiled.register(self._update_operands)
@@ -745,6 +724,8 @@ class FastEMA:
             self._shadow.update([0.0] * len(self._decays), self._skip_nonfinite, skip, self._clock.weights)
 
     def _refuse_while_applied(self, what: str) -> None:
+        if not swap.entered:  # no model has averages in it
+            return
         if self._shadow.is_applied:
             raise RuntimeError(f"{what} while the EMA weights are applied: call restore(), or leave the block, first")
         self._shadow.refuse_foreign(what)
