@@ -394,6 +394,7 @@ print("current", torch.cuda.current_device() if torch.cuda.is_available() else 0
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "backend"),
     [("cpu", "native"), *(pytest.param("cuda:1", name, marks=on_gpu) for name in ("native", "triton"))],

@@ -144,6 +144,7 @@ def accesses(ptx: str) -> Counter[str]:
     return Counter(f"{kind}{width}" for kind, width in re.findall(r"\b(ld|st)\.global(\S*?\.b\d+)\b", ptx))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("pair", AVERAGE)
 def test_aligned_averages_move_16_bytes_at_once(kernels: ModuleType, capability: int, pair: str) -> None:
@@ -157,6 +158,7 @@ def test_aligned_averages_move_16_bytes_at_once(kernels: ModuleType, capability:
     assert narrow.total() == (1 if pair == "f64" else 3), narrow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_copies_and_conversions_move_16_bytes_at_once(kernels: ModuleType, capability: int) -> None:
     for kind in (COPY_BYTES, CONVERT_F32_BF16):
@@ -164,6 +166,7 @@ def test_copies_and_conversions_move_16_bytes_at_once(kernels: ModuleType, capab
         assert seen["ld.v4.b32"] >= 2 and seen["st.v4.b32"] >= 2, seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_exchange_moves_16_bytes_at_once(kernels: ModuleType, capability: int) -> None:
     signature = {"table": "*i64", "which": "i64", "K": "constexpr"}
@@ -171,6 +174,7 @@ def test_exchange_moves_16_bytes_at_once(kernels: ModuleType, capability: int) -
     assert seen["ld.v4.b32"] == seen["st.v4.b32"] >= 4, seen
 
 
+@pytest.mark.slow
 def test_without_the_hint_no_access_is_wider_than_an_element(kernels: ModuleType) -> None:
     """A vector at an address that is no multiple of its size is a fault."""
     for kind, widest in ((AVERAGE["f32"], 32), (AVERAGE["f32<-bf16"], 32), (AVERAGE["bf16"], 16), (COPY_BYTES, 8)):
@@ -179,6 +183,7 @@ def test_without_the_hint_no_access_is_wider_than_an_element(kernels: ModuleType
         assert not [access for access in seen if ".v" in access or int(access.rpartition("b")[2]) > widest], seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_arithmetic_is_one_fused_multiply_add(kernels: ModuleType, capability: int) -> None:
     """Nothing is contracted differently, and no denormal is flushed."""
@@ -191,6 +196,7 @@ def test_arithmetic_is_one_fused_multiply_add(kernels: ModuleType, capability: i
         assert ".ftz" not in ptx
 
 
+@pytest.mark.slow
 def test_two_shadows_read_live_once(kernels: ModuleType) -> None:
     seen = accesses(compiled_update(kernels, [AVERAGE["f32"]], [1], 90, shadows=3).asm["ptx"])
     assert seen["ld.v4.b32"] == 4 * seen["st.v4.b32"] // 3, seen
@@ -371,6 +377,7 @@ def test_a_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.Plan([[torch.zeros(1)]], [torch.zeros(1)], [False], [])
 
 
+@pytest.mark.slow
 @needs_triton
 def test_import_fastema_does_not_import_triton() -> None:
     code = "import sys, torch; before = 'triton' in sys.modules; import fastema; print(before, 'triton' in sys.modules)"

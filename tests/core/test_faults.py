@@ -26,12 +26,12 @@ from fastema import FastEMA
 from fastema.core import compile as compiled
 from fastema.core import swap
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 PACKAGE = str(Path(fastema.__file__).parent) + os.sep
-# Every bytecode takes minutes (`make fuzz`); the suite tries each line, and every so many bytecodes.
+# Every bytecode takes minutes (`make faults`); the suite tries each line, and every so many bytecodes.
 EXHAUSTIVE = os.environ.get("FASTEMA_EXHAUSTIVE") == "1"
-STRIDE = 1 if EXHAUSTIVE else 61
+STRIDE = 1 if EXHAUSTIVE else 151
 
 
 class Fault(BaseException):

@@ -694,6 +694,7 @@ def test_sharded_twice_and_replicated(rank: Rank) -> None:
         assert_same(full(averages(emas[0])), averages(emas[1]))
 
 
+@pytest.mark.slow
 def test_importing_fastema_imports_no_sharding() -> None:
     command = """
 import sys, torch

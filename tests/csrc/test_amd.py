@@ -14,12 +14,18 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from test_triton import AVERAGE, CONVERT_F32_BF16, COPY_BYTES, compiled, kernels, update_source
+
+import setup_gpu
 
 __all__ = ["kernels"]  # a fixture
 
 ROOT = Path(__file__).parents[2]
 CHIPS = {"gfx942": 64, "gfx90a": 64, "gfx1100": 32}  # -> threads of a warp
+takes_a_minute = pytest.mark.skipif(
+    os.environ.get("FASTEMA_ALL_ARCHITECTURES") != "1", reason="takes a minute: set FASTEMA_ALL_ARCHITECTURES=1"
+)
 ACCESS = re.compile(r"\b(global|flat|scratch|buffer)_(load|store)_(\w+)")
 WIDTHS = {"dwordx4": 16, "b128": 16, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4}
 
@@ -68,9 +74,7 @@ def test_triton_exchange_moves_16_bytes_at_once(kernels: ModuleType, chip: str) 
     assert seen["load"][16] >= 4 and seen["store"][16] >= 4, seen
 
 
-@pytest.mark.skipif(
-    os.environ.get("FASTEMA_ALL_ARCHITECTURES") != "1", reason="takes a minute: set FASTEMA_ALL_ARCHITECTURES=1"
-)
+@takes_a_minute
 def test_the_cuda_source_compiles_for_gfx90a(tmp_path: Path) -> None:
     compiler = next((name for name in ("clang++-15", "clang++") if shutil.which(name)), None)
     bitcode = Path("/usr/lib/x86_64-linux-gnu/amdgcn/bitcode")
@@ -86,3 +90,15 @@ def test_the_cuda_source_compiles_for_gfx90a(tmp_path: Path) -> None:
     assert numbers(assembly, "vgpr_spill_count") == {0}
     seen = accesses(assembly)
     assert seen["load"][16] > 16 and seen["store"][16] > 16
+
+
+@takes_a_minute
+@pytest.mark.skipif(shutil.which("hipcc") is None, reason="no hipcc on PATH: the source is not compiled for AMD GPUs")
+def test_a_real_hipcc_compiles_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one AMD GPU. Not run on one."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.0")
+    monkeypatch.setattr(torch, "__version__", "2.11.0+rocm6.4")
+    monkeypatch.setenv("FASTEMA_CUDA", "1")
+    monkeypatch.setenv("PYTORCH_ROCM_ARCH", "gfx90a")
+    (code_object,) = setup_gpu.compile_gpu_code(tmp_path).objects
+    assert b"gfx90a" in Path(code_object).read_bytes()

@@ -21,18 +21,31 @@ SHARED = ["csrc/cpu_kernels.cpp", "csrc/sharing.cpp", "tests/csrc/cuda_on_host/m
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to run the CUDA source on the host")
 
 
-def built(kernels: Path, program: Path) -> Path:
-    sources = ["-x", "c++", str(kernels), *(str(ROOT / name) for name in SHARED)]
-    result = subprocess.run(["g++", *FLAGS, *FOLDERS, *sources, "-o", str(program)], capture_output=True, text=True)
+def run_compiler(*arguments: object) -> None:
+    result = subprocess.run(["g++", *FLAGS, *FOLDERS, *map(str, arguments)], capture_output=True, text=True)
     if "cannot find" in result.stderr and "san" in result.stderr:
         pytest.skip("this g++ comes without the sanitizers' runtime")
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Everything but the kernels, compiled."""
+    folder = tmp_path_factory.mktemp("objects")
+    compiled = [folder / Path(name).with_suffix(".o").name for name in SHARED]
+    for name, target in zip(SHARED, compiled, strict=True):
+        run_compiler("-c", ROOT / name, "-o", target)
+    return compiled
+
+
+def built(kernels: Path, objects: list[Path], program: Path) -> Path:
+    run_compiler("-x", "c++", kernels, "-x", "none", *objects, "-o", program)
     return program
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built(ROOT / "csrc/cuda_kernels.cu", tmp_path_factory.mktemp("host") / "matrix")
+def program(objects: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(ROOT / "csrc/cuda_kernels.cu", objects, tmp_path_factory.mktemp("host") / "matrix")
 
 
 def test_matrix_is_bit_equal_to_the_cpu_kernels(program: Path) -> None:
@@ -42,13 +55,13 @@ def test_matrix_is_bit_equal_to_the_cpu_kernels(program: Path) -> None:
     assert cases > 300 and elements > 1_000_000, result.stdout
 
 
-def test_a_planted_access_beyond_the_end_is_caught(tmp_path: Path) -> None:
+def test_a_planted_access_beyond_the_end_is_caught(objects: list[Path], tmp_path: Path) -> None:
     source = (ROOT / "csrc/cuda_kernels.cu").read_text()
     right = "begin = head + packs * kCount, end = elements;"
     assert source.count(right) == 1
     planted = tmp_path / "planted.cu"
     planted.write_text(source.replace(right, right.replace("elements", "elements + 1")))
-    result = subprocess.run([built(planted, tmp_path / "planted")], capture_output=True, text=True)
+    result = subprocess.run([built(planted, objects, tmp_path / "planted")], capture_output=True, text=True)
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
 
