@@ -7,7 +7,7 @@ JOBS ?= 2
 CORE := $(addprefix tests/,core checkpoint swa_utils backends advisor)
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check lint format bench gpu-test gpu-sanitize gpu-bench gpu-build sanitize fuzz faults soak clean
+.PHONY: help demo test check lint format bench gpu-test gpu-sanitize gpu-bench gpu-build planes sanitize fuzz faults soak clean
 
 help:  ## lists these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## +(.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -49,6 +49,9 @@ gpu-bench:  ## updates and exchanges beside what was predicted of them, then bes
 
 gpu-build: .venv-gpu/.ready  ## no GPU needed: builds against a CUDA torch (6 GB), tests it on the CPU, lists architectures
 	.venv-gpu/bin/python -m bench.gpu build $(ARGS)
+
+planes:  ## a bfloat16 weight's average in two planes: split and join of all 2^32 float32 (11 seconds)
+	mkdir -p build && $(CXX) -std=c++17 -O3 -Icsrc tests/csrc/planes.cpp -o build/planes && build/planes
 
 sanitize: .venv/.ready  ## the extension's tests under AddressSanitizer and UBSan, then under ThreadSanitizer
 	tests/csrc/sanitize.sh address,undefined

@@ -15,7 +15,7 @@ from torch import nn
 
 from bench.contenders import libraries
 from bench.contenders.peers import BASE_TWICE, MULTI_FN, OURS, OURS_IN_PLACE, SWAPS_BY_HAND
-from bench.harness.cases import Case, Unavailable, build_model, import_timm, resnet50
+from bench.harness.cases import Case, Unavailable, build_model, import_timm, resnet50, resnet50_bf16
 from bench.harness.console import print_records, size
 from bench.harness.contender import Contender, Peer, built, check_swap, footprint
 from bench.harness.measure import take_turns
@@ -122,6 +122,7 @@ def run(session: Session) -> None:
     packages = libraries.SWAPPING[:1] if session.quick else libraries.SWAPPING
     entrants = (OURS, OURS_IN_PLACE, *packages, *SWAPS_BY_HAND)
     measure_swap(session, resnet50(), entrants)
+    measure_swap(session, resnet50_bf16(), entrants)
     measure_validation(session, (OURS, OURS_IN_PLACE, libraries.TORCH_EMA, MULTI_FN, libraries.TIMM))
 
 

@@ -64,8 +64,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .value("avx512", Isa::kAvx512);
 
   py::class_<Plan>(module, "Plan")
-      .def(py::init<std::vector<Tensors>, Tensors, const std::vector<bool>&, const Tensors&>(), py::arg("shadows"),
-           py::arg("lives"), py::arg("copies"), py::arg("views"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          py::init<std::vector<Tensors>, Tensors, const std::vector<bool>&, const Tensors&, fastema::OptionalTensors>(),
+          py::arg("shadows"), py::arg("lives"), py::arg("copies"), py::arg("views"),
+          py::arg("lows") = fastema::OptionalTensors(), py::call_guard<py::gil_scoped_release>())
       .def("update", &Plan::update, py::arg("weights"), py::arg("skip_nonfinite"), py::arg("skip") = py::none(),
            py::arg("device_weights") = py::none(), py::call_guard<py::gil_scoped_release>())
       .def("update_watched", &update_watched, py::arg("watch"), py::arg("weights"), py::arg("skip_nonfinite"),

@@ -12,27 +12,39 @@
 
 namespace fastema {
 
-// Order matters: Kind packs these two bits.
-enum class Dtype : uint8_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+// Order matters: Kind packs these.
+enum class Dtype : uint8_t {
+  kFloat32 = 0,
+  kFloat64 = 1,
+  kBFloat16 = 2,
+  kFloat16 = 3,
+  kPlanes = 4,  // of a shadow alone: a float32 in two planes, see ema_math.h; its live tensor is bfloat16
+};
 
 // What happens to every element of a chunk: an average or a converting copy between two dtypes, or a copy of bytes.
 using Kind = uint16_t;
 constexpr Kind kAverage = 0;     // + dtype pair
-constexpr Kind kConvert = 16;    // + dtype pair
-constexpr Kind kCopyBytes = 32;  // elements are bytes
+constexpr Kind kConvert = 32;    // + dtype pair
+constexpr Kind kCopyBytes = 64;  // elements are bytes
 
 constexpr Kind dtype_pair(Dtype shadow, Dtype live) {
   return static_cast<Kind>(static_cast<int>(shadow) * 4 + static_cast<int>(live));
 }
 
 constexpr int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+// Of the shadow, or of its high plane.
 constexpr int64_t shadow_bytes(Kind kind) {
-  return kind == kCopyBytes ? 1 : dtype_bytes(static_cast<Dtype>(kind % 16 / 4));
+  return kind == kCopyBytes ? 1 : dtype_bytes(static_cast<Dtype>(kind % 32 / 4));
 }
+constexpr bool has_planes(Kind kind) {
+  return kind != kCopyBytes && static_cast<Dtype>(kind % 32 / 4) == Dtype::kPlanes;
+}
+constexpr int64_t low_bytes(Kind kind) { return has_planes(kind) ? 2 : 0; }
 constexpr int64_t live_bytes(Kind kind) { return kind == kCopyBytes ? 1 : dtype_bytes(static_cast<Dtype>(kind % 4)); }
 
 struct Segment {
-  void* shadow;      // [count], dtype by kind
+  void* shadow;      // [count], dtype by kind; of two planes the high one, bfloat16
+  void* shadow_low;  // [count], int16: the low plane; null where there is none
   const void* live;  // [count], dtype by kind
   int64_t count;     // elements
   Kind kind;
@@ -40,7 +52,7 @@ struct Segment {
 
 struct alignas(16) Chunk {
   void* shadow;
-  void* shadow_low;  // room for the low half of a shadow that is kept as two bfloat16 planes; null so far
+  void* shadow_low;  // the low plane, or null
   const void* live;
   uint32_t count;  // elements, 1 .. kChunkElements (bytes for kCopyBytes)
   Kind kind;
@@ -73,6 +85,9 @@ inline std::vector<Chunk> cut(const std::vector<Segment>& segments, int64_t chun
       const int64_t left = segment.count - begin;
       Chunk chunk{};
       chunk.shadow = static_cast<char*>(segment.shadow) + begin * shadow_bytes(segment.kind);
+      if (segment.shadow_low != nullptr) {
+        chunk.shadow_low = static_cast<char*>(segment.shadow_low) + begin * low_bytes(segment.kind);
+      }
       chunk.live = static_cast<const char*>(segment.live) + begin * live_bytes(segment.kind);
       chunk.count = static_cast<uint32_t>(left < chunk_elements ? left : chunk_elements);
       chunk.kind = segment.kind;

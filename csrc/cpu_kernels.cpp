@@ -60,6 +60,22 @@ EMA_FN int32_t average_block(Shadow* __restrict shadow, const Live* __restrict l
   return nonfinite;
 }
 
+template <bool kSkipNonfinite>
+EMA_FN int32_t average_planes_block(BFloat16* __restrict high, int16_t* __restrict low, const BFloat16* __restrict live,
+                                    int32_t count, Weight<float> weight) {
+  int32_t nonfinite = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    const bool keep = kSkipNonfinite && is_nonfinite<float>(live[i]);
+    const float old = join_planes(high[i], low[i]);
+    const float result = averaged(old, widen(live[i]), weight);
+    const float value = keep ? old : result;
+    high[i] = high_plane(value);
+    low[i] = low_plane(value);
+    nonfinite += keep;
+  }
+  return nonfinite;
+}
+
 template <bool kSkipNonfinite, class Shadow, class Live>
 EMA_FN int64_t average_chunk(const Chunk& chunk, const Chunk& next, double weight_of_live) {
   Shadow* shadow = static_cast<Shadow*>(chunk.shadow);
@@ -73,6 +89,47 @@ EMA_FN int64_t average_chunk(const Chunk& chunk, const Chunk& next, double weigh
     nonfinite += average_block<kSkipNonfinite>(shadow + begin, live + begin, here, weight);
   }
   return nonfinite;
+}
+
+template <bool kSkipNonfinite>
+EMA_FN int64_t average_planes_chunk(const Chunk& chunk, const Chunk& next, double weight_of_live) {
+  BFloat16* high = static_cast<BFloat16*>(chunk.shadow);
+  int16_t* low = static_cast<int16_t*>(chunk.shadow_low);
+  const BFloat16* live = static_cast<const BFloat16*>(chunk.live);
+  const Weight<float> weight(weight_of_live);
+  const int32_t count = static_cast<int32_t>(chunk.count);
+  int64_t nonfinite = 0;
+  for (int32_t begin = 0; begin < count; begin += kBlock) {
+    const int32_t here = std::min(kBlock, count - begin), after = begin + here;
+    prefetch_block<BFloat16, BFloat16>(chunk, after, next);
+    if (after < count) {
+      prefetch(low + after, std::min(kBlock, count - after) * sizeof(int16_t));
+    } else {
+      prefetch(next.shadow_low, std::min<int64_t>(next.count, kBlock) * low_bytes(next.kind));
+    }
+    nonfinite += average_planes_block<kSkipNonfinite>(high + begin, low + begin, live + begin, here, weight);
+  }
+  return nonfinite;
+}
+
+EMA_FN void convert_planes_chunk(const Chunk& chunk) {
+  BFloat16* __restrict high = static_cast<BFloat16*>(chunk.shadow);
+  int16_t* __restrict low = static_cast<int16_t*>(chunk.shadow_low);
+  const BFloat16* __restrict live = static_cast<const BFloat16*>(chunk.live);
+  const int32_t count = static_cast<int32_t>(chunk.count);
+  for (int32_t i = 0; i < count; ++i) {
+    high[i] = high_plane(widen(live[i]));
+    low[i] = 0;
+  }
+}
+
+EMA_FN int64_t run_planes_chunk(const Chunk& chunk, const Chunk& next, double weight, bool skip_nonfinite) {
+  if (chunk.kind >= kConvert) {
+    convert_planes_chunk(chunk);
+    return 0;
+  }
+  return skip_nonfinite ? average_planes_chunk<true>(chunk, next, weight)
+                        : average_planes_chunk<false>(chunk, next, weight);
 }
 
 template <class Shadow, class Live>
@@ -114,7 +171,9 @@ EMA_FN int64_t run_any_chunk(const Chunk& chunk, const Chunk& next, double weigh
     std::memcpy(chunk.shadow, chunk.live, chunk.count);
     return 0;
   }
-  switch (static_cast<Dtype>(chunk.kind % 16 / 4)) {
+  switch (static_cast<Dtype>(chunk.kind % 32 / 4)) {
+    case Dtype::kPlanes:
+      return run_planes_chunk(chunk, next, weight, skip_nonfinite);
     case Dtype::kFloat32:
       return run_chunk_into<float>(chunk, next, weight, skip_nonfinite);
     case Dtype::kFloat64:
@@ -217,7 +276,8 @@ CpuChunks::CpuChunks(std::vector<Chunk> list, int shadows)
   for (int64_t i = 0; i < count; ++i) {
     const Chunk& chunk = chunks[i];
     // Every shadow is read and written, the live tensor read once.
-    bytes += chunk.count * (2 * shadows * shadow_bytes(chunk.kind) + live_bytes(chunk.kind));
+    const int64_t shadow = shadow_bytes(chunk.kind) + low_bytes(chunk.kind);
+    bytes += chunk.count * (2 * shadows * shadow + live_bytes(chunk.kind));
     if (bytes >= kGrainBytes || i + 1 == count) {
       grains.push_back(i + 1);
       bytes = 0;

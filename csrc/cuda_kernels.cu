@@ -136,6 +136,37 @@ __device__ __forceinline__ Chunk load_chunk(const Chunk* row) {
   return chunk;
 }
 
+// ---- a shadow: an array, or the two planes of a float32 ----
+
+struct Planes {};
+
+template <int kCount>
+struct Pack<Planes, kCount> {
+  Pack<BFloat16, kCount> high;
+  Pack<int16_t, kCount> low;
+};
+
+struct PlanePointers {
+  BFloat16* high;
+  int16_t* low;
+
+  __device__ __forceinline__ PlanePointers operator+(uint32_t offset) const { return {high + offset, low + offset}; }
+};
+
+template <class Shadow>
+using Pointer = std::conditional_t<std::is_same_v<Shadow, Planes>, PlanePointers, Shadow*>;
+template <class Shadow>
+constexpr uint32_t kElementBytes = std::is_same_v<Shadow, Planes> ? 2 : sizeof(Shadow);  // of each plane
+
+template <class Shadow>
+__device__ __forceinline__ Pointer<Shadow> pointer_of(const Chunk& chunk) {
+  if constexpr (std::is_same_v<Shadow, Planes>) {
+    return {static_cast<BFloat16*>(chunk.shadow), static_cast<int16_t*>(chunk.shadow_low)};
+  } else {
+    return static_cast<Shadow*>(chunk.shadow);
+  }
+}
+
 // ---- a tile: kDepth packs of kCount elements a thread, kThreads packs apart. `left` packs are inside from `at` on
 // ----
 
@@ -147,9 +178,25 @@ __device__ __forceinline__ void load_tile(Pack<T, kCount> (&tile)[kDepth], const
   }
 }
 
+template <int kCount, int kDepth>
+__device__ __forceinline__ void load_tile(Pack<Planes, kCount> (&tile)[kDepth], PlanePointers at, int left) {
+#pragma unroll
+  for (int n = 0; n < kDepth; ++n) {
+    tile[n].high =
+        load_if(n * kThreads < left, reinterpret_cast<const Pack<BFloat16, kCount>*>(at.high) + n * kThreads);
+    tile[n].low = load_if(n * kThreads < left, reinterpret_cast<const Pack<int16_t, kCount>*>(at.low) + n * kThreads);
+  }
+}
+
 template <class T, int kCount>
 __device__ __forceinline__ void store_pack(const Pack<T, kCount>& pack, T* at, int n) {
   store(reinterpret_cast<Pack<T, kCount>*>(at) + n * kThreads, pack);
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_pack(const Pack<Planes, kCount>& pack, PlanePointers at, int n) {
+  store_pack(pack.high, at.high, n);
+  store_pack(pack.low, at.low, n);
 }
 
 // Elements from `pointer` on until it is a multiple of `bytes`.
@@ -158,8 +205,16 @@ __device__ uint32_t elements_to_alignment(const T* pointer, uint32_t bytes) {
   return (0u - static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pointer))) % bytes / static_cast<uint32_t>(sizeof(T));
 }
 
+__device__ uint32_t elements_to_alignment(PlanePointers pointers, uint32_t bytes) {
+  return elements_to_alignment(pointers.high, bytes);
+}
+
 __device__ bool is_aligned(const void* pointer, uint32_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+__device__ bool is_aligned(PlanePointers pointers, uint32_t bytes) {
+  return is_aligned(pointers.high, bytes) && is_aligned(pointers.low, bytes);
 }
 
 // ---- the rules: what happens to the elements of a tile ----
@@ -198,11 +253,20 @@ struct Average {
                                         const Weight& weight) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      Shadow& shadow = shadows.values[i];
       const Live live = lives.values[i];
-      const Shadow result = averaged_or_converted_element(shadow, live, weight, converts);
       const bool keep = kSkipNonfinite && !converts && is_nonfinite<Shadow>(live);
-      shadow = keep ? shadow : result;
+      if constexpr (std::is_same_v<Shadow, Planes>) {
+        const float old = join_planes(shadows.high.values[i], shadows.low.values[i]);
+        const float live_value = load_as<float>(live);
+        const float average = averaged(old, live_value, weight);
+        const float value = keep ? old : converts ? live_value : average;
+        shadows.high.values[i] = high_plane(value);
+        shadows.low.values[i] = low_plane(value);
+      } else {
+        Shadow& shadow = shadows.values[i];
+        const Shadow result = averaged_or_converted_element(shadow, live, weight, converts);
+        shadow = keep ? shadow : result;
+      }
       if constexpr (kSkipNonfinite) nonfinite += count_nonfinite<Shadow>(live);
     }
   }
@@ -228,23 +292,35 @@ struct Rows {
   int64_t count;
   int shadows;
 
-  __device__ void* shadow(int k) const { return load_if(k < shadows, &table[k * count].shadow); }
+  template <class Shadow>
+  __device__ Pointer<Shadow> shadow(int k) const {
+    if constexpr (std::is_same_v<Shadow, Planes>) {  // both in one load
+      struct alignas(16) Both {
+        BFloat16* high;
+        int16_t* low;
+      };
+      const Both both = load_if(k < shadows, reinterpret_cast<const Both*>(&table[k * count].shadow));
+      return {both.high, both.low};
+    } else {
+      return static_cast<Shadow*>(load_if(k < shadows, &table[k * count].shadow));
+    }
+  }
 };
 
 // `packs` of kCount elements, tile by tile, each under all shadows in turn: live comes from memory for the first of
 // them and from the cache for the others. The pointer of the next shadow is on its way while the tile of this one is.
 template <int kCount, int kDepth, class Shadow, class Live, class Rule>
-__device__ __forceinline__ void run_tiles(const Rows& rows, Shadow* first, const Live* live, uint32_t begin,
+__device__ __forceinline__ void run_tiles(const Rows& rows, Pointer<Shadow> first, const Live* live, uint32_t begin,
                                           uint32_t packs, Rule& rule) {
   uint32_t offset = begin + threadIdx.x * kCount;
 #pragma unroll 1
   for (int all = static_cast<int>(packs); all > 0; all -= kDepth * kThreads) {
     const int left = all - static_cast<int>(threadIdx.x);
-    Shadow* shadow = first;
+    Pointer<Shadow> shadow = first;
 #pragma unroll 1
     for (int k = 0; k < rows.shadows; ++k) {
       const double loaded_weight = rule.load_weight(k);
-      Shadow* const next = static_cast<Shadow*>(rows.shadow(k + 1));
+      const Pointer<Shadow> next = rows.template shadow<Shadow>(k + 1);
       Pack<Live, kCount> lives[kDepth];
       Pack<Shadow, kCount> tile[kDepth];
       load_tile(lives, live + offset, left);
@@ -272,30 +348,31 @@ __device__ __forceinline__ void run_tiles(const Rows& rows, Shadow* first, const
 // A tile has 128 bytes or more in flight a thread.
 template <class Shadow, class Live, class Rule>
 __device__ __forceinline__ void run_chunk(const Rows& rows, const Chunk& chunk, Rule& rule) {
-  constexpr bool kShadowIsWider = sizeof(Shadow) >= sizeof(Live);
-  constexpr uint32_t kCount = 16 / (kShadowIsWider ? sizeof(Shadow) : sizeof(Live));
-  constexpr int kDepth = sizeof(Shadow) == sizeof(Live) ? 4 : 8;
+  constexpr uint32_t kShadowBytes = kElementBytes<Shadow>;
+  constexpr bool kShadowIsWider = kShadowBytes >= sizeof(Live);
+  constexpr uint32_t kCount = 16 / (kShadowIsWider ? kShadowBytes : sizeof(Live));
+  constexpr int kDepth = std::is_same_v<Shadow, Planes> ? 3 : kShadowBytes == sizeof(Live) ? 4 : 8;
   constexpr int kScalarDepth = 8;
   const uint32_t elements = chunk.count;
   const Live* live = static_cast<const Live*>(chunk.live);
-  Shadow* first = static_cast<Shadow*>(chunk.shadow);
+  const Pointer<Shadow> first = pointer_of<Shadow>(chunk);
 
   uint32_t head = kShadowIsWider ? elements_to_alignment(first, 16) : elements_to_alignment(live, 16);
   bool aligned = head < elements && is_aligned(live + head, sizeof(Live) * kCount);
-  aligned = aligned && is_aligned(first + head, sizeof(Shadow) * kCount);
+  aligned = aligned && is_aligned(first + head, kShadowBytes * kCount);
 #pragma unroll 1
   for (int k = 1; k < rows.shadows; ++k) {
-    aligned = aligned && is_aligned(static_cast<const Shadow*>(rows.shadow(k)) + head, sizeof(Shadow) * kCount);
+    aligned = aligned && is_aligned(rows.template shadow<Shadow>(k) + head, kShadowBytes * kCount);
   }
   if (!aligned) head = elements;  // a chunk of scalars
   const uint32_t packs = (elements - head) / kCount;
   uint32_t begin = 0, end = head;  // the scalars first: then the tiles need not hold the rest of the row in registers
 #pragma unroll 1
   for (int part = 0; part < 2; ++part) {
-    run_tiles<1, kScalarDepth>(rows, first, live, begin, end - begin, rule);
+    run_tiles<1, kScalarDepth, Shadow>(rows, first, live, begin, end - begin, rule);
     begin = head + packs * kCount, end = elements;
   }
-  run_tiles<kCount, kDepth>(rows, first, live, head, packs, rule);
+  run_tiles<kCount, kDepth, Shadow>(rows, first, live, head, packs, rule);
 }
 
 // One atomic a warp, so that a model of nothing but NaN does not wait for 2^30 of them. All threads of the block call
@@ -325,6 +402,7 @@ template <class T>
 constexpr Dtype kDtype = std::is_same_v<T, float>      ? Dtype::kFloat32
                          : std::is_same_v<T, double>   ? Dtype::kFloat64
                          : std::is_same_v<T, BFloat16> ? Dtype::kBFloat16
+                         : std::is_same_v<T, Planes>   ? Dtype::kPlanes
                                                        : Dtype::kFloat16;
 template <class Shadow, class Live>
 constexpr Kind kPair = dtype_pair(kDtype<Shadow>, kDtype<Live>);
@@ -338,7 +416,7 @@ __global__ void FASTEMA_LAUNCH_BOUNDS update_kernel(const Chunk* chunks, int64_t
   const float skip = load_if(args.skip != nullptr, args.skip);  // beside the row, not before it
   if (args.skip != nullptr && skip != 0.0f) return;
   // A line for each dtype pair, by which tests/csrc/test_cuda_source.py tells their loops apart.
-  switch (chunk.kind == kCopyBytes ? kCopyBytes : chunk.kind % 16) {
+  switch (chunk.kind == kCopyBytes ? kCopyBytes : chunk.kind % 32) {
     case kPair<float, float>:
       return average<kSkipNonfinite, float, float>(rows, chunk, args, nonfinite);
     case kPair<float, double>:
@@ -347,6 +425,8 @@ __global__ void FASTEMA_LAUNCH_BOUNDS update_kernel(const Chunk* chunks, int64_t
       return average<kSkipNonfinite, float, BFloat16>(rows, chunk, args, nonfinite);
     case kPair<float, Float16>:
       return average<kSkipNonfinite, float, Float16>(rows, chunk, args, nonfinite);
+    case kPair<Planes, BFloat16>:
+      return average<kSkipNonfinite, Planes, BFloat16>(rows, chunk, args, nonfinite);
     case kPair<double, float>:
       return average<kSkipNonfinite, double, float>(rows, chunk, args, nonfinite);
     case kPair<double, double>:

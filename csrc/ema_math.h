@@ -90,6 +90,31 @@ EMA_FN Float16 narrow_to_float16(float value) {
 #endif
 }
 
+// ---- a float32 in two planes: `high` a bfloat16, `low` the rest, bits = (high << 16) + low ----
+//
+// `high` is the nearest bfloat16, ties away from zero. Every value joins to the bits that were split, but for a NaN,
+// which becomes 0x7fc00000 or 0xffc00000. A value that rounds to infinity has an infinity in `high`, and joins exactly.
+
+EMA_FN bool is_nan(uint32_t bits) { return static_cast<int32_t>(bits & 0x7fffffffu) > 0x7f800000; }
+
+// A user may have written a zero or an infinity to `high`: where that and a stale `low` make a NaN, `high` counts.
+EMA_FN float join_planes(BFloat16 high, int16_t low) {
+  const uint32_t upper = static_cast<uint32_t>(high) << 16;
+  const uint32_t bits = upper + static_cast<uint32_t>(static_cast<int32_t>(low));
+  return bits_float(is_nan(bits) && !is_nan(upper) ? upper : bits);
+}
+
+EMA_FN BFloat16 high_plane(float value) {
+  const uint32_t bits = float_bits(value);
+  const uint32_t quiet_nan = 0x7fc0u | ((bits >> 16) & 0x8000u);
+  return static_cast<BFloat16>(is_nan(bits) ? quiet_nan : (bits + 0x8000u) >> 16);
+}
+
+EMA_FN int16_t low_plane(float value) {
+  const uint32_t bits = float_bits(value);
+  return static_cast<int16_t>(is_nan(bits) ? 0u : bits);  // bits - (high << 16) modulo 2^16
+}
+
 // ---- between storage and opmath ----
 
 template <class Op, class Stored>

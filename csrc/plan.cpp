@@ -38,7 +38,16 @@ std::optional<Dtype> averaged_dtype(at::ScalarType type) {
   }
 }
 
-Kind kind_of(const at::Tensor& shadow, const at::Tensor& live, bool copy) {
+Kind kind_of(const at::Tensor& shadow, const std::optional<at::Tensor>& low, const at::Tensor& live, bool copy) {
+  if (low.has_value()) {
+    if (shadow.scalar_type() != at::kBFloat16 || live.scalar_type() != at::kBFloat16 ||
+        low->scalar_type() != at::kShort) {
+      throw std::invalid_argument(std::string("a float32 in two planes is a bfloat16 and an int16 beside a bfloat16 ") +
+                                  "tensor, got " + c10::toString(shadow.scalar_type()) + " and " +
+                                  c10::toString(low->scalar_type()) + " beside " + c10::toString(live.scalar_type()));
+    }
+    return static_cast<Kind>((copy ? kConvert : kAverage) + dtype_pair(Dtype::kPlanes, Dtype::kBFloat16));
+  }
   if (copy && shadow.scalar_type() == live.scalar_type()) return kCopyBytes;
   const auto shadow_dtype = averaged_dtype(shadow.scalar_type());
   const auto live_dtype = averaged_dtype(live.scalar_type());
@@ -49,9 +58,12 @@ Kind kind_of(const at::Tensor& shadow, const at::Tensor& live, bool copy) {
   return static_cast<Kind>((copy ? kConvert : kAverage) + dtype_pair(*shadow_dtype, *live_dtype));
 }
 
-std::vector<Segment> segments_of(const std::vector<at::Tensor>& shadows, const std::vector<at::Tensor>& lives,
-                                 const std::vector<bool>& copies, at::Device device) {
-  if (shadows.size() != lives.size() || copies.size() != lives.size()) {
+std::vector<Segment> segments_of(const std::vector<at::Tensor>& shadows,
+                                 const std::vector<std::optional<at::Tensor>>* lows,
+                                 const std::vector<at::Tensor>& lives, const std::vector<bool>& copies,
+                                 at::Device device) {
+  if (shadows.size() != lives.size() || copies.size() != lives.size() ||
+      (lows != nullptr && lows->size() != lives.size())) {
     throw std::invalid_argument("every shadow, lives and copies must have equal lengths");
   }
   std::vector<Segment> segments;
@@ -65,9 +77,15 @@ std::vector<Segment> segments_of(const std::vector<at::Tensor>& shadows, const s
     if (shadow.device() != device || live.device() != device) {
       throw std::invalid_argument("all segments of a plan must lie on one device");
     }
-    const Kind kind = kind_of(shadow, live, copies[i]);
+    const std::optional<at::Tensor> low = lows == nullptr ? std::nullopt : (*lows)[i];
+    if (low.has_value() &&
+        (low->dim() != 1 || !low->is_contiguous() || low->numel() != shadow.numel() || low->device() != device)) {
+      throw std::invalid_argument("both planes of a segment must be contiguous, of equal length and on one device");
+    }
+    const Kind kind = kind_of(shadow, low, live, copies[i]);
     const int64_t count = kind == kCopyBytes ? shadow.numel() * shadow.element_size() : shadow.numel();
-    segments.push_back({shadow.mutable_data_ptr(), live.const_data_ptr(), count, kind});
+    void* low_data = low.has_value() ? low->mutable_data_ptr() : nullptr;
+    segments.push_back({shadow.mutable_data_ptr(), low_data, live.const_data_ptr(), count, kind});
   }
   return segments;
 }
@@ -133,21 +151,27 @@ std::optional<std::string> probe_cuda(int index) {
 }
 
 Plan::Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor> lives, const std::vector<bool>& copies,
-           const std::vector<at::Tensor>& views)
-    : shadows_(std::move(shadows)), lives_(std::move(lives)), isa_(best_isa()), work_({}, 1) {
+           const std::vector<at::Tensor>& views, OptionalTensors lows)
+    : shadows_(std::move(shadows)), lives_(std::move(lives)), lows_(std::move(lows)), isa_(best_isa()), work_({}, 1) {
   if (shadows_.empty()) throw std::invalid_argument("a plan needs at least one shadow");
+  if (!lows_.empty() && lows_.size() != shadows_.size()) {
+    throw std::invalid_argument("lows must be empty, or have an entry for every shadow");
+  }
   if (!lives_.empty()) device_ = lives_.front().device();
   if (!device_.is_cpu() && !device_.is_cuda()) {
     throw std::invalid_argument("the native backend runs on CPU and CUDA, the tensors are on " + device_.str());
   }
   std::vector<Chunk> chunks;
-  for (const std::vector<at::Tensor>& shadow : shadows_) {
-    const std::vector<Segment> segments = segments_of(shadow, lives_, copies, device_);
+  for (size_t k = 0; k < shadows_.size(); ++k) {
+    const std::vector<at::Tensor>& shadow = shadows_[k];
+    const auto* low = lows_.empty() ? nullptr : &lows_[k];
+    const std::vector<Segment> segments = segments_of(shadow, low, lives_, copies, device_);
     const std::vector<Chunk> cuts = cut(segments, chunk_size(segments, device_));
     chunks.insert(chunks.end(), cuts.begin(), cuts.end());
     for (size_t i = 0; i < lives_.size(); ++i) {
       same_dtypes_ = same_dtypes_ && shadow[i].scalar_type() == lives_[i].scalar_type();
-      if (shadow[i].scalar_type() != shadows_.front()[i].scalar_type()) {
+      const bool is_alike = low == nullptr || (*low)[i].has_value() == lows_.front()[i].has_value();
+      if (shadow[i].scalar_type() != shadows_.front()[i].scalar_type() || !is_alike) {
         throw std::invalid_argument("all shadows of a segment must have one dtype");
       }
     }
@@ -176,6 +200,11 @@ void* Plan::current_stream() {
     record(device_nonfinite_);
     for (const at::Tensor& live : lives_) record(live);
     for (const std::vector<at::Tensor>& shadow : shadows_) std::for_each(shadow.begin(), shadow.end(), record);
+    for (const auto& low : lows_) {
+      for (const std::optional<at::Tensor>& plane : low) {
+        if (plane.has_value()) record(*plane);
+      }
+    }
     streams_.push_back(stream);
   }
   return handle_of(stream);

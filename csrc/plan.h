@@ -13,14 +13,17 @@
 
 namespace fastema {
 
+using OptionalTensors = std::vector<std::vector<std::optional<at::Tensor>>>;
+
 class Plan {
  public:
   // One segment per index i, under K shadows: shadows[k][i] and lives[i] are 1-D, contiguous, of equal length and on
   // one device; shadows[k][i] has the same dtype for every k. copies[i]: copied rather than averaged. `views`: the
-  // shadow tensors that users see, whose version counters an update bumps. Throws (std::invalid_argument) before
-  // anything is allocated.
+  // shadow tensors that users see, whose version counters an update bumps. lows[k][i]: int16, the low plane of a
+  // float32 average of which shadows[k][i] is the high one, bfloat16 as the live tensor; none: it is all of it. Empty
+  // `lows`: none for any. Throws (std::invalid_argument) before anything is allocated.
   Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor> lives, const std::vector<bool>& copies,
-       const std::vector<at::Tensor>& views);
+       const std::vector<at::Tensor>& views, OptionalTensors lows = {});
 
   // shadow <- shadow + weight * (live - shadow), or a copy, for every segment, in one parallel region or one launch
   // (of up to kMaxShadows shadows).
@@ -45,6 +48,7 @@ class Plan {
 
   std::vector<std::vector<at::Tensor>> shadows_;  // held, with lives_, so that the pointers in the chunks stay valid
   std::vector<at::Tensor> lives_;
+  OptionalTensors lows_;
   std::vector<c10::VariableVersion> view_versions_;
   at::Device device_ = at::kCPU;
   bool same_dtypes_ = true;

@@ -106,6 +106,8 @@ class FastEMA:
         True
     """
 
+    _may_split = True  # float32 averages of bfloat16 weights may be kept in two planes, which hides them
+
     def __init__(
         self,
         model: Source,
@@ -303,8 +305,11 @@ class FastEMA:
     def apply_shadow(self, in_place: bool = False, which: int = 0) -> None:
         """Put the averaged weights into the model, by exchanging storage pointers: no byte is copied or allocated.
 
-        Every alias and view of the weights follows, also tensors of a `state_dict()` taken before. Weights of another
-        dtype than the shadow (bfloat16 live, float32 shadow) are cast once into scratch memory, freed by `restore()`.
+        Every alias and view of the weights follows, also tensors of a `state_dict()` taken before. A bfloat16 weight
+        gets its float32 average rounded to nearest (ties away from zero), at no cost either: the average is kept in two
+        16-bit planes, of which the upper one takes the weight's place. Averages that differ from the weights in another
+        way (float16 weights, a `dtype` or `device` of their own) are cast once into scratch memory, freed by
+        `restore()`.
         A backward through a graph recorded before raises until `restore()`. What is written to the model now, such as
         BatchNorm statistics by a forward in train mode, is written to the average. NumPy arrays of weights hold raw
         addresses and do not follow.
@@ -371,6 +376,8 @@ class FastEMA:
     @one_thread
     def copy_to(self, model: nn.Module | None = None, which: int = 0) -> None:
         """Copy the averaged weights into the model, or into another one with the same names and shapes.
+
+        bfloat16 weights get what `apply_shadow()` shows of a float32 average.
 
         Raises:
             RuntimeError: they are applied.
@@ -471,7 +478,8 @@ class FastEMA:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that resuming exactly needs; right even while applied.
 
-        Tensors share memory with the EMA. Taken while applied, those in the model are copies, which stay right.
+        Tensors share memory with the EMA, but for float32 averages of bfloat16 weights, which are copies. Taken while
+        applied, those in the model are copies, which stay right.
 
         Returns:
             `step`, `num_updates`, `last_update` (its step), `decay`, `decay_type`, `decay_args`, and `shadow`: the
@@ -538,7 +546,7 @@ class FastEMA:
         """Return the averaged weights under the model's own keys: `model.load_state_dict(it)` works.
 
         Averaged tensors come in the shadow's dtype, what is skipped as it is in the model. Tensors share memory with
-        the EMA.
+        the EMA, but for float32 averages of bfloat16 weights, which are copies.
 
         Raises:
             RuntimeError: the model's structure, shapes, dtypes or devices changed.
@@ -626,10 +634,8 @@ class FastEMA:
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
         run_atomically(self._counting(*counters))
-        with torch.no_grad():
-            for which, averages in enumerate(pickled["averages"]):
-                for name, average in state.averages_by_name(self._shadow, which).items():
-                    average.copy_(averages[name])
+        for which, averages in enumerate(pickled["averages"]):
+            state.fill(self._shadow, which, averages)
         self._at_last_swap = (self._num_updates, self._shadow.versions())
         del self._pickled
         self._warm_up()
@@ -646,7 +652,16 @@ class FastEMA:
         managed = collect(self._source, self._buffers, self._policy, self._replaced)
         modules = list(self._source.modules()) if isinstance(self._source, nn.Module) else []
         tensors_now = partial(_tensors_by_name, self._source)
-        shadow = Shadow(managed, len(self._decays), self._dtype, self._device, self._backend, modules, tensors_now)
+        shadow = Shadow(
+            managed,
+            len(self._decays),
+            self._dtype,
+            self._device,
+            self._backend,
+            modules,
+            tensors_now,
+            self._may_split,
+        )
         self._defer_copies(shadow)
         return shadow
 

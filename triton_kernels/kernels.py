@@ -13,15 +13,17 @@ import triton.language as tl
 
 #: Formats and kinds are numbered as in csrc/chunks.h: kind = rule + 4 * shadow format + live format.
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-CONVERT, COPY_BYTES = tl.constexpr(16), tl.constexpr(32)
+PLANES = tl.constexpr(4)  # of a shadow alone: a float32 in two planes
+CONVERT, COPY_BYTES = tl.constexpr(32), tl.constexpr(64)
 #: What is in memory. bfloat16 is narrowed by integers, as in ema_math.h: one rule for every chip, and Triton's
 #: interpreter, whose own conversion truncates.
-STORED = tl.constexpr((tl.float32, tl.float64, tl.uint16, tl.float16))
+STORED = tl.constexpr((tl.float32, tl.float64, tl.uint16, tl.float16, tl.uint16))
 
 #: Of one launch; more take several. The weights are arguments of the kernel.
 MAX_SHADOWS = 4
 THREADS = 256  # 8 warps, as the launches ask for
-#: A row of the chunk table, int64: live address, elements (bytes for COPY_BYTES), variant, bytes, shadow addresses;
+#: A row of the chunk table, int64: live address, elements (bytes for COPY_BYTES), variant, bytes, K shadow
+#: addresses (of the high plane, where there are two), K addresses of low planes, or zeros;
 #: variant = 2 * kind + 1 where all its addresses are multiples of 16, else 2 * kind.
 COUNT, VARIANT, BYTES, SHADOWS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 EXCHANGE_TILE = tl.constexpr(8192)  # bytes: 32 a thread of each side
@@ -39,7 +41,7 @@ def tile_elements(variant: int) -> int:
         return UNHINTED_TILE.value
     if kind == COPY_BYTES.value:
         return 16 * THREADS
-    return (4 if FLOAT64.value in (kind % 16 // 4, kind % 4) else 8) * THREADS
+    return (4 if FLOAT64.value in (kind % 32 // 4, kind % 4) else 8) * THREADS
 
 
 # ---- one element: csrc/ema_math.h ----
@@ -68,6 +70,27 @@ def _narrowed(value, FORMAT: tl.constexpr):
         is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
         stored = tl.where(is_nan, 0x7FC0, rounded).to(tl.uint16)
     return stored
+
+
+@triton.jit
+def _is_nan(bits):
+    return (bits & 0x7FFFFFFF) > 0x7F800000
+
+
+@triton.jit
+def _joined(high, low):
+    """Return the float32 of two planes. Where 0 or infinity in `high` and a stale `low` make a NaN, `high` counts."""
+    upper = high.to(tl.uint32) << 16
+    bits = upper + low.to(tl.int16, bitcast=True).to(tl.int32).to(tl.uint32, bitcast=True)
+    return tl.where(_is_nan(bits) & ~_is_nan(upper), upper, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split(value):
+    """Return the planes of a float32: the nearest bfloat16, ties away from zero, and the rest."""
+    bits = value.to(tl.uint32, bitcast=True)
+    bits = tl.where(_is_nan(bits), (bits & 0x80000000) | 0x7FC00000, bits)
+    return ((bits + 0x8000) >> 16).to(tl.uint16), (bits & 0xFFFF).to(tl.uint16)
 
 
 @triton.jit
@@ -102,7 +125,16 @@ def _address(row, column, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _update_tile(
-    shadows, live, weights, offsets, mask, nonfinite, KIND: tl.constexpr, K: tl.constexpr, SKIP_NONFINITE: tl.constexpr
+    shadows,
+    lows,
+    live,
+    weights,
+    offsets,
+    mask,
+    nonfinite,
+    KIND: tl.constexpr,
+    K: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr,
 ):
     """Update one tile and return `nonfinite` with its count added. Live is read once for all shadows."""
     stored_live = tl.load(live + offsets, mask=mask)
@@ -110,9 +142,28 @@ def _update_tile(
         for k in tl.static_range(K):
             tl.store(shadows[k] + offsets, stored_live, mask=mask)
     else:
-        SHADOW: tl.constexpr = KIND % 16 // 4
+        SHADOW: tl.constexpr = KIND % 32 // 4
         LIVE: tl.constexpr = KIND % 4
-        if KIND >= CONVERT:
+        if SHADOW == PLANES:
+            new = _widened(stored_live, LIVE, tl.float32)
+            finite = _is_finite(new)
+            for k in tl.static_range(K):
+                if KIND >= CONVERT:
+                    result = new
+                else:
+                    old = _joined(tl.load(shadows[k] + offsets, mask=mask), tl.load(lows[k] + offsets, mask=mask))
+                    result = _averaged(old, new, weights[k], tl.float32)
+                    if SKIP_NONFINITE:
+                        result = tl.where(finite, result, old)
+                high, low = _split(result)
+                tl.store(shadows[k] + offsets, high, mask=mask)
+                tl.store(lows[k] + offsets, low, mask=mask)
+            if SKIP_NONFINITE and KIND < CONVERT:
+                if mask is None:
+                    nonfinite += (~finite).to(tl.int32)
+                else:
+                    nonfinite += (~finite & mask).to(tl.int32)
+        elif KIND >= CONVERT:
             WIDE: tl.constexpr = tl.float64 if SHADOW == FLOAT64 or LIVE == FLOAT64 else tl.float32
             converted = _narrowed(_widened(stored_live, LIVE, WIDE), SHADOW)
             for k in tl.static_range(K):
@@ -150,37 +201,42 @@ def _update_chunk(
 ):
     count = tl.load(row + COUNT).to(tl.int32)
     LIVE: tl.constexpr = tl.uint8 if KIND == COPY_BYTES else STORED[KIND % 4]
-    SHADOW: tl.constexpr = tl.uint8 if KIND == COPY_BYTES else STORED[KIND % 16 // 4]
+    SHADOW: tl.constexpr = tl.uint8 if KIND == COPY_BYTES else STORED[KIND % 32 // 4]
     live = _address(row, 0, LIVE, ALIGNED)
     shadows = ()
     for k in tl.static_range(K):
         shadows = shadows + (_address(row, SHADOWS + k, SHADOW, ALIGNED),)  # noqa: RUF005 (Triton has no unpacking)
+    lows = shadows
+    if KIND != COPY_BYTES and KIND % 32 // 4 == PLANES:
+        lows = ()
+        for k in tl.static_range(K):
+            lows = lows + (_address(row, SHADOWS + K + k, SHADOW, ALIGNED),)  # noqa: RUF005
     lanes = tl.arange(0, TILE)
     nonfinite = tl.zeros([TILE], tl.int32)
     if ALIGNED:
         full = count // TILE
         for tile in range(full):
             nonfinite = _update_tile(
-                shadows, live, weights, tile * TILE + lanes, None, nonfinite, KIND, K, SKIP_NONFINITE
+                shadows, lows, live, weights, tile * TILE + lanes, None, nonfinite, KIND, K, SKIP_NONFINITE
             )
         if full * TILE < count:
             # A mask that is constant over 16 elements leaves the accesses 16 bytes wide; then come the last 15 at most.
             vectors = tl.multiple_of(count // 16 * 16, 16)
             offsets = full * TILE + lanes
             nonfinite = _update_tile(
-                shadows, live, weights, offsets, offsets < vectors, nonfinite, KIND, K, SKIP_NONFINITE
+                shadows, lows, live, weights, offsets, offsets < vectors, nonfinite, KIND, K, SKIP_NONFINITE
             )
             if vectors < count:
                 last = vectors + tl.arange(0, 16)
                 rest = tl.zeros([16], tl.int32)
-                rest = _update_tile(shadows, live, weights, last, last < count, rest, KIND, K, SKIP_NONFINITE)
+                rest = _update_tile(shadows, lows, live, weights, last, last < count, rest, KIND, K, SKIP_NONFINITE)
                 if SKIP_NONFINITE and COUNT_NONFINITE and KIND < CONVERT:
                     _add_nonfinite(nonfinite_total, rest)
     else:
         for tile in range(tl.cdiv(count, TILE)):
             offsets = tile * TILE + lanes
             nonfinite = _update_tile(
-                shadows, live, weights, offsets, offsets < count, nonfinite, KIND, K, SKIP_NONFINITE
+                shadows, lows, live, weights, offsets, offsets < count, nonfinite, KIND, K, SKIP_NONFINITE
             )
     if SKIP_NONFINITE and COUNT_NONFINITE and KIND < CONVERT:
         _add_nonfinite(nonfinite_total, nonfinite)
@@ -198,7 +254,7 @@ def _add_nonfinite(nonfinite_total, nonfinite):
 
 @triton.jit(do_not_specialize=["nonfinite_total", "skip", "device_weights", "bits0", "bits1", "bits2", "bits3"])
 def update(
-    table,  # int64 [chunks, SHADOWS + K]
+    table,  # int64 [chunks, SHADOWS + 2 * K]
     nonfinite_total,  # int64 scalar: live elements that were not finite so far
     skip,  # float32 scalar, or None: not zero: nothing happens
     device_weights,  # float64 [K], or None: read instead of the four
@@ -215,7 +271,7 @@ def update(
     """Average or copy every chunk of the table."""
     wanted = True if skip is None else tl.load(skip) == 0.0
     if wanted:
-        row = table + tl.program_id(0).to(tl.int64) * (SHADOWS + K)
+        row = table + tl.program_id(0).to(tl.int64) * (SHADOWS + 2 * K)
         variant = tl.load(row + VARIANT)
         bits = (bits0, bits1, bits2, bits3)
         weights = ()
@@ -270,12 +326,12 @@ def _exchange_chunk(row, which, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["which"])
 def exchange(
-    table,  # int64 [chunks, SHADOWS + K]
+    table,  # int64 [chunks, SHADOWS + 2 * K]
     which: tl.int64,  # the shadow
     K: tl.constexpr,
 ):
     """Swap live and one shadow, bit for bit."""
-    row = table + tl.program_id(0).to(tl.int64) * (SHADOWS + K)
+    row = table + tl.program_id(0).to(tl.int64) * (SHADOWS + 2 * K)
     if tl.load(row + VARIANT) % 2 == 1:
         _exchange_chunk(row, which, True)
     else:

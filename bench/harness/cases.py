@@ -164,6 +164,11 @@ def resnet50() -> Case:
     return Case(RESNET50, tuple(shapes))
 
 
+def resnet50_bf16() -> Case:
+    """Return the same in bfloat16, averaged in float32."""
+    return replace(resnet50(), name=f"{RESNET50}, f32 <- bf16", live_dtype=torch.bfloat16)
+
+
 def vit_b() -> Case:
     """Return ViT-B/16's 152 parameters (86,567,656)."""
     return _vit(VIT_B, width=768, depth=12, patch=16)

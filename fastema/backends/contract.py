@@ -11,11 +11,13 @@ from torch import Tensor
 class Plan(Protocol):
     """The update of a list of segments under K shadows.
 
-    Built as `Plan(shadows, lives, copies, views)`:
+    Built as `Plan(shadows, lives, copies, views, lows=())`:
         shadows: [K][segments], 1-D and contiguous; one dtype for all K of a segment.
         lives: [segments], of the same lengths, on the same device.
         copies: [segments], True where the segment is copied rather than averaged.
         views: shadow tensors that users see: an update raises their version counters.
+        lows: [K][segments], the low plane of a float32 average that is kept in two (planes.py; the shadow is the
+            high one), or None; empty: all None.
     """
 
     def update(

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain, compress
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastema.backends import contract
+from fastema.backends import contract, planes
 from fastema.backends.atomic import Step, run_atomically
 from fastema.backends.streams import Streams
 
 NAME = "torch"
 
 Storage: TypeAlias = torch.UntypedStorage
-Pair: TypeAlias = tuple[Tensor, Tensor]  # a shadow segment and its live one
+Pair: TypeAlias = tuple[Tensor, Tensor]
 # Elements of a batch. On a CPU its temporaries stay in the cache; on a GPU a launch takes as long as many elements.
 _BATCH, _GPU_BATCH = 1 << 18, 1 << 22
 
@@ -39,6 +39,14 @@ def describe(device_type: str) -> str:
     return f"torch operations, swap {swap}"
 
 
+class Segment(NamedTuple):
+    """A run of elements: its shadow, or the high plane of it, its live tensor, and the low plane, if there is one."""
+
+    shadow: Tensor
+    live: Tensor
+    low: Tensor | None
+
+
 class Plan:
     """shadow <- shadow + weight * (live - shadow) for every segment; see `contract.Plan`."""
 
@@ -48,14 +56,19 @@ class Plan:
         lives: Sequence[Tensor],
         copies: Sequence[bool],
         views: Sequence[Tensor],
+        lows: Sequence[Sequence[Tensor | None]] = (),
     ) -> None:
-        self._pairs = [list(zip(shadow, lives, strict=True)) for shadow in shadows]
-        self._copied = [list(compress(pairs, copies)) for pairs in self._pairs]
+        every_low = lows or [[None] * len(lives) for _ in shadows]
+        self._segments = [
+            [Segment(*parts) for parts in zip(shadow, lives, low, strict=True)]
+            for shadow, low in zip(shadows, every_low, strict=True)
+        ]
+        self._copied = [list(compress(segments, copies)) for segments in self._segments]
         averaged = [not copy for copy in copies]
-        self._batches = [_batches(compress(pairs, averaged)) for pairs in self._pairs]
+        self._batches = [_batches(compress(segments, averaged)) for segments in self._segments]
         self._views = list(views)
         self._nonfinite: Tensor | int = 0
-        tensors = [*lives, *chain(*shadows)]
+        tensors = [*lives, *chain(*shadows), *(low for low in chain(*every_low) if low is not None)]
         self._streams = [
             Streams(device, (tensor for tensor in tensors if tensor.device == device))
             for device in {tensor.device for tensor in tensors}
@@ -77,26 +90,28 @@ class Plan:
         for streams in self._streams:
             streams.note_current()
         for which, (copied, batches, weight) in enumerate(zip(self._copied, self._batches, weights, strict=True)):
-            for shadow, live in copied:
-                shadow.copy_(live)
+            for shadow, live, low in copied:
+                if low is None:
+                    shadow.copy_(live)
+                else:
+                    _scatter(planes.split(live.to(torch.float32)), [shadow], [low])
             for batch in batches:
                 self._average(batch, weight, skip_nonfinite, counts=which == 0)
         torch.autograd.graph.increment_version(self._views)
 
-    def _average(self, batch: list[Pair], weight: float, skip_nonfinite: bool, counts: bool) -> None:
-        shadows, lives = [shadow for shadow, _ in batch], [live for _, live in batch]
+    def _average(self, batch: list[Segment], weight: float, skip_nonfinite: bool, counts: bool) -> None:
+        shadows, lives = [segment.shadow for segment in batch], [segment.live for segment in batch]
+        lows = [segment.low for segment in batch if segment.low is not None]
         opmath = torch.float64 if shadows[0].dtype == torch.float64 else torch.float32
-        old, new = _joined(shadows).to(opmath), _joined(lives).to(shadows[0].device, opmath)
+        old, new = _joined(shadows), _joined(lives).to(shadows[0].device, opmath)
+        old = planes.join(old, _joined(lows)) if lows else old.to(opmath)
         result = torch.lerp(old, new, weight)
         if skip_nonfinite:
             finite = new.isfinite()
             result = torch.where(finite, result, old)
             if counts:  # an element is counted once for all shadows
                 self._nonfinite = self._nonfinite + (finite.numel() - finite.count_nonzero())
-        if len(batch) == 1:
-            shadows[0].copy_(result)
-        else:
-            torch._foreach_copy_(shadows, result.split([shadow.numel() for shadow in shadows]))
+        _scatter(planes.split(result) if lows else (result,), shadows, lows)
 
     def nonfinite_count(self) -> int:
         return int(self._nonfinite)
@@ -108,37 +123,47 @@ class Plan:
 
     def exchange_steps(self, which: int) -> list[Step]:
         """Return the steps of `exchange()`, for `run_atomically`."""
-        pairs = self._pairs[which]
-        if any(shadow.dtype != live.dtype for shadow, live in pairs):
+        segments = self._segments[which]
+        if any(segment.shadow.dtype != segment.live.dtype for segment in segments):
             raise ValueError("contents of different dtypes cannot be exchanged exactly")
         return [
             step
-            for shadow, live in pairs
+            for shadow, live, _ in segments
             for step in _exchange_contents(shadow.view(torch.uint8), live.view(torch.uint8))
         ]
 
 
-def _batches(pairs: Iterable[Pair]) -> list[list[Pair]]:
+def _batches(segments: Iterable[Segment]) -> list[list[Segment]]:
     """Group small segments of the same dtypes: an operation on 256 elements takes as long as one on none."""
-    batches: list[list[Pair]] = []
-    open_batches: dict[Any, tuple[list[Pair], int]] = {}
-    for shadow, live in pairs:
+    batches: list[list[Segment]] = []
+    open_batches: dict[Any, tuple[list[Segment], int]] = {}
+    for segment in segments:
+        shadow, live, low = segment
         if shadow.dim() != 1:  # a tensor of a compiled graph: see `Shadow.update_operands`
-            batches.append([(shadow, live)])
+            batches.append([segment])
             continue
-        alike = shadow.dtype, shadow.device, live.dtype, live.device
+        alike = shadow.dtype, shadow.device, live.dtype, live.device, low is None
         most = _BATCH if live.device.type == "cpu" else _GPU_BATCH
         batch, elements = open_batches.get(alike, ([], most))
         if elements + shadow.numel() > most:
             batch, elements = [], 0
             batches.append(batch)
-        batch.append((shadow, live))
+        batch.append(segment)
         open_batches[alike] = batch, elements + shadow.numel()
     return batches
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _scatter(results: Sequence[Tensor], *targets: list[Tensor]) -> None:
+    """Copy each result, which lies in a row, into the tensors of one batch."""
+    for result, parts in zip(results, targets, strict=False):
+        if len(parts) == 1:
+            parts[0].copy_(result)
+        else:
+            torch._foreach_copy_(parts, result.split([part.numel() for part in parts]))
 
 
 _EXCHANGE_BLOCK = 1 << 20  # bytes held twice while contents change places

@@ -25,7 +25,8 @@ _kernels: Any = None  # fastema.triton_kernels.kernels: Triton is imported by wh
 _import_error: str | None = None
 
 _FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/chunks.h
-_CONVERT, _COPY_BYTES = 16, 32
+_PLANES = 4
+_CONVERT, _COPY_BYTES = 32, 64
 _GPUS = ("cuda", "xpu")  # xpu: Intel's; not run on one
 _MAX_TILES = 8  # of a chunk
 _BLOCKS_PER_MULTIPROCESSOR = 5
@@ -97,6 +98,7 @@ class Plan:
         lives: Sequence[Tensor],
         copies: Sequence[bool],
         views: Sequence[Tensor],
+        lows: Sequence[Sequence[Tensor | None]] = (),
     ) -> None:
         self._kernels = _load_kernels()
         if self._kernels is None:
@@ -104,15 +106,25 @@ class Plan:
         if not shadows:
             raise ValueError("a plan needs at least one shadow")
         self._device = lives[0].device if len(lives) else torch.device("cpu")
-        kinds = _checked_kinds(shadows, lives, copies, self._device)
+        every_low = [list(low) for low in lows] or [[None] * len(lives) for _ in shadows]
+        kinds = _checked_kinds(shadows, every_low, lives, copies, self._device)
         self._count = len(shadows)
-        self._held = [list(lives), *map(list, shadows)]  # so that the addresses in the table stay valid
+        planes = [low for low in chain(*every_low) if low is not None]
+        self._held = [list(lives), *map(list, shadows), planes]  # so that the addresses in the table stay valid
         self._same_dtypes = all(shadow.dtype == live.dtype for shadow, live in zip(shadows[0], lives, strict=True))
         self._views = list(views)
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=self._device)
         most = self._kernels.MAX_SHADOWS
         self._launches = [
-            _Launch(self._kernels, shadows[first : first + most], lives, kinds, self._device, first)
+            _Launch(
+                self._kernels,
+                shadows[first : first + most],
+                every_low[first : first + most],
+                lives,
+                kinds,
+                self._device,
+                first,
+            )
             for first in range(0, len(shadows), most)
         ]
         self._pack = struct.Struct(f"{len(shadows)}d")
@@ -164,12 +176,13 @@ class _Launch:
         self,
         kernels: Any,
         shadows: Sequence[Sequence[Tensor]],
+        lows: Sequence[Sequence[Tensor | None]],
         lives: Sequence[Tensor],
         kinds: Sequence[int],
         device: torch.device,
         first: int,
     ) -> None:
-        rows = _chunk_rows(shadows, lives, kinds, kernels.tile_elements, _workers(device))
+        rows = _chunk_rows(shadows, lows, lives, kinds, kernels.tile_elements, _workers(device))
         self._kernels = kernels
         self._options = {**_OPTIONS, "num_warps": kernels.THREADS // _warp_size(device)}
         self._chunks = len(rows)
@@ -216,10 +229,14 @@ class _Launch:
 
 
 def _checked_kinds(
-    shadows: Sequence[Sequence[Tensor]], lives: Sequence[Tensor], copies: Sequence[bool], device: torch.device
+    shadows: Sequence[Sequence[Tensor]],
+    lows: Sequence[Sequence[Tensor | None]],
+    lives: Sequence[Tensor],
+    copies: Sequence[bool],
+    device: torch.device,
 ) -> list[int]:
     """Return the kind of each segment, numbered as in csrc/chunks.h."""
-    if len(copies) != len(lives) or any(len(shadow) != len(lives) for shadow in shadows):
+    if len(copies) != len(lives) or any(len(part) != len(lives) for part in (*shadows, *lows)):
         raise ValueError("every shadow, lives and copies must have equal lengths")
     kinds = []
     for i, (live, copy) in enumerate(zip(lives, copies, strict=True)):
@@ -231,7 +248,15 @@ def _checked_kinds(
             if shadow.dtype != shadows[0][i].dtype:
                 raise ValueError("all shadows of a segment must have one dtype")
         dtype = shadows[0][i].dtype
-        if copy and dtype == live.dtype:
+        planes = [segments[i] for segments in lows]
+        if any(low is not None for low in planes):
+            if any(
+                low is None or low.dtype != torch.int16 or low.shape != live.shape or not low.is_contiguous()
+                for low in planes
+            ) or (dtype, live.dtype) != (torch.bfloat16, torch.bfloat16):
+                raise ValueError("a float32 in two planes is a bfloat16 and an int16 beside a bfloat16 tensor")
+            kinds.append((_CONVERT if copy else 0) + 4 * _PLANES + _FORMATS[live.dtype])
+        elif copy and dtype == live.dtype:
             kinds.append(_COPY_BYTES)
         elif dtype in _FORMATS and live.dtype in _FORMATS:
             kinds.append((_CONVERT if copy else 0) + 4 * _FORMATS[dtype] + _FORMATS[live.dtype])
@@ -242,6 +267,7 @@ def _checked_kinds(
 
 def _chunk_rows(
     shadows: Sequence[Sequence[Tensor]],
+    lows: Sequence[Sequence[Tensor | None]],
     lives: Sequence[Tensor],
     kinds: Sequence[int],
     tile_elements: Callable[[int], int],
@@ -256,7 +282,8 @@ def _chunk_rows(
     tiles = 0
     for i, (live, kind) in enumerate(zip(lives, kinds, strict=True)):
         is_bytes = kind == _COPY_BYTES
-        tensors = [live, *(segment[i] for segment in shadows)]
+        planes = [low for low in (segment[i] for segment in lows) if low is not None]
+        tensors = [live, *(segment[i] for segment in shadows), *planes]
         steps = [1 if is_bytes else tensor.dtype.itemsize for tensor in tensors]
         count = live.nbytes if is_bytes else live.numel()
         addresses = [tensor.data_ptr() for tensor in tensors]
@@ -274,7 +301,8 @@ def _chunk_rows(
         for start in range(begin, end, size):
             count = min(size, end - start)
             live_address, *shadow_addresses = (a + start * step for a, step in zip(addresses, steps, strict=True))
-            rows.append([live_address, count, variant, count * steps[1], *shadow_addresses])
+            no_planes = [0] * (2 * len(shadows) - len(shadow_addresses))
+            rows.append([live_address, count, variant, count * steps[1], *shadow_addresses, *no_planes])
     return rows
 
 

@@ -6,7 +6,8 @@ view of a weight follows when pointers change places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema import backends
-from fastema.backends import contract
+from fastema.backends import contract, planes
 from fastema.backends import torch as plain_torch
 from fastema.core import dtensor, offload, swap
 from fastema.core.policy import Managed
@@ -39,6 +40,7 @@ class Shadow:
         backend: "auto" or the name of one.
         modules: the modules whose slots are watched for replaced tensors.
         tensors_now: return the model's tensors by name, as they are then.
+        may_split: True if float32 averages of bfloat16 tensors may be kept in two planes.
 
     Raises:
         ValueError: a tensor whose storage cannot be mirrored; names it.
@@ -53,6 +55,7 @@ class Shadow:
         backend: str,
         modules: Sequence[nn.Module],
         tensors_now: Callable[[], dict[str, Tensor]],
+        may_split: bool = True,
     ) -> None:
         self.managed = managed
         self.count = count
@@ -62,6 +65,7 @@ class Shadow:
         self._host = backends.host(backend)
         self._backend = backend
         self._tensors_now = tensors_now
+        self._may_split = may_split
         self._dicts = [slots for module in modules for slots in (module._parameters, module._buffers, module._modules)]
         self._gathered = dtensor.GatheredParameters(modules)
         self._parts: list[tuple[Any, Tensor]] = [
@@ -86,19 +90,27 @@ class Shadow:
         self.live_storages = frozenset(groups)
         swap.refuse_foreign("building a FastEMA", self.live_storages)  # it would start from the other's average
         by_live = {
-            key: ShadowStorage(entries, dtype, device, self.count, self._host) for key, entries in groups.items()
+            key: ShadowStorage(
+                entries, dtype, device, self.count, self._host, self._has_planes(entries[0].tensor.device, device)
+            )
+            for key, entries in groups.items()
         }
         self._storages = list(by_live.values())
         self._owners = [by_live[entry.tensor.untyped_storage()._cdata] for entry in self._bound]  # [bound]
-        self._views: list[list[Tensor]] = []  # [count][managed]
+        self._views: list[list[Tensor]] = []  # [count][managed]; of two planes the high one
+        self._lows: list[list[Tensor | None]] = []  # [count][managed]; the low one
         for which in range(self.count):
             owners = iter(self._owners)
             self._views.append([])
+            self._lows.append([])
             for entry in self.managed:
                 if entry.loose:
                     self._views[-1].append(entry.tensor.detach().clone())
+                    self._lows[-1].append(None)
                 else:
-                    self._views[-1].append(next(owners).view_of(entry.tensor, which))
+                    owner = next(owners)
+                    self._views[-1].append(owner.view_of(entry.tensor, which))
+                    self._lows[-1].append(owner.low_of(entry.tensor, which))
         self.storages = self.live_storages | {
             shadow.untyped_storage()._cdata for storage in self._storages for shadow in storage.shadows
         }
@@ -108,6 +120,9 @@ class Shadow:
             for segments in storage.segments:
                 for segment, live in zip(segments, storage.lives, strict=True):
                     segment.copy_(live)
+
+    def _has_planes(self, device: torch.device, shadow_device: torch.device | None) -> bool:
+        return self._may_split and offload.transfer_between(device, shadow_device or device) is None
 
     def _plan(self) -> None:
         """Build one plan per device: a mix of dtypes and rules is no reason for a second."""
@@ -132,7 +147,9 @@ class Shadow:
                 self.plans.append(self.offloaded[-1])
             else:  # only torch crosses devices
                 module = backends.select(self._backend if same_device else "torch", device)
-                self.plans.append(module.Plan(segments, lives, copies, views))
+                lows = [[low for s in storages for low in s.low_segments[which]] for which in range(self.count)]
+                own_lows = lows if any(low is not None for low in lows[0]) else []
+                self.plans.append(module.Plan(segments, lives, copies, views, own_lows))
             names.append(module.NAME)
         self.backend_name = "+".join(dict.fromkeys(names))
         self.note_writes()
@@ -290,7 +307,9 @@ class Shadow:
     # ---- the same in a compiled graph, which may keep the tensors elsewhere for now ----
 
     def operands(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what an update changes, every shadow storage as a whole [count * storages], and what it reads.
+        """Return what an update changes, and what it reads.
+
+        It changes every shadow storage as a whole [count * storages], and the low planes of those that have some.
 
         Raises:
             RuntimeError: the compiler may keep a DTensor, a replaced buffer or a shadow in host memory elsewhere than
@@ -303,7 +322,8 @@ class Shadow:
         )  # fmt: skip
         if reason is not None:
             raise RuntimeError(f"{reason}: call update() outside the compiled function")
-        return [shadow for storage in self._storages for shadow in storage.shadows], self._tensors
+        shadows = [shadow for storage in self._storages for shadow in storage.shadows]
+        return [*shadows, *(low for storage in self._storages for low in storage.lows)], self._tensors
 
     def update_operands(
         self,
@@ -327,19 +347,27 @@ class Shadow:
         if any(storage.overlaps for storage in self._storages):
             raise RuntimeError("tensors of the model overlap in memory: call update() outside the compiled function")
         index_of = {id(storage): index for index, storage in enumerate(self._storages)}
+        split = [id(storage) for storage in self._storages if storage.lows]
+        first_low = len(self._storages) * self.count
         targets: list[list[Tensor]] = []
+        lows: list[list[Tensor | None]] = []
         for which, views in enumerate(self._views):
-            flats = [shadows[index * self.count + which] for index in range(len(self._storages))]
             targets.append(
                 [
-                    flats[index_of[id(owner)]]
-                    .view(view.dtype)
-                    .as_strided(view.shape, view.stride(), view.storage_offset())
+                    _like(view, shadows[index_of[id(owner)] * self.count + which])
                     for owner, view in zip(self._owners, views, strict=True)
                 ]
             )
+            lows.append(
+                [
+                    None
+                    if low is None
+                    else _like(low, shadows[first_low + split.index(id(owner)) * self.count + which])
+                    for owner, low in zip(self._owners, self._lows[which], strict=True)
+                ]
+            )
         copies = [entry.rule == "copy" for entry in self._bound]
-        plan = plain_torch.Plan(targets, lives, copies, [])
+        plan = plain_torch.Plan(targets, lives, copies, [], lows)
         plan.update(weights, skip_nonfinite, skip, device_weights)
         self.nonfinite_elsewhere += plan.nonfinite_count()
 
@@ -454,17 +482,47 @@ class Shadow:
     def averages(self, which: int) -> list[tuple[Managed, Tensor]]:
         """Return every managed tensor with its average.
 
-        The averages share memory with the EMA; those that are in the model right now are copies, right then and after.
+        The averages share memory with the EMA. Copies, right then and after, are those that are in the model right now,
+        and float32 ones of bfloat16 tensors, which are kept in two planes.
         """
-        self.synchronize()
         in_model = self.is_applied and which == self._which
-        owner_of = {id(entry): owner for entry, owner in zip(self._bound, self._owners, strict=True) if owner.is_direct}
         result = []
-        for entry, view in zip(self.managed, self._views[which], strict=True):
-            if in_model and id(entry) in owner_of:
-                view = owner_of[id(entry)].in_model(view).clone()
+        for entry, view, low, is_direct in self._stored(which):
+            if low is not None:
+                view = planes.join(view, low)
+            elif in_model and is_direct:
+                view = view.clone()
             result.append((entry, dtensor.described_as(entry.whole, view.detach())))
         return result
+
+    def weights(self, which: int) -> list[tuple[Managed, Tensor]]:
+        """Return every managed tensor with its average as a swap puts it into the model, rounded to bfloat16 if it is.
+
+        They share memory with the EMA, or with the model while they are in it.
+        """
+        return [(entry, dtensor.described_as(entry.whole, view.detach())) for entry, view, _, _ in self._stored(which)]
+
+    def places(self, which: int) -> list[tuple[Managed, Tensor | Planes]]:
+        """Return every managed tensor with where its average is kept."""
+        return [
+            (entry, Planes(entry.whole, view.detach(), low))
+            if low is not None
+            else (entry, dtensor.described_as(entry.whole, view.detach()))
+            for entry, view, low, _ in self._stored(which)
+        ]
+
+    def _stored(self, which: int) -> Iterator[tuple[Managed, Tensor, Tensor | None, bool]]:
+        """Yield every managed tensor, its average or the high plane of it, wherever it is now, the low plane, and
+        whether it changes places with the model's."""
+        self.synchronize()
+        in_model = self.is_applied and which == self._which
+        owners = iter(self._owners)
+        for entry, view, low in zip(self.managed, self._views[which], self._lows[which], strict=True):
+            owner = None if entry.loose else next(owners)
+            if owner is None or not owner.is_direct:
+                yield entry, view, low, False
+            else:
+                yield entry, owner.in_model(view) if in_model else view, low, True
 
     def live_values(self) -> dict[str, Tensor]:
         """Return the live values by name, while the averages are in the model."""
@@ -474,6 +532,29 @@ class Shadow:
             **self._swap.live_values(),
             **{name: live for (_, entry), live in loose for name in entry.names},
         }
+
+
+@dataclass(frozen=True)
+class Planes:
+    """A float32 average that is kept in two planes; of a DTensor, the part in this process."""
+
+    whole: Tensor  # the live tensor
+    high: Tensor
+    low: Tensor
+
+    def shown(self) -> Tensor:
+        """Return a tensor of the average's dtype and shape, and without its values or memory."""
+        like = self.low.new_empty((), dtype=torch.float32).expand(self.low.shape)
+        return dtensor.described_as(self.whole, like)
+
+    def value(self) -> Tensor:
+        """Return the average, a copy."""
+        return dtensor.described_as(self.whole, planes.join(self.high, self.low))
+
+
+def _like(view: Tensor, flat: Tensor) -> Tensor:
+    """Return the place in `flat` that `view` has in its storage."""
+    return flat.view(view.dtype).as_strided(view.shape, view.stride(), view.storage_offset())
 
 
 def _refuse_two_storages_over_one_memory(entries: list[Managed]) -> None:

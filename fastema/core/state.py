@@ -8,20 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fastema.backends import planes
 from fastema.backends.atomic import Step, run_atomically
 from fastema.core import dtensor
 from fastema.core.checks import difference, refuse_differences
 from fastema.core.policy import Managed, Source, named_tensors
-from fastema.core.shadow import Shadow
+from fastema.core.shadow import Planes, Shadow
 from fastema.core.swap import place_of
 from fastema.core.text import first_few
 
 Place: TypeAlias = tuple[Any, ...]
+_Average = TypeVar("_Average", Tensor, Tensor | Planes)
 
 
 def averages_by_name(shadow: Shadow, which: int, saved_only: bool = False) -> dict[str, Tensor]:
@@ -29,7 +31,7 @@ def averages_by_name(shadow: Shadow, which: int, saved_only: bool = False) -> di
     return by_name(shadow.averages(which), saved_only)
 
 
-def by_name(averages: list[tuple[Managed, Tensor]], saved_only: bool) -> dict[str, Tensor]:
+def by_name(averages: list[tuple[Managed, _Average]], saved_only: bool) -> dict[str, _Average]:
     """Return averages under each of their names; `saved_only`: what a state holds."""
     return {name: average for entry, average in averages if entry.is_saved or not saved_only for name in entry.names}
 
@@ -155,13 +157,17 @@ def replaced_buffers(shadow: Shadow) -> set[str]:
 
 @torch.no_grad()
 def copy_averages(shadow: Shadow, which: int, target: Source) -> None:
-    """Copy every average into the tensors of `target` with the same names.
+    """Copy every average into the tensors of `target` with the same names: into bfloat16, what a swap puts there.
 
     Raises:
         ValueError: a name is missing there, or a shape differs.
     """
-    averages = averages_by_name(shadow, which)
     targets = dict(named_tensors(target))
+    averages = by_name(shadow.weights(which), saved_only=False)
+    others = [name for name in averages if name in targets and targets[name].dtype != averages[name].dtype]
+    if others:
+        exact = averages_by_name(shadow, which)
+        averages.update({name: exact[name] for name in others})
     refuse_differences(
         "copy_to() got a model that differs from the averaged one",
         [
@@ -190,16 +196,17 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
     missing: list[str] = []
     unexpected: list[str] = []
     differences: list[str | None] = []
-    pairs: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor | Planes, Tensor]] = []
     for which, values in enumerate(saved):
-        own = averages_by_name(shadow, which, saved_only=True)
+        places = by_name(shadow.places(which), saved_only=True)
+        own = {name: place.shown() if isinstance(place, Planes) else place for name, place in places.items()}
         missing = [name for name in own if name not in values]
         unexpected = [name for name in values if name not in own]
         found = [name for name in own if name in values]
         differences += [difference(name, own[name], values[name], dtypes=strict) for name in found]
         differences += [dtensor.difference(name, own[name], values[name]) for name in found]
         differences += [_unreadable(name, values[name]) for name in found]
-        pairs += [(own[name], values[name]) for name in found]
+        pairs += [(places[name], values[name]) for name in found]
         if strict:
             differences += [f"{name!r} is missing in the state" for name in missing]
             differences += [f"{name!r} is in the state, not in the model" for name in unexpected]
@@ -227,7 +234,7 @@ def carry_over(old: Shadow, new: Shadow) -> None:
     ]
     refuse_differences("the model changed since FastEMA was built; build a new one", differences, RuntimeError)
     for which in range(old.count):
-        before, after = averages_by_name(old, which), averages_by_name(new, which)
+        before, after = (by_name(shadow.places(which), saved_only=False) for shadow in (old, new))
         run_atomically(_copies((after[name], before[name]) for name in now))
     new.nonfinite_elsewhere = old.nonfinite_count()
 
@@ -240,6 +247,25 @@ def _unreadable(name: str, value: Any) -> str | None:
     return None
 
 
+@torch.no_grad()
+def fill(shadow: Shadow, which: int, values: dict[str, Tensor]) -> None:
+    """Copy values into the averages of the same names, which are all there are."""
+    places = by_name(shadow.places(which), saved_only=False)
+    run_atomically(_copies((place, values[name]) for name, place in places.items()))
+
+
 def _copies(pairs: Iterable[tuple[Any, Any]]) -> list[Step]:
     """Return steps that copy the second of every pair into the first."""
-    return [partial(Tensor.copy_, *dtensor.assignment(target, value)) for target, value in pairs]
+    steps: list[Step] = []
+    for target, value in pairs:
+        if not isinstance(target, Planes):
+            value = value.value() if isinstance(value, Planes) else value
+            steps.append(partial(Tensor.copy_, *dtensor.assignment(target, value)))
+            continue
+        if isinstance(value, Planes):
+            high, low = value.high, value.low
+        else:
+            _, part = dtensor.assignment(target.shown(), value)
+            high, low = planes.split(part.detach().to(torch.float32))
+        steps += [partial(Tensor.copy_, target.high, high), partial(Tensor.copy_, target.low, low)]
+    return steps

@@ -155,6 +155,9 @@ def gaps(runs: Iterable[Run], nbytes: int) -> list[tuple[int, int]]:
 class ShadowStorage:
     """A live storage and its shadows, all of the same layout.
 
+    The float32 average of a bfloat16 storage on the same device is kept in two planes (`fastema.backends.planes`): the
+    shadow is the high one, a bfloat16 that can take the place of the weights, and the low one lies beside it.
+
     A shadow is two storages over one memory: `memory`, for the kernels alone, and the one whose views users get and
     which changes places with the live storage. So a user who replaces the memory of a view frees nothing that a kernel
     writes to.
@@ -165,21 +168,30 @@ class ShadowStorage:
         device: the shadow's; None: the live storage's.
         count: how many shadows.
         host: the backend whose `second_owner` to use.
+        planes: True to keep a float32 average of bfloat16 in two planes.
 
     Raises:
         ValueError: tensors that cannot be mirrored together; names them.
     """
 
     def __init__(
-        self, entries: list[Managed], wanted: torch.dtype | None, device: torch.device | None, count: int, host: Any
+        self,
+        entries: list[Managed],
+        wanted: torch.dtype | None,
+        device: torch.device | None,
+        count: int,
+        host: Any,
+        planes: bool = False,
     ) -> None:
         self.live = entries[0].tensor.untyped_storage()
         self._host = host
-        self._shadow_unit = _common_shadow_unit(entries, wanted)  # None: every run keeps its dtype
-        self._live_itemsize = _unit(entries[0].tensor.dtype).itemsize
+        live_unit, unit = _unit(entries[0].tensor.dtype), _common_shadow_unit(entries, wanted)
         self.device = device or self.live.device
+        is_split = planes and (live_unit, unit) == (torch.bfloat16, torch.float32) and self.device == self.live.device
+        self._shadow_unit = None if is_split else unit  # None: every run of a shadow has the live dtype
+        self._live_itemsize = live_unit.itemsize
         self.is_direct = self._shadow_unit is None and self.device == self.live.device
-        self.runs = _runs_of(entries, keep_bytes=self._shadow_unit is None)
+        self.runs = _runs_of(entries, keep_bytes=unit is None)
         self.begin, self.end = _span(self.runs, self.live.nbytes())  # bytes of the live storage that are mirrored
         self.is_part = self.end - self.begin < self.live.nbytes()
         self.rest = [] if self.is_part else gaps(self.runs, self.live.nbytes())
@@ -188,6 +200,10 @@ class ShadowStorage:
             whole(allocate(self._scaled(self.end) - self._scaled(self.begin), self.device, self.live))
             for _ in range(count)
         ]  # [count], bytes of the storages that are handed out
+        elements = (self.end - self.begin) // self._live_itemsize
+        self.lows = [
+            torch.zeros(elements, dtype=torch.int16, device=self.device) for _ in range(count if is_split else 0)
+        ]  # [count], the low planes; empty: there are none
         self.own_memory()
         covered = sum(run.end - run.begin for run in self.runs)
         self.overlaps = covered != sum(entry.tensor.numel() * entry.tensor.dtype.itemsize for entry in entries)
@@ -204,6 +220,12 @@ class ShadowStorage:
             ]
             for memory in self.memory
         ]  # [count][runs]
+        self.low_segments: list[list[Tensor | None]] = [
+            [low[self._element(run.begin) : self._element(run.end)] for run in self.runs] for low in self.lows
+        ] or [[None] * len(self.runs) for _ in self.shadows]  # [count][runs]
+
+    def _element(self, live_byte: int) -> int:
+        return (live_byte - self.begin) // self._live_itemsize
 
     def settle(self) -> None:
         """Copy what the kernels wrote to wherever the shadows are now."""
@@ -228,6 +250,13 @@ class ShadowStorage:
         dtype = tensor.dtype if self._shadow_unit is None else shadow_dtype(tensor.dtype, self._shadow_unit)
         offset = tensor.storage_offset() - self.begin // tensor.dtype.itemsize
         return view_in(self.shadows[which].untyped_storage(), tensor, dtype, offset)
+
+    def low_of(self, tensor: Tensor, which: int) -> Tensor | None:
+        """Return the low plane of the shadow of a live tensor; None: it has none."""
+        if not self.lows:
+            return None
+        offset = tensor.storage_offset() - self.begin // tensor.dtype.itemsize
+        return self.lows[which].as_strided(tensor.shape, tensor.stride(), offset)
 
     def in_model(self, shadow_view: Tensor) -> Tensor:
         """Return the place in the live storage of which a direct shadow has `shadow_view`."""

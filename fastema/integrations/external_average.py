@@ -19,6 +19,12 @@ from fastema.core.storages import shadow_dtype
 from fastema.ema import FastEMA
 
 
+class _SharedEMA(FastEMA):
+    """A FastEMA whose averages are tensors, not planes, so that others can have them."""
+
+    _may_split = False
+
+
 class ExternalAverage:
     """A FastEMA of `source` that is given the decay with every update, and lets NaN through as its originals do.
 
@@ -37,7 +43,7 @@ class ExternalAverage:
         device: torch.device | str | int | None = None,
     ) -> None:
         self.source = source
-        self._ema = FastEMA(
+        self._ema = _SharedEMA(
             source, decay, decay_type="constant", policy=policy, dtype=dtype, device=device, nonfinite="propagate"
         )
         self._shadow = self._ema._shadow

@@ -156,17 +156,20 @@ class Snapshots:
 
     def _tensors(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Return the tensors by key, each once, and the other names of those that have several."""
+        if not self._ema.is_applied:
+            self._ema._ensure_current()
         shadow = self._ema._shadow
         names_averaged = [
             name for entry in shadow.managed if entry.rule == "average" and entry.is_saved for name in entry.names
         ]
-        own = state.averages_by_name(shadow, 0)
+        averages = [shadow.averages(which) for which in range(len(self._ema._decays))]
+        own = state.by_name(averages[0], saved_only=False)
         averaged = {_place(own[name]): name for name in names_averaged if own[name].numel()}
         tensors: dict[str, Any] = {}
         names: dict[str, str] = {}
-        for which in range(len(self._ema._decays)):
+        for which, every in enumerate(averages):
             first: dict[Any, str] = {}
-            for name, value in self._ema.shadow_state_dict(which).items():
+            for name, value in self._ema._model_state(which, every).items():
                 if not isinstance(value, Tensor):
                     continue
                 value, place = value.detach(), _place(value)

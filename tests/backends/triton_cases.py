@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cases import COPIED_DTYPES, DTYPE_PAIRS, bits, raw, small_model, train, values, with_offset
 from fastema import FastEMA
-from fastema.backends import native
+from fastema.backends import native, planes
 from fastema.backends import torch as plain_torch
 from fastema.backends import triton as backend
 
@@ -140,6 +140,38 @@ def check_update(
             assert mine.nonfinite_count() == plan.nonfinite_count()
     assert (mine.nonfinite_count() > 0) == skip_nonfinite
     assert [raw(whole(live)) for live in lives] == before, "the live weights were written"
+
+
+def check_planes(skip_nonfinite: bool, count: int) -> None:
+    shadows, lives = segments(torch.float32, torch.bfloat16, count)
+    pairs = [[planes.split(shadow) for shadow in each] for each in shadows]
+    offsets = [[shadow.storage_offset() for shadow in each] for each in shadows]
+    copies = [i % 5 == 4 for i in range(len(lives))]
+    highs, lows = (
+        [
+            [with_offset(p[half], at) for p, at in zip(each, ats, strict=True)]
+            for each, ats in zip(pairs, offsets, strict=True)
+        ]
+        for half in (0, 1)
+    )
+    others = [(oracle, copied(highs), copied(lows)) for oracle in ORACLES]
+    mine = backend.Plan(highs, lives, copies, [], lows)
+    plans = [oracle.Plan(high, lives, copies, [], low) for oracle, high, low in others]
+    for weights in WEIGHTS[count]:
+        mine.update(list(weights), skip_nonfinite)
+        for plan, (oracle, high, low) in zip(plans, others, strict=True):
+            plan.update(list(weights), skip_nonfinite, None)
+            for which in range(count):
+                for own, theirs in ((highs, high), (lows, low)):
+                    for got, expected in zip(own[which], theirs[which], strict=True):
+                        assert raw(got) == raw(expected), f"{weights}, {got.numel()} elements, against {oracle.NAME}"
+            assert mine.nonfinite_count() == plan.nonfinite_count()
+
+
+def updates_of_planes() -> Iterator[Callable[[], None]]:
+    for skip_nonfinite in (True, False):
+        for count in (1, 3):
+            yield lambda g=skip_nonfinite, k=count: check_planes(g, k)
 
 
 def small_updates() -> Iterator[Callable[[], None]]:
@@ -366,6 +398,7 @@ def end_to_end() -> Iterator[Callable[[], None]]:
 GROUPS = (
     small_updates,
     large_updates,
+    updates_of_planes,
     copies,
     every_half,
     mixed,

@@ -57,6 +57,18 @@ def with_offset(tensor: Tensor, offset: int) -> Tensor:
     return part
 
 
+def as_applied(average: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what a swap puts into a model of `dtype`: of a float32 average the nearest bfloat16, ties away from zero.
+
+    A cast takes ties to even.
+    """
+    if (average.dtype, dtype) != (torch.float32, torch.bfloat16):
+        return average.to(dtype)
+    bits = average.contiguous().view(torch.int32)
+    is_tie = (bits & 0xFFFF) == 0x8000
+    return torch.where(is_tie, (bits + 1).view(torch.float32), average).to(dtype)  # one bit further from zero
+
+
 def move(tensors: Iterable[Tensor], seed: int) -> None:
     """Change every tensor once, in place, as a training step does."""
     seen: set[int] = set()

@@ -116,7 +116,8 @@ class PartOfAStorage(nn.Module):
 KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
     "pointer": (lambda: nn.Linear(2, 2), {}, {}),
     "in place": (lambda: nn.Linear(2, 2), {}, {"in_place": True}),
-    "mixed dtypes": (lambda: nn.Sequential(nn.Linear(2, 2).bfloat16(), nn.LayerNorm(2)), {}, {}),
+    "mixed dtypes": (lambda: nn.Sequential(nn.Linear(2, 2).half(), nn.LayerNorm(2)), {}, {}),
+    "two planes": (lambda: nn.Sequential(nn.Linear(2, 2).bfloat16(), nn.LayerNorm(2)), {}, {}),
     "several decays": (lambda: nn.Linear(2, 2), {"decay": [0.5, 0.9]}, {"which": 1}),
     "part of a storage": (PartOfAStorage, {}, {}),
 }
@@ -382,7 +383,7 @@ def test_no_memory_to_fill_the_scratch_gives_back_what_it_got(backend: str, monk
     with case.ema.swapped():
         pass
     scratch = [buffer for each in case.ema._shadow._swaps.values() for buffer in each._filled]
-    assert [stand_in.storage.nbytes() for stand_in in scratch] == [0, 0], "two bfloat16 tensors"
+    assert [stand_in.storage.nbytes() for stand_in in scratch] == [0, 0], "two float16 tensors"
     fill = type(scratch[1]).fill
 
     def fill_one(stand_in: Any) -> None:

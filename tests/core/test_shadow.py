@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import LAYOUTS, bits, move, raw, tensors_of, train, values
+from cases import LAYOUTS, as_applied, bits, move, raw, tensors_of, train, values
 from cases.reference import ReferenceEMA
 from fastema import FastEMA
 
@@ -44,11 +44,12 @@ def check(
         reference.update(floats, 0.75)
         ema.update()
         reference.check(ema.state_dict()["shadow"])
+    shadow = ema.state_dict()["shadow"]
     for name in set(named) - set(floats):
         assert raw(shadow[name]) == raw(named[name]), f"{name} was not copied"
 
     live = {name: raw(tensor) for name, tensor in named.items()}
-    average = {name: raw(tensor.to(named[name].dtype)) for name, tensor in ema.state_dict()["shadow"].items()}
+    average = {name: raw(as_applied(tensor, named[name].dtype)) for name, tensor in ema.state_dict()["shadow"].items()}
     for _ in range(2):
         with ema.swapped():
             assert {name: raw(tensor) for name, tensor in named.items()} == average

@@ -311,7 +311,8 @@ def test_every_layout_through_fastema(
     ema = FastEMA([("w", live)], decay=0.75, decay_type="constant", dtype=shadow_dtype, backend=backend)
     shadow = ema.state_dict()["shadow"]["w"]
     assert shadow.dtype == shadow_dtype
-    assert shadow.stride() == live.stride()
+    is_split = (shadow_dtype, live_dtype) == (torch.float32, torch.bfloat16)  # kept in two planes, shown as a copy
+    assert is_split or shadow.stride() == live.stride()
     expected = exact(live.to(shadow_dtype))
     allowed = np.zeros_like(expected)
     for seed in (1, 2):
@@ -320,7 +321,7 @@ def test_every_layout_through_fastema(
         allowed = allowed + tolerance(expected, moved, shadow_dtype)
         expected = averaged(expected, moved, 0.25)
         ema.update()
-    assert_within(shadow, expected, allowed, layout)
+    assert_within(ema.state_dict()["shadow"]["w"], expected, allowed, layout)
     # What the tensor does not cover is as it was.
     storage = torch.empty(0, dtype=live_dtype).set_(live.untyped_storage())
     outside = torch.ones_like(storage, dtype=torch.bool)

@@ -20,8 +20,9 @@ SOURCE = Path(__file__).parents[2] / "csrc/cuda_kernels.cu"
 # As in setup.py; with the lines of the source in the binary, which leave the code as it is.
 FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-lineinfo", "-Xptxas", "-v", "-I", str(SOURCE.parent)]
 ARCHITECTURES = ("sm_90", "sm_75", "sm_80", "sm_100", "sm_120")
-BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Float16": 2}
-PAIRS = [(shadow, live) for shadow in BYTES for live in BYTES]
+DTYPES = ("float", "double", "BFloat16", "Float16")
+BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Float16": 2, "Planes": 2}  # of each plane
+PAIRS = [*((shadow, live) for shadow in DTYPES for live in DTYPES), ("Planes", "BFloat16")]
 KERNELS = 4  # update with and without skip_nonfinite, exchange, clock
 THREADS_IN_FLIGHT_BYTES = 128
 
@@ -76,7 +77,7 @@ class Compiled:
             pairs = {
                 pair for line in callers for pair in re.findall(r"average<kSkipNonfinite, (\w+), (\w+)>\(rows", line)
             }
-            kinds = {kind for line in callers for kind in re.findall(r"run_tiles<(kCount|1), \w+>\(rows", line)}
+            kinds = {kind for line in callers for kind in re.findall(r"run_tiles<(kCount|1), \w+, \w+>\(rows", line)}
             if len(pairs) == len(kinds) == 1:
                 loops = found.setdefault(pairs.pop(), {})
                 kind = "vectors" if kinds.pop() == "kCount" else "scalars"
@@ -102,11 +103,12 @@ def complaints(loop: Loop, shadow: str, live: str) -> list[str]:
     """What keeps a loop over vectors from saturating the memory."""
     wide = max(BYTES[shadow], BYTES[live])
     widths = {16 * BYTES[dtype] // wide for dtype in (shadow, live)}  # bytes of an access
-    # Beside the tile, a loop loads the address of the next shadow and a weight in device memory: 8 bytes each.
+    # Beside the tile, a loop loads the address of the next shadow, or of its two planes, and a weight in device memory.
     loads, first = loop.widths(is_load=True), loop.loads_before_first_use
-    tile = Counter({width: loads[width] - (2 if width == 8 else 0) for width in widths})
+    beside = Counter([8, 16 if shadow == "Planes" else 8])
+    tile = Counter({width: loads[width] - beside[width] for width in widths})
     found = []
-    if loads != tile + Counter({8: 2}):
+    if loads != tile + beside:
         found.append(f"loads {dict(loads)} where {sorted(widths)} bytes are due")
     if first != loads:
         found.append(f"only {dict(first)} of {dict(loads)} are issued before the first use")
@@ -190,7 +192,7 @@ def test_what_is_sound_has_no_complaint(tmp_path: Path) -> None:
          "before the first use"),
         ([("(at) + n * kThreads", "(at) + n / 2 * (2 * kThreads) + n % 2")], "stores of {16: 4} bytes, 32 apart"),
         ([("st.global.", "st.")], "accesses to ['generic', 'global'] memory"),
-        ([("sizeof(Shadow) == sizeof(Live) ? 4 : 8", "2")], "64 bytes in flight"),
+        ([("kShadowBytes == sizeof(Live) ? 4 : 8", "2")], "64 bytes in flight"),
         ([("constexpr uint32_t kCount = 16 /", "constexpr uint32_t kCount = 8 /")], "where [16] bytes are due"),
     ],
     ids=["skip_nonfinite is hoisted", "a stride of 32 bytes", "generic stores", "two packs", "8-byte accesses"],

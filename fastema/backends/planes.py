@@ -1,0 +1,35 @@
+"""A float32 tensor in two planes of 16 bits: `high`, the nearest bfloat16, ties away from zero, and `low`, the rest.
+
+The twin of csrc/ema_math.h: bits = (high << 16) + low. What is split joins to the same bits, but for NaN, of which the
+sign is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INFINITY, _MAGNITUDE, _SIGN = 0x7F800000, 0x7FFFFFFF, -0x80000000
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """Return the float32 values of two planes, bfloat16 and int16.
+
+    A user may have written a zero or an infinity to `high`: where that and a stale `low` make a NaN, `high` counts.
+    """
+    upper = high.view(torch.int16).to(torch.int32) << 16
+    bits = upper + low
+    stale = _is_nan(bits) & ~_is_nan(upper)
+    return torch.where(stale, upper, bits).view(torch.float32)
+
+
+def split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the planes of float32 values: bfloat16 and int16."""
+    bits = values.view(torch.int32)
+    bits = torch.where(_is_nan(bits), (bits & _SIGN) | 0x7FC00000, bits)
+    high = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+    return high, bits.to(torch.int16)
+
+
+def _is_nan(bits: Tensor) -> Tensor:
+    return (bits & _MAGNITUDE) > _INFINITY

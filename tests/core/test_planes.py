@@ -1,0 +1,164 @@
+"""bfloat16 models: the average is a float32 in two planes, of which the high one changes places with the weights."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import WEIGHTS, as_applied, bits, move, raw, small_model, train, values
+from fastema import FastEMA, backends
+from fastema.backends import planes
+
+SIZES = (0, 1, 7, 255, 257, 4097, 40_000)
+
+
+def average_of(model: nn.Module, backend: str, **arguments: Any) -> FastEMA:
+    """An EMA whose average differs from the model."""
+    ema = FastEMA(model, decay=0.9, decay_type="constant", backend=backend, **arguments)
+    train(model, seed=1)
+    ema.update()
+    return ema
+
+
+def plain(model: nn.Module, backend: str) -> FastEMA:
+    """The same average as an ordinary float32."""
+    ema = FastEMA.__new__(FastEMA)
+    ema._may_split = False
+    ema.__init__(model, decay=0.9, decay_type="constant", backend=backend)  # type: ignore[misc]
+    return ema
+
+
+def saved(ema: FastEMA) -> dict[str, bytes]:
+    return {name: raw(tensor) for name, tensor in ema.state_dict()["shadow"].items()}
+
+
+def same_but_nan(got: Tensor, expected: Tensor) -> bool:
+    """Bit for bit, but for what a NaN holds beside being one."""
+    nan = expected.isnan()
+    return torch.equal(got.isnan(), nan) and raw(got[~nan]) == raw(expected[~nan])
+
+
+@pytest.mark.parametrize("skip_nonfinite", [False, True], ids=["plain", "skipping"])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_plan_over_planes_has_the_bits_of_a_plan_over_float32(
+    backend: str, weight: float, skip_nonfinite: bool
+) -> None:
+    lives = [values(size, dtype=torch.bfloat16, seed=size) for size in SIZES]
+    for live in lives[2:]:
+        live[3], live[5] = float("nan"), float("-inf")
+    expected = [[values(size, seed=k) for size in SIZES] for k in range(3)]
+    pairs = [[planes.split(shadow) for shadow in shadows] for shadows in expected]
+    highs, lows = ([[pair[i].clone() for pair in shadow] for shadow in pairs] for i in (0, 1))
+    copies = [False] * (len(SIZES) - 1) + [True]
+    plan = backends.BACKENDS[backend].Plan(highs, lives, copies, [], lows)
+    oracle = backends.BACKENDS[backend].Plan(expected, lives, copies, [])
+    for each in (plan, oracle):
+        each.update([weight, weight / 2, weight / 3], skip_nonfinite)
+    for high, low, shadow in zip(highs, lows, expected, strict=True):
+        assert all(map(same_but_nan, map(planes.join, high, low), shadow))
+    assert plan.nonfinite_count() == oracle.nonfinite_count() == (2 * 4 if skip_nonfinite else 0)
+
+
+def test_every_instruction_set_gives_the_same_planes() -> None:
+    native = backends.native
+    if native.why_unusable("cpu") is not None:
+        pytest.skip("no extension")
+    live, results = values(5000, dtype=torch.bfloat16, seed=1), set()
+    for isa in (native._C.Isa.baseline, native._C.Isa.avx2, native._C.Isa.avx512):
+        high, low = map(torch.clone, planes.split(values(5000)))
+        plan = native.Plan([[high]], [live], [False], [], [[low]])
+        plan.set_isa(isa)
+        plan.update([0.1], True)
+        results.add(raw(high) + raw(low))
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_swap_needs_no_memory_and_shows_the_nearest_bfloat16(backend: str, in_place: bool) -> None:
+    model = small_model(torch.bfloat16)
+    ema = average_of(model, backend)
+    live, average = bits(model), ema.state_dict()["shadow"]
+    for _ in range(2):
+        with ema.swapped(in_place=in_place):
+            for name, parameter in model.named_parameters():
+                assert raw(parameter.detach()) == raw(as_applied(average[name], torch.bfloat16))
+            assert saved(ema) == {name: raw(tensor) for name, tensor in average.items()}
+        assert bits(model) == live
+    assert all(not storage.swap_buffer(0).casts for storage in ema._shadow._storages)
+
+
+def test_many_steps_have_the_bits_of_a_plain_float32_average(backend: str) -> None:
+    model = small_model(torch.bfloat16)
+    ema, other = average_of(model, backend), plain(model, backend)
+    other.load_state_dict(ema.state_dict())
+    for seed in range(20):
+        train(model, seed)
+        ema.update()
+        other.update()
+        with ema.swapped():
+            pass
+    assert saved(ema) == saved(other)
+    assert [storage.lows for storage in other._shadow._storages] == [[]] * len(other._shadow._storages)
+
+
+def test_states_copies_and_pickles_hold_every_bit(backend: str) -> None:
+    model = small_model(torch.bfloat16)
+    ema = average_of(model, backend)
+    fresh = FastEMA(small_model(torch.bfloat16), decay=0.9, decay_type="constant", backend=backend)
+    fresh.load_state_dict(ema.state_dict())
+    for twin in (fresh, copy.deepcopy(ema), pickle.loads(pickle.dumps(ema))):
+        assert saved(twin) == saved(ema)
+    rounded = {
+        name: as_applied(t, torch.bfloat16) for name, t in ema.state_dict()["shadow"].items() if t.is_floating_point()
+    }
+    fresh.load_state_dict({**ema.state_dict(), "shadow": {**ema.state_dict()["shadow"], **rounded}}, strict=False)
+    for name, tensor in rounded.items():
+        assert raw(fresh.state_dict()["shadow"][name]) == raw(tensor.float()), "a bfloat16 state leaves no low plane"
+
+
+def test_a_rebuilt_shadow_goes_on_with_the_same_bits(backend: str) -> None:
+    model = small_model(torch.bfloat16)
+    ema = average_of(model, backend)
+    before = saved(ema)
+    model[0].weight.data = model[0].weight.data.clone()
+    ema.copy_to(copy.deepcopy(model))
+    assert saved(ema) == before
+
+
+def test_a_copy_into_bfloat16_is_what_was_validated_and_into_float32_the_average(backend: str) -> None:
+    model = small_model(torch.bfloat16)
+    ema = average_of(model, backend)
+    average, wide = ema.state_dict()["shadow"], copy.deepcopy(model).float()
+    with ema.swapped():
+        validated = bits(model)
+    ema.copy_to(wide)
+    ema.copy_to()
+    assert bits(model) == validated
+    assert all(raw(parameter.detach()) == raw(average[name]) for name, parameter in wide.named_parameters())
+
+
+def test_what_is_written_in_the_block_is_written_to_the_average(backend: str) -> None:
+    weight = nn.Parameter(values(9, dtype=torch.bfloat16))
+    ema = FastEMA([("w", weight)], decay=0.9, decay_type="constant", backend=backend)
+    move([weight], seed=1)
+    ema.update()
+    with ema.swapped(), torch.no_grad():
+        weight[:4] = torch.tensor([0.0, -0.0, float("inf"), 3.0])
+    average = ema.state_dict()["shadow"]["w"]
+    assert torch.equal(average[:2].abs() < 1e-38, torch.tensor([True, True]))
+    assert not average.isnan().any() and abs(average[3] - 3.0) <= 2**-7  # half a bfloat16's unit in the last place
+
+
+def test_only_float32_averages_of_bfloat16_are_split(backend: str) -> None:
+    def has_planes(live: torch.dtype, **arguments: Any) -> bool:
+        ema = FastEMA([("w", values(9, dtype=live))], decay=0.5, backend=backend, **arguments)
+        return bool(ema._shadow._storages[0].lows)
+
+    assert has_planes(torch.bfloat16) and has_planes(torch.bfloat16, dtype=torch.float32)
+    assert not has_planes(torch.float32) and not has_planes(torch.float16)
+    assert not has_planes(torch.bfloat16, dtype=torch.float64) and not has_planes(torch.bfloat16, dtype=torch.bfloat16)
