@@ -60,18 +60,49 @@ EMA_FN int32_t average_block(Shadow* __restrict shadow, const Live* __restrict l
   return nonfinite;
 }
 
+// The bits of one new average in two planes; `upper` and `low` as join_planes() takes them. A NaN
+// needs no care: a processor gives it the payload of an operand or none, and NaN operands have a lower half of 0 here.
+template <bool kSkipNonfinite>
+EMA_FN uint32_t average_planes(uint32_t upper, uint32_t low, uint32_t live_bits, Weight<float> weight,
+                               int32_t& nonfinite) {
+  const float old = join_planes(upper, low), live = bits_float(live_bits);
+  const bool keep = kSkipNonfinite && !is_finite(live);
+  const float result = averaged(old, live, weight);
+  nonfinite += keep;
+  return float_bits(keep ? old : result);
+}
+
+EMA_FN uint32_t load_word(const void* from) {
+  uint32_t word;
+  std::memcpy(&word, from, sizeof word);
+  return word;
+}
+
+// Two elements in a word: halves are taken and put together by shifts and masks, where a loop over elements would have
+// to widen, narrow and shuffle vectors.
 template <bool kSkipNonfinite>
 EMA_FN int32_t average_planes_block(BFloat16* __restrict high, int16_t* __restrict low, const BFloat16* __restrict live,
                                     int32_t count, Weight<float> weight) {
   int32_t nonfinite = 0;
-  for (int32_t i = 0; i < count; ++i) {
-    const bool keep = kSkipNonfinite && is_nonfinite<float>(live[i]);
-    const float old = join_planes(high[i], low[i]);
-    const float result = averaged(old, widen(live[i]), weight);
-    const float value = keep ? old : result;
-    high[i] = high_plane(value);
-    low[i] = low_plane(value);
-    nonfinite += keep;
+  for (int32_t i = 0; i < count / 2; ++i) {
+    const uint32_t highs = load_word(high + 2 * i), lows = load_word(low + 2 * i), lives = load_word(live + 2 * i);
+    const uint32_t lower = average_planes<kSkipNonfinite>(highs << 16, ((lows & 0xffffu) ^ 0x8000u) - 0x8000u,
+                                                          lives << 16, weight, nonfinite);
+    const uint32_t upper =
+        average_planes<kSkipNonfinite>(highs & 0xffff0000u, static_cast<uint32_t>(static_cast<int32_t>(lows) >> 16),
+                                       lives & 0xffff0000u, weight, nonfinite);
+    const uint32_t new_highs = (lower + 0x8000u) >> 16 | ((upper + 0x8000u) & 0xffff0000u);
+    const uint32_t new_lows = (lower & 0xffffu) | upper << 16;
+    std::memcpy(high + 2 * i, &new_highs, sizeof new_highs);
+    std::memcpy(low + 2 * i, &new_lows, sizeof new_lows);
+  }
+  if (count % 2 != 0) {
+    const int32_t i = count - 1;
+    const uint32_t bits = average_planes<kSkipNonfinite>(static_cast<uint32_t>(high[i]) << 16,
+                                                         static_cast<uint32_t>(static_cast<int32_t>(low[i])),
+                                                         static_cast<uint32_t>(live[i]) << 16, weight, nonfinite);
+    high[i] = static_cast<BFloat16>((bits + 0x8000u) >> 16);
+    low[i] = static_cast<int16_t>(bits);
   }
   return nonfinite;
 }

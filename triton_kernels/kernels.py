@@ -82,7 +82,7 @@ def _joined(high, low):
     """Return the float32 of two planes. Where 0 or infinity in `high` and a stale `low` make a NaN, `high` counts."""
     upper = high.to(tl.uint32) << 16
     bits = upper + low.to(tl.int16, bitcast=True).to(tl.int32).to(tl.uint32, bitcast=True)
-    return tl.where(_is_nan(bits) & ~_is_nan(upper), upper, bits).to(tl.float32, bitcast=True)
+    return tl.where(_is_nan(bits), upper, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -19,8 +19,7 @@ def join(high: Tensor, low: Tensor) -> Tensor:
     """
     upper = high.view(torch.int16).to(torch.int32) << 16
     bits = upper + low
-    stale = _is_nan(bits) & ~_is_nan(upper)
-    return torch.where(stale, upper, bits).view(torch.float32)
+    return torch.where(_is_nan(bits), upper, bits).view(torch.float32)
 
 
 def split(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -249,9 +249,9 @@ def _unreadable(name: str, value: Any) -> str | None:
 
 @torch.no_grad()
 def fill(shadow: Shadow, which: int, values: dict[str, Tensor]) -> None:
-    """Copy values into the averages of the same names, which are all there are."""
+    """Copy values into the averages of the same names."""
     places = by_name(shadow.places(which), saved_only=False)
-    run_atomically(_copies((place, values[name]) for name, place in places.items()))
+    run_atomically(_copies((places[name], value) for name, value in values.items()))
 
 
 def _copies(pairs: Iterable[tuple[Any, Any]]) -> list[Step]:

@@ -13,14 +13,15 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from fastema.core import state
 from fastema.core.policy import Policy, Source
-from fastema.core.state import averages_by_name
+from fastema.core.shadow import Planes
 from fastema.core.storages import shadow_dtype
 from fastema.ema import FastEMA
 
 
-class _SharedEMA(FastEMA):
-    """A FastEMA whose averages are tensors, not planes, so that others can have them."""
+class _UnsplitEMA(FastEMA):
+    """A FastEMA whose averages are whole tensors, not planes."""
 
     _may_split = False
 
@@ -32,6 +33,7 @@ class ExternalAverage:
         source: as FastEMA takes it.
         decay: the highest it will be given.
         policy, dtype, device: FastEMA's.
+        may_split: True if float32 averages of bfloat16 tensors may be kept in two planes.
     """
 
     def __init__(
@@ -41,16 +43,30 @@ class ExternalAverage:
         policy: Policy,
         dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
+        may_split: bool = False,
     ) -> None:
         self.source = source
-        self._ema = _SharedEMA(
+        self._ema = (FastEMA if may_split else _UnsplitEMA)(
             source, decay, decay_type="constant", policy=policy, dtype=dtype, device=device, nonfinite="propagate"
         )
         self._shadow = self._ema._shadow
 
     def averages(self) -> dict[str, Tensor]:
         """Return the averages by name, sharing memory with the EMA. Right while swapped in, too."""
-        return averages_by_name(self._ema._shadow, 0)
+        return state.averages_by_name(self._ema._shadow, 0)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the averages by name where they are updated; of those in two planes the high ones."""
+        return state.by_name(self._ema._shadow.weights(0), saved_only=False)
+
+    def lows(self) -> dict[str, Tensor]:
+        """Return the low planes of the averages that are in two, by name."""
+        places = state.by_name(self._ema._shadow.places(0), saved_only=False)
+        return {name: place.low for name, place in places.items() if isinstance(place, Planes)}
+
+    def fill(self, values: dict[str, Tensor]) -> None:
+        """Copy values into the averages of the same names."""
+        state.fill(self._ema._shadow, 0, values)
 
     def update(self, decay: float) -> bool:
         """Average `source` as it is now.

@@ -3,13 +3,17 @@
     from fastema.integrations.timm import ModelEmaV3       # was: from timm.utils import ModelEmaV3
 
 `module` is a copy of the model whose tensors *are* FastEMA's shadow: it costs Python objects, but no memory beyond the
-average itself, and is always up to date. A `module` in bfloat16 or float16 has tensors of its own, which every update
-rounds from a float32 average. timm itself is not needed.
+average itself, and is always up to date. timm itself is not needed.
+
+The average of a bfloat16 model is a float32 in two 16-bit planes. The tensors of `module` are the high ones, the
+average rounded to bfloat16: it runs in bfloat16, and its `state_dict()` has them alone. `load_state_dict()` of float32
+values fills both planes, that of bfloat16 values sets the low one to 0. In 16 bits otherwise (float16, or a dtype or
+device that is not the model's) `module` has tensors of its own, which every update rounds from a float32 average.
 
 Differences from timm:
 
 - bfloat16 and float16 averages are computed in float32, and `module` holds them rounded to nearest. timm computes in 16
-  bits: bfloat16 with stochastic rounding, float16 standing still. The state has the rounded values, as timm's.
+  bits: bfloat16 with stochastic rounding, float16 standing still.
 - Tied weights are averaged once a step; timm averages them once for each of their names.
 - Weights in another dtype than the average are averaged with lerp too; timm takes `mul_`, `add_` there.
 - A `decay` outside [0, 1] is refused.
@@ -20,12 +24,14 @@ Differences from timm:
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastema import backends
+from fastema.backends import planes
 from fastema.core.checks import difference, refuse_differences
 from fastema.core.policy import AVERAGED_DTYPES, Policy, Rule, Source, named_tensors
 from fastema.core.storages import shadow_dtype
@@ -90,10 +96,11 @@ class ModelEmaV3(nn.Module):
         self.stochastic_rounding_seed = stochastic_rounding_seed
         self.exclude_buffers = exclude_buffers
         self._excludes_now = exclude_buffers  # what the plan was built for
-        bound = ExternalAverage(model, decay, _policy(exclude_buffers, dtype), _shadow_dtype(dtype), device)
+        may_split = dtype in (None, torch.bfloat16)
+        bound = ExternalAverage(model, decay, _policy(exclude_buffers, dtype), _shadow_dtype(dtype), device, may_split)
         self._bound: ExternalAverage | None = bound
-        self._rounded: list[tuple[Tensor, Tensor, Any]] = []  # of module, its float32 average, its state when rounded
-        self.module = _copy_around(model, bound.averages(), dtype, device)
+        self._rounded: list[_Rounded] = []
+        self.module = _copy_around(model, bound.weights(), dtype, device)
         self.module.eval()
         self._by_hand: frozenset[str] = frozenset()
         self._watch: Any = None
@@ -148,7 +155,23 @@ class ModelEmaV3(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle holds the average, not the model; its next update() binds it.
-        return {**self.__dict__, "_bound": None, "_watch": None, "_rounded": []}
+        self._take_what_was_written()
+        rounded = [replace(each, written=None) for each in self._rounded]
+        return {**self.__dict__, "_bound": None, "_watch": None, "_rounded": rounded}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
+    ) -> None:
+        """Split what is loaded: the high planes take theirs now, the low ones at the next update."""
+        split = {id(each.tensor): each for each in self._rounded if each.is_split}
+        for name, tensor in named_tensors(self.module):
+            each, key = split.get(id(tensor)), f"{prefix}module.{name}"
+            value = state_dict.get(key)
+            if each is None or not isinstance(value, Tensor) or value.shape != tensor.shape:
+                continue
+            if value.is_floating_point() and not local_metadata.get("assign_to_params_buffers"):
+                state_dict[key], each.loaded = planes.split(value.detach().to(tensor.device, torch.float32))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     # ---- inside ----
 
@@ -183,47 +206,53 @@ class ModelEmaV3(nn.Module):
         )
         dtype, device = shadow_like((live, average) for (_, live), average in pairs if isinstance(live, nn.Parameter))
         self._take_what_was_written()
-        unrounded = {id(tensor): average for tensor, average, _ in self._rounded}
-        bound = ExternalAverage(model, self.decay, _policy(exclude_buffers, self.dtype), dtype, device)
-        averages = bound.averages()
-        for (name, _), average in pairs:
-            if name in averages:
-                averages[name].copy_(unrounded.get(id(average), average))
+        kept = {id(each.tensor): each for each in self._rounded}
+        values = {name: kept[id(tensor)].value() if id(tensor) in kept else tensor for (name, _), tensor in pairs}
+        may_split = all(tensor.dtype == torch.bfloat16 for (_, live), tensor in pairs if live.dtype == torch.bfloat16)
+        bound = ExternalAverage(model, self.decay, _policy(exclude_buffers, self.dtype), dtype, device, may_split)
+        bound.fill({name: values[name] for name in bound.weights()})
         self._bound, self._excludes_now = bound, exclude_buffers
         self._adopt(bound)
         return bound
 
     def _adopt(self, bound: ExternalAverage) -> None:
         """Let the module's tensors, which stay the same objects, be views of the shadow, or rounded from it."""
-        averages = bound.averages()
-        for (name, _), average in self._pairs(bound.source):
-            if name in averages and averages[name].dtype == average.dtype:
-                average.data = averages[name]
+        averages = bound.weights()
+        for (name, _), tensor in self._pairs(bound.source):
+            if name in averages and averages[name].dtype == tensor.dtype:
+                tensor.data = averages[name]
         self._look_after(bound)
 
     @torch.no_grad()
     def _take_what_was_written(self) -> None:
-        """Copy rounded tensors that somebody wrote to, by loading a state for one, into their averages."""
-        for tensor, average, state in self._rounded:
-            if _written(tensor) != state:
-                average.copy_(tensor)
+        """Take rounded tensors that somebody wrote to, by loading a state for one, for their averages."""
+        for each in self._rounded:
+            if each.loaded is not None or each.written not in (None, _written(each.tensor)):
+                each.take()
+            each.loaded = None
 
     @torch.no_grad()
     def _round(self) -> None:
         """Bring the tensors of `module` up to date that have another dtype than the average."""
-        if self._rounded:
-            tensors, averages, _ = zip(*self._rounded, strict=True)
-            torch._foreach_copy_(tensors, averages)
-            self._rounded = [(tensor, average, _written(tensor)) for tensor, average, _ in self._rounded]
+        others = [each for each in self._rounded if not each.is_split]
+        if others:
+            torch._foreach_copy_([each.tensor for each in others], [each.exact for each in others])
+        for each in self._rounded:
+            each.written = _written(each.tensor)
 
     def _look_after(self, bound: ExternalAverage) -> None:
         """Note what the updates will have to know."""
-        averages = bound.averages()
+        averages, lows = bound.weights(), bound.lows()
         names = [name for name, _ in named_tensors(bound.source) if name not in averages]
         # Otherwise these are buffers outside the state, which timm leaves as they were.
         self._by_hand = frozenset(names if self._excludes_now else ())
-        pairs = [(tensor, averages.get(name)) for (name, _), tensor in self._pairs(bound.source)]
-        self._rounded = [(tensor, to, None) for tensor, to in pairs if to is not None and to.dtype != tensor.dtype]
+        rounded = {}
+        for (name, _), tensor in self._pairs(bound.source):
+            if name in lows:
+                rounded[id(tensor)] = _Rounded(tensor, lows[name], is_split=True)
+            elif name in averages and averages[name].dtype != tensor.dtype:
+                rounded[id(tensor)] = _Rounded(tensor, averages[name], is_split=False)
+        self._rounded = list(rounded.values())
         self._round()
         dicts = [slots for part in self.module.modules() for slots in (part._parameters, part._buffers, part._modules)]
         tensors = [tensor for _, tensor in named_tensors(self.module)]
@@ -239,6 +268,33 @@ class ModelEmaV3(nn.Module):
                 f"average has {len(averages)}"
             )
         return list(zip(lives, averages, strict=True))
+
+
+@dataclass
+class _Rounded:
+    """A tensor of `module` that is a float32 average in 16 bits."""
+
+    tensor: Tensor
+    exact: Tensor  # the low plane, where `tensor` is the high one; or the average
+    is_split: bool
+    written: tuple[int, int] | None = None  # of the tensor, after the last update
+    loaded: Tensor | None = None  # the low plane of what was loaded into it since
+
+    def value(self) -> Tensor:
+        """Return the average."""
+        if not self.is_split:
+            return self.exact
+        is_plane = (self.tensor.dtype, self.tensor.device) == (torch.bfloat16, self.exact.device)
+        return planes.join(self.tensor, self.exact) if is_plane else self.tensor  # which to() made of the high plane
+
+    def take(self) -> None:
+        """Let what is in the tensor now be the average."""
+        if not self.is_split:
+            self.exact.copy_(self.tensor)
+        elif self.loaded is not None:
+            self.exact.copy_(self.loaded)
+        else:
+            self.exact.zero_()
 
 
 def _policy(exclude_buffers: bool, dtype: torch.dtype | None) -> Policy:

@@ -281,31 +281,45 @@ def test_one_kernel_is_compiled_for_all_weights_sizes_and_addresses(tmp_path: Pa
 # ---- the chunk table ----
 
 
-def rows_of(shadows: list[list[torch.Tensor]], lives: list[torch.Tensor], copy: bool, workers: int) -> list[list[int]]:
-    kinds = backend._checked_kinds(shadows, lives, [copy] * len(lives), lives[0].device)
-    return backend._chunk_rows(shadows, lives, kinds, lambda variant: 64 * (1 + variant % 2), workers)
+def rows_of(
+    shadows: list[list[torch.Tensor]],
+    lives: list[torch.Tensor],
+    copy: bool,
+    workers: int,
+    low: torch.Tensor | None = None,
+) -> list[list[int]]:
+    lows = [[low] * len(lives) for _ in shadows]
+    kinds = backend._checked_kinds(shadows, lows, lives, [copy] * len(lives), lives[0].device)
+    return backend._chunk_rows(shadows, lows, lives, kinds, lambda variant: 64 * (1 + variant % 2), workers)
 
 
 @pytest.mark.parametrize("workers", [1, 100])
 @pytest.mark.parametrize("copy", [False, True])
 @pytest.mark.parametrize(
-    ("shadow_dtype", "live_dtype"),
-    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float16)],
+    ("shadow_dtype", "live_dtype", "split"),
+    [
+        (torch.float32, torch.float32, False),
+        (torch.float32, torch.bfloat16, False),
+        (torch.float64, torch.float16, False),
+        (torch.bfloat16, torch.bfloat16, True),
+    ],
 )
 def test_every_element_is_in_one_chunk_and_no_hint_is_false(
-    shadow_dtype: torch.dtype, live_dtype: torch.dtype, copy: bool, workers: int
+    shadow_dtype: torch.dtype, live_dtype: torch.dtype, split: bool, copy: bool, workers: int
 ) -> None:
     for size in (0, 1, 7, 63, 64, 129, 5000):
         for first, second in ((0, 0), (1, 1), (0, 1), (3, 3), (9, 1)):
             live = values(size + 9, dtype=live_dtype)[first : first + size]
             shadows = [[values(size + 9, dtype=shadow_dtype)[second : second + size]] for _ in range(2)]
-            rows = rows_of(shadows, [live], copy, workers)
-            tensors = [live, *(shadow for (shadow,) in shadows)]
-            is_bytes = copy and shadow_dtype == live_dtype
+            low = torch.zeros(size + 9, dtype=torch.int16)[second : second + size] if split else None
+            rows = rows_of(shadows, [live], copy, workers, low)
+            tensors = [live, *(shadow for (shadow,) in shadows), *([] if low is None else [low, low])]
+            is_bytes = copy and shadow_dtype == live_dtype and not split
             steps = [1 if is_bytes else tensor.dtype.itemsize for tensor in tensors]
             done = 0
             for live_address, count, variant, swapped, *shadow_addresses in rows:
-                addresses = [live_address, *shadow_addresses]
+                addresses = [live_address, *shadow_addresses][: len(tensors)]
+                assert shadow_addresses[len(tensors) - 1 :] == [0] * (5 - len(tensors)), "there are no low planes"
                 assert addresses == [t.data_ptr() + done * s for t, s in zip(tensors, steps, strict=True)]
                 assert swapped == count * steps[1] and count > 0
                 assert not variant % 2 or all(address % 16 == 0 for address in addresses)

@@ -64,6 +64,25 @@ def test_a_plan_over_planes_has_the_bits_of_a_plan_over_float32(
     assert plan.nonfinite_count() == oracle.nonfinite_count() == (2 * 4 if skip_nonfinite else 0)
 
 
+@pytest.mark.parametrize("weight", [0.1, 0.9])
+def test_every_high_plane_over_a_stale_low_one_is_the_number_that_was_written(backend: str, weight: float) -> None:
+    """NaN comes from NaN alone, stays one, and never turns into a number: 65,536 patterns, as average and as weight."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    ones = torch.ones_like(every)
+    for low in (-(2**15), -1, 0, 1, 2**15 - 1):
+        high, live = torch.cat([every, ones]), torch.cat([ones, every])
+        lows = torch.full((high.numel(),), low, dtype=torch.int16)
+        expected = planes.join(high, lows)
+        assert torch.equal(expected.isnan(), high.isnan())
+        plan = backends.BACKENDS[backend].Plan([[high]], [live], [False], [], [[lows]])
+        oracle = backends.BACKENDS[backend].Plan([[expected]], [live], [False], [])
+        for _ in range(3):
+            plan.update([weight], False)
+            oracle.update([weight], False)
+            assert same_but_nan(planes.join(high, lows), expected)
+            assert torch.equal(high.isnan(), expected.isnan())
+
+
 def test_every_instruction_set_gives_the_same_planes() -> None:
     native = backends.native
     if native.why_unusable("cpu") is not None:
