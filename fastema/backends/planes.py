@@ -6,8 +6,13 @@ sign is kept.
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from fastema.backends.atomic import Step
 
 _INFINITY, _MAGNITUDE, _SIGN = 0x7F800000, 0x7FFFFFFF, -0x80000000
 
@@ -28,6 +33,24 @@ def split(values: Tensor) -> tuple[Tensor, Tensor]:
     bits = torch.where(_is_nan(bits), (bits & _SIGN) | 0x7FC00000, bits)
     high = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
     return high, bits.to(torch.int16)
+
+
+def filling(high: Tensor, low: Tensor, values: Tensor) -> list[Step]:
+    """Return steps for `run_atomically` that split values of any dtype and device into planes, without temporaries."""
+    wide = values.to(torch.float32)
+    is_nan = wide.isnan()
+    if is_nan.any():
+        wide = torch.where(is_nan, torch.full_like(wide, torch.nan).copysign(wide), wide)
+    halves = wide.unsqueeze(-1).view(torch.int16).unbind(-1)
+    lower, upper = halves if sys.byteorder == "little" else reversed(halves)
+    target = high.view(torch.int16)
+    return [
+        partial(Tensor.copy_, low, lower),
+        partial(Tensor.bitwise_right_shift_, low, 15),  # -1 where it is negative
+        partial(Tensor.copy_, target, upper),
+        partial(Tensor.sub_, target, low),
+        partial(Tensor.copy_, low, lower),
+    ]
 
 
 def _is_nan(bits: Tensor) -> Tensor:

@@ -263,9 +263,8 @@ def _copies(pairs: Iterable[tuple[Any, Any]]) -> list[Step]:
             steps.append(partial(Tensor.copy_, *dtensor.assignment(target, value)))
             continue
         if isinstance(value, Planes):
-            high, low = value.high, value.low
+            steps += [partial(Tensor.copy_, target.high, value.high), partial(Tensor.copy_, target.low, value.low)]
         else:
             _, part = dtensor.assignment(target.shown(), value)
-            high, low = planes.split(part.detach().to(torch.float32))
-        steps += [partial(Tensor.copy_, target.high, high), partial(Tensor.copy_, target.low, low)]
+            steps += planes.filling(target.high, target.low, part.detach())
     return steps

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cases import WEIGHTS, as_applied, bits, move, raw, small_model, train, values
 from fastema import FastEMA, backends
 from fastema.backends import planes
+from fastema.backends.atomic import run_atomically
 
 SIZES = (0, 1, 7, 255, 257, 4097, 40_000)
 
@@ -81,6 +82,19 @@ def test_every_high_plane_over_a_stale_low_one_is_the_number_that_was_written(ba
             oracle.update([weight], False)
             assert same_but_nan(planes.join(high, lows), expected)
             assert torch.equal(high.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_filled_planes_are_those_of_a_split(dtype: torch.dtype) -> None:
+    whole = torch.cat(
+        [values(997), torch.tensor([0.0, -0.0, float("inf"), -3.4e38, 3.4e38, float("nan"), -float("nan")])]
+    )
+    for given in (whole, whole[:12].view(3, 4).t(), whole[3], whole[:0], whole[:1].expand(5), whole[::3]):
+        given = given.to(dtype)
+        high, low = torch.empty(given.shape, dtype=torch.bfloat16), torch.empty(given.shape, dtype=torch.int16)
+        run_atomically(planes.filling(high, low, given))
+        expected = planes.split(given.float())
+        assert raw(high) == raw(expected[0]) and raw(low) == raw(expected[1])
 
 
 def test_every_instruction_set_gives_the_same_planes() -> None:
@@ -171,6 +185,28 @@ def test_what_is_written_in_the_block_is_written_to_the_average(backend: str) ->
     average = ema.state_dict()["shadow"]["w"]
     assert torch.equal(average[:2].abs() < 1e-38, torch.tensor([True, True]))
     assert not average.isnan().any() and abs(average[3] - 3.0) <= 2**-7  # half a bfloat16's unit in the last place
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_statistics_that_a_forward_writes_in_the_block_stay_in_the_average(backend: str, in_place: bool) -> None:
+    """BatchNorm raises no version counter, so that only the high plane knows of it."""
+    model = small_model(torch.bfloat16)
+    ema = average_of(model, backend)
+    live, norm = bits(model), model[1]
+    with ema.swapped(in_place=in_place):
+        model.train()(values(64, 3, dtype=torch.bfloat16) * 5 + 7)
+        written = bits(norm)
+        means = norm.running_mean.float(), norm.running_var.float()  # type: ignore[operator,union-attr]
+    assert bits(model) == live
+    average = ema.state_dict()["shadow"]
+    for name, expected in zip(("1.running_mean", "1.running_var"), means, strict=True):
+        torch.testing.assert_close(average[name], expected, rtol=2**-8, atol=0)  # half a unit in the last place
+    with ema.swapped():
+        assert bits(norm) == written
+    ema.set_decay(1.0)
+    ema.update()
+    with ema.swapped():
+        assert bits(norm)["running_mean"] == written["running_mean"], "an update goes on from what was written"
 
 
 def test_only_float32_averages_of_bfloat16_are_split(backend: str) -> None:
