@@ -122,7 +122,7 @@ def run(session: Session) -> None:
     packages = libraries.SWAPPING[:1] if session.quick else libraries.SWAPPING
     entrants = (OURS, OURS_IN_PLACE, *packages, *SWAPS_BY_HAND)
     measure_swap(session, resnet50(), entrants)
-    measure_swap(session, resnet50_bf16(), entrants)
+    measure_swap(session, resnet50_bf16(), (OURS, OURS_IN_PLACE, *packages))
     measure_validation(session, (OURS, OURS_IN_PLACE, libraries.TORCH_EMA, MULTI_FN, libraries.TIMM))
 
 

@@ -307,7 +307,7 @@ class FastEMA:
 
         Every alias and view of the weights follows, also tensors of a `state_dict()` taken before. A bfloat16 weight
         gets its float32 average rounded to nearest (ties away from zero), at no cost either: the average is kept in two
-        16-bit planes, of which the upper one takes the weight's place. Averages that differ from the weights in another
+        16-bit planes, of which the high one takes the weight's place. Averages that differ from the weights in another
         way (float16 weights, a `dtype` or `device` of their own) are cast once into scratch memory, freed by
         `restore()`.
         A backward through a graph recorded before raises until `restore()`. What is written to the model now, such as

@@ -155,6 +155,8 @@ def check_swap(peer: Peer, case: Case, device: torch.device) -> None:
     attempt(contender.run)
     lives = [live.clone() for live in lives_of(model)]
     averages = [average.clone() for average in contender.averages()]
+    if averages[0].dtype != case.shadow_dtype:
+        raise Unavailable(f"keeps the average in {averages[0].dtype}")
     for _ in range(2):
         attempt(contender.enter)
         entered = all(_is_rounded(now, average) for now, average in zip(lives_of(model), averages, strict=True))

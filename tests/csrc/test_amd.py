@@ -64,7 +64,10 @@ def test_triton_averages_move_16_bytes_at_once(kernels: ModuleType, chip: str) -
             assert numbers(assembly, name) == {0}, (kind, name)
         seen = accesses(assembly)
         assert seen["load"][16] >= 2 and seen["store"][16] >= 2, (kind, seen)
-        assert seen["store"].total() - seen["store"][16] <= 1, (kind, seen)  # the last elements
+        assert seen["store"].total() - seen["store"][16] <= 1 + (kind == AVERAGE["planes<-bf16"]), (
+            kind,
+            seen,
+        )  # the last elements
 
 
 @pytest.mark.parametrize("chip", CHIPS)
