@@ -347,8 +347,8 @@ class Shadow:
         if any(storage.overlaps for storage in self._storages):
             raise RuntimeError("tensors of the model overlap in memory: call update() outside the compiled function")
         index_of = {id(storage): index for index, storage in enumerate(self._storages)}
-        split = [id(storage) for storage in self._storages if storage.lows]
-        first_low = len(self._storages) * self.count
+        low_index_of = {id(s): index for index, s in enumerate(s for s in self._storages if s.lows)}
+        lows_given = shadows[len(self._storages) * self.count :]
         targets: list[list[Tensor]] = []
         lows: list[list[Tensor | None]] = []
         for which, views in enumerate(self._views):
@@ -360,9 +360,7 @@ class Shadow:
             )
             lows.append(
                 [
-                    None
-                    if low is None
-                    else _like(low, shadows[first_low + split.index(id(owner)) * self.count + which])
+                    None if low is None else _like(low, lows_given[low_index_of[id(owner)] * self.count + which])
                     for owner, low in zip(self._owners, self._lows[which], strict=True)
                 ]
             )
