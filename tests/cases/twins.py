@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cases import as_applied
 from fastema import FastEMA
 from fastema.checkpoint import load_checkpoint, load_weights, save_checkpoint
 
@@ -21,9 +22,9 @@ _EPS = torch.finfo(torch.float32).eps
 
 
 class Net(nn.Module):
-    """Tied weights, a normalisation with its buffers, half a storage, and 16-bit weights if `mixed`."""
+    """Tied weights, a normalisation with its buffers, half a storage, and weights of `dtype`."""
 
-    def __init__(self, mixed: bool) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.encoder = nn.Linear(5, 7)
         self.norm = nn.BatchNorm1d(7)
@@ -31,20 +32,20 @@ class Net(nn.Module):
         self.again = nn.Linear(5, 7)
         self.again.weight = self.encoder.weight
         self.tail = nn.Parameter(torch.randn(10)[3:8])
-        self.head = nn.Linear(5, 3, dtype=torch.bfloat16 if mixed else torch.float32)
+        self.head = nn.Linear(5, 3, dtype=dtype)
 
 
 class Twins:
     """Args:
     decays: one or several.
-    mixed: some weights are bfloat16, their averages float32.
+    dtype: of some weights; their averages are float32.
     seed: of weights and training.
     """
 
-    def __init__(self, decays: Sequence[float] = (0.9,), mixed: bool = False, seed: int = 0) -> None:
+    def __init__(self, decays: Sequence[float] = (0.9,), dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self._random = torch.Generator().manual_seed(seed)
-        first = Net(mixed)
+        first = Net(dtype)
         self.decays = list(decays)
         self.models: list[nn.Module] = [first, *(copy.deepcopy(first) for _ in BACKENDS[1:])]
         self.emas = [
@@ -162,7 +163,7 @@ class Twins:
     def _check_applied(self, model: nn.Module, ema: FastEMA, which: int) -> None:
         shadow = self.shadows(ema)[which]
         for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, shadow[name].to(tensor.dtype)), f"{name} is not the average"
+            assert torch.equal(tensor, as_applied(shadow[name], tensor.dtype)), f"{name} is not the average"
 
     def refused_while_applied(self, model: nn.Module, ema: FastEMA) -> None:
         state = ema.state_dict()

@@ -67,19 +67,19 @@ class Calls(RuleBasedStateMachine):
 
     @initialize(
         decays=st.lists(st.sampled_from([0.0, 0.5, 0.9, 0.999, 1.0]), min_size=1, max_size=3),
-        mixed=st.booleans(),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
         seed=st.integers(0, 1000),
     )
-    def build(self, decays: list[float], mixed: bool, seed: int) -> None:
-        self.twins = Twins(decays, mixed, seed)
-        self.mixed = mixed
+    def build(self, decays: list[float], dtype: torch.dtype, seed: int) -> None:
+        self.twins = Twins(decays, dtype, seed)
+        self.is_cast = dtype == torch.float16
 
     def live(self) -> bool:
         return not self.twins.is_applied
 
     def refused(self, in_place: bool) -> bool:
-        """In place is refused for mixed dtypes, before anything changes."""
-        if not (in_place and self.mixed):
+        """In place is refused where averages are cast, before anything changes."""
+        if not (in_place and self.is_cast):
             return False
         for ema in self.twins.emas:
             with pytest.raises(ValueError, match="in_place=True exchanges contents"):
