@@ -14,18 +14,18 @@
 namespace fastema {
 namespace {
 
-// Of what calls of the caller alone take: as much as regions may lose on top of it, in the mean. One that waits 12 ms
-// for its threads, of work of 50 us, is followed by 480 calls alone.
-constexpr double kMostLoss = 0.5;
-constexpr double kDown = 0.8, kUp = 1.25;
-constexpr double kMostCredit = 8.0;  // of what a region saved, in calls of the caller alone
+// The largest mean loss of regions, as a fraction of a serial call: one that waits 12 ms for its threads, where a
+// serial call takes 50 us, is followed by 480 serial calls.
+constexpr double kMaxLoss = 0.5;
+constexpr double kMinChange = 0.8, kMaxChange = 1.25;  // by which one region may change the estimate of a serial call
+constexpr double kMaxSavedCalls = 8.0;                 // the cap of saved_seconds_, in serial calls
 
-// The indices that are left of one contiguous share, begin in the low half and end in the high half.
+// The remaining indices [begin, end) of one thread's share: begin in the low half of a word, end in the high half.
 class alignas(64) Share {
  public:
   void set(uint64_t begin, uint64_t end) { range_.store(end << 32 | begin, std::memory_order_relaxed); }
 
-  // Takes one index, from the front or from the back; -1: none is left.
+  // Takes one index from the front or the back; returns -1 if none is left.
   int64_t take(bool from_front) {
     uint64_t range = range_.load(std::memory_order_relaxed);
     while (true) {
@@ -72,8 +72,8 @@ bool forked = false;
 }  // namespace
 
 int64_t Sharing::sum(int64_t count, int threads, const std::function<int64_t(int64_t)>& work) {
-  if (threads <= 1 || forked || alone_calls_ > 0) {
-    alone_calls_ = std::max(alone_calls_ - 1, 0);
+  if (threads <= 1 || forked || serial_calls_left_ > 0) {
+    serial_calls_left_ = std::max(serial_calls_left_ - 1, 0);
     int64_t sum = 0;
     for (int64_t i = 0; i < count; ++i) sum += work(i);
     return sum;
@@ -82,7 +82,7 @@ int64_t Sharing::sum(int64_t count, int threads, const std::function<int64_t(int
   std::vector<Share> shares(threads);
   for (int i = 0; i < threads; ++i) shares[i].set(count * i / threads, count * (i + 1) / threads);
   int64_t taken_by_caller = 0;
-  Clock::time_point nothing_left;
+  Clock::time_point caller_end;
   const Clock::time_point begin = Clock::now();
   // Every thread begins with its own share, so that from one update to the next a core finds the same tensors in its
   // cache; then it takes from the ends of the others', so that a late thread does not hold up the work.
@@ -94,24 +94,25 @@ int64_t Sharing::sum(int64_t count, int threads, const std::function<int64_t(int
     }
     if (thread == 0) {
       taken_by_caller = taken;
-      nothing_left = Clock::now();
+      caller_end = Clock::now();
     }
     return sum;
   });
   const double elapsed = std::chrono::duration<double>(Clock::now() - begin).count();
-  const double worked = std::chrono::duration<double>(nothing_left - begin).count();
-  if (taken_by_caller > 0) judge(elapsed, worked * count / taken_by_caller);
+  const double worked = std::chrono::duration<double>(caller_end - begin).count();
+  if (taken_by_caller > 0) record(elapsed, worked * count / taken_by_caller);
   return sum;
 }
 
-void Sharing::judge(double elapsed, double alone) {
-  // Towards the median: where the caller was put aside itself, `alone` is many times too long.
-  alone_seconds_ = alone_seconds_ == 0.0 ? alone : std::clamp(alone, kDown * alone_seconds_, kUp * alone_seconds_);
-  // A large update gains from its second thread although a time slice is lost now and then, so savings count as well.
-  credit_ = std::min(credit_ + alone_seconds_ - elapsed, kMostCredit * alone_seconds_);
-  if (credit_ < -alone_seconds_) {
-    alone_calls_ = static_cast<int>(std::min(-credit_ / (kMostLoss * alone_seconds_), 1e6));
-    credit_ = 0.0;
+void Sharing::record(double elapsed, double serial) {
+  // A bounded change tracks the median: where the caller itself was preempted, `serial` is many times too long.
+  serial_seconds_ =
+      serial_seconds_ == 0.0 ? serial : std::clamp(serial, kMinChange * serial_seconds_, kMaxChange * serial_seconds_);
+  // Savings count too: a large update gains from its second thread even if a time slice is lost now and then.
+  saved_seconds_ = std::min(saved_seconds_ + serial_seconds_ - elapsed, kMaxSavedCalls * serial_seconds_);
+  if (saved_seconds_ < -serial_seconds_) {
+    serial_calls_left_ = static_cast<int>(std::min(-saved_seconds_ / (kMaxLoss * serial_seconds_), 1e6));
+    saved_seconds_ = 0.0;
   }
 }
 

@@ -1,4 +1,4 @@
-// Shares work out among threads, where that takes less time than the calling thread would alone. No torch.
+// Runs work on several threads, where that takes less time than on the calling thread alone. No torch.
 #pragma once
 
 #include <cstdint>
@@ -6,12 +6,12 @@
 
 namespace fastema {
 
-// How a piece of work that is done again and again is shared out.
+// Decides, for a computation that is repeated, whether its next call runs on several threads or on the caller's alone.
 //
-// An OpenMP region ends when its last thread has come. In a quiet process the threads spin and come at once; beside
-// other busy processes they wait for a time slice of several ms, and the caller with them. So every region is compared
-// with what the caller alone would have taken at its own pace. Where regions have lost more than they saved, the caller
-// works alone for as long as that takes to be made up for.
+// An OpenMP region ends with its last thread. In a quiet process the threads spin and start at once; beside other busy
+// processes they wait several ms for a time slice, and the caller waits for them. So every region is compared with the
+// estimated time of a serial call. If regions lost more than they saved, the next calls are serial until the loss is
+// made up for.
 class Sharing {
  public:
   // Calls work(i) exactly once for every i in [0, count), on up to `threads` threads, and returns the sum of the
@@ -19,12 +19,12 @@ class Sharing {
   int64_t sum(int64_t count, int threads, const std::function<int64_t(int64_t)>& work);
 
  private:
-  // `elapsed`: seconds of the last region; `alone`: of the caller, had it done everything.
-  void judge(double elapsed, double alone);
+  // `elapsed`: seconds that the last region took; `serial`: that the caller would have taken alone, at its own pace.
+  void record(double elapsed, double serial);
 
-  int alone_calls_ = 0;         // to come
-  double alone_seconds_ = 0.0;  // what a call of the caller alone takes, the median of the last regions; 0: not known
-  double credit_ = 0.0;         // seconds that they have saved; negative: lost
+  int serial_calls_left_ = 0;    // so many of the next calls are serial
+  double serial_seconds_ = 0.0;  // of a serial call, an estimate of the median; 0: unknown
+  double saved_seconds_ = 0.0;   // by parallel regions; negative: lost
 };
 
 }  // namespace fastema

@@ -46,7 +46,7 @@ def checked_count(name: str, value: int, at_least: int) -> int:
 
 
 def checked_shadow_dtype(dtype: torch.dtype | None, decay: float) -> torch.dtype | None:
-    """Return `dtype`, if an average in it moves.
+    """Return `dtype`; raise ValueError if an average in it would stand still.
 
     Rounded to nearest, a 16-bit shadow drops every change below half a unit in its last place (2^-9 of the value for
     bfloat16): from decay 0.99 on it stands still while the weights move on.

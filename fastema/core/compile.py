@@ -1,8 +1,8 @@
 """`ema.update()` inside a function that `torch.compile` compiles: one opaque op that says what it changes.
 
-The compiler may hand the op other memory than the model's own (an optimizer step compiled into the same graph writes
-its results to buffers first), so it works on the tensors it is given. Eager updates do not come this way. Swaps need no
-help: compiled code follows them, but where inductor froze the weights.
+The compiler may pass other memory than the model's own (an optimizer step in the same graph writes to buffers first),
+so the op works on its arguments. Eager updates do not use it. Swaps need no support: compiled code reads the pointers,
+unless inductor froze the weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def register(update_operands: UpdateOperands) -> int:
 def update(
     shadows: Sequence[Tensor], lives: Sequence[Tensor], handle: int, step: int | None, found_inf: Tensor | None
 ) -> None:
-    """Run FastEMA.update() on what its `Shadow.operands()` are in the graph; `handle` finds the FastEMA."""
+    """Run FastEMA.update() on the graph's version of `Shadow.operands()`; `handle` identifies the FastEMA."""
     update_operands = _updates[handle]() if handle in _updates else None
     if update_operands is None:
         raise RuntimeError("the FastEMA that was compiled into this graph no longer exists")
@@ -53,13 +53,13 @@ def _(
 
 
 def refuse_freezing(tensors: Iterable[Tensor], modules: Iterable[nn.Module]) -> None:
-    """Raise RuntimeError where inductor makes constants of the weights, which no swap reaches.
+    """Raise RuntimeError if inductor has made, or will make, constants of the weights: no swap reaches those.
 
     Dynamo leaves a mark on every parameter that it has seen, whichever module or function was compiled around it.
 
     Args:
         tensors: as the model has them.
-        modules: the model's, whose wrappers tell before anything was compiled.
+        modules: of the model; their wrappers show a compile that has not run yet.
     """
     config = sys.modules.get("torch._inductor.config")  # not there: nothing was compiled with it
     if config is None or not config.freezing:

@@ -1,4 +1,4 @@
-"""The schedule and the target decay of each average of a FastEMA."""
+"""The target decays and the schedules of a FastEMA's averages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastema.core.schedules import make_schedule, schedule_class, takes_argument
 
 
 def updates_back(decay: float) -> float:
-    """Return how many updates an average with `decay` reaches back: 1 / (1 - decay)."""
+    """Return how many updates an average with `decay` covers: 1 / (1 - decay)."""
     return math.inf if decay == 1.0 else 1.0 / (1.0 - decay)
 
 
@@ -26,7 +26,7 @@ class Decays:
         ValueError, TypeError: as in FastEMA.
     """
 
-    _settled_at: float = math.inf  # a step from which on every decay is its target
+    _settled_at: float = math.inf  # from this step on every decay is its target
 
     def __init__(
         self,
@@ -61,9 +61,9 @@ class Decays:
             make_schedule(each, total_steps, _arguments_of(each, which, several_types, decay_args, sequences))
             for which, each in enumerate(self._types)
         )
-        untaken = [name for name in decay_args if not any(takes_argument(each, name) for each in types)]
-        if untaken:
-            raise TypeError(f"FastEMA and decay_type {decay_type!r} do not take the arguments: {', '.join(untaken)}")
+        unknown = [name for name in decay_args if not any(takes_argument(each, name) for each in types)]
+        if unknown:
+            raise TypeError(f"FastEMA and decay_type {decay_type!r} do not take the arguments: {', '.join(unknown)}")
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -80,7 +80,7 @@ class Decays:
 
     @property
     def highest(self) -> float:
-        """The highest decay that there may be."""
+        """The highest decay that can occur."""
         pairs = zip(self.schedules, self.targets, strict=True)
         return max(target if schedule.has_target else 1.0 for schedule, target in pairs)
 
@@ -92,7 +92,7 @@ class Decays:
             last_update: the step of the update before, 0 if there was none; None: `step - 1`.
 
         Raises:
-            ValueError: a schedule of the user's own left [0, 1]; or `step` lies before the last update's.
+            ValueError: a user's schedule returned a decay outside [0, 1], or `step` is before the last update.
         """
         if step >= self._settled_at:
             return self.targets
@@ -109,7 +109,7 @@ class Decays:
         return decays
 
     def checked(self, decay: float | Sequence[float], what: str) -> tuple[float, ...]:
-        """Return `decay` as one for each average.
+        """Return `decay` as one value for each average.
 
         Args:
             decay: one for all, or one for each.
@@ -134,7 +134,7 @@ class Decays:
         return other
 
     def windows(self, step: int) -> list[float]:
-        """Return how many updates each average reaches back, 1 / (1 - decay); by the decay at `step` if none is set."""
+        """Return how many updates each average covers: 1 / (1 - decay), by the decay at `step` without a target."""
         now = self.at(step)
         pairs = zip(self.targets, self.schedules, now, strict=True)
         decays = [target if schedule.has_target else current for target, schedule, current in pairs]
@@ -145,17 +145,17 @@ class Decays:
         return tuple(values) if self.several else values[0]
 
     def arguments(self) -> dict[str, Any]:
-        """Return plain values from which this can be built anew."""
+        """Return plain values from which this object can be rebuilt."""
         rest = {"total_steps": self.total_steps, "update_after_step": self.update_after_step}
         return {**self.config(), **rest}
 
     def config(self) -> dict[str, Any]:
-        """Return plain values for a state, which tell one configuration from another."""
+        """Return plain values for a state."""
         decay = list(self.targets) if self.several else self.targets[0]
         return {"decay": decay, "decay_type": self._type, "decay_args": dict(self._args)}
 
     def of_state(self, state: Mapping[str, Any]) -> Decays:
-        """Return what a saved state went on with; what the state does not tell is as here.
+        """Return the decays of a saved state; values that it lacks are taken from this object.
 
         Raises:
             ValueError: the state's schedule cannot be built here.

@@ -1,8 +1,8 @@
-"""Step and weight in device memory, for captured CUDA graphs: a replay runs no Python, yet has the right decay.
+"""Step and weight in device memory, so that a replayed CUDA graph has the right decay without running Python.
 
-The schedule is evaluated once, on the host, into a table on the device that an update indexes. So it has the very bits
-of the eager path, works for every schedule that settles or has an end, and costs one tiny kernel a step; where the
-CUDA kernels cannot run, a dozen of torch's.
+The schedule is evaluated once, on the host, into a table on the device. So the weights have the bits of the eager path,
+for every schedule that settles or has an end. An update reads its row in one small kernel, or in a dozen torch
+operations where the CUDA kernels cannot run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastema.backends import native
 from fastema.backends.streams import Streams
 from fastema.core.decays import Decays
 
-_MOST_ROWS = 1 << 22  # 32 MiB for one decay
+_MAX_ROWS = 1 << 22  # 32 MiB for one decay
 
 
 class DeviceSchedule:
@@ -48,7 +48,7 @@ class DeviceSchedule:
         """Count one optimizer step, unless `found_inf` is not 0.
 
         Returns:
-            The float32 scalar that is not 0 where nothing is averaged; `weights` are those of the step.
+            float32 scalar: not 0 if nothing is to be averaged. `weights` are those of the step.
         """
         self._streams.note_current()
         fits = found_inf is None or (found_inf.dtype == torch.float32 and found_inf.device == self._skip.device)
@@ -66,7 +66,7 @@ class DeviceSchedule:
         return self._skip
 
     def replacing(self, decays: Decays) -> partial[Tensor]:
-        """Return what writes the weights of other decays into the table, whose address a graph has captured.
+        """Return the call that writes the weights of other decays into the table, in place: graphs hold its address.
 
         Raises:
             ValueError: they need more rows than there are, or a table without an end. Nothing is changed.
@@ -81,19 +81,21 @@ class DeviceSchedule:
         return partial(self._table.copy_, table)
 
     def _table_of(self, decays: Decays) -> Tensor:
-        """Return the weights [updates, K] up to where they stay as they are."""
+        """Return the weights [updates, K], up to the row from which on they do not change."""
         every, last = self._update_every, decays.total_steps
         if not decays.settles and last is None:
             names = ", ".join(sorted({type(each).__name__ for each in decays.schedules if not each.settles}))
             raise ValueError(
-                f"capturable=True needs total_steps with {names}: the schedule does not say that it settles at the "
-                "decay"
+                f"capturable=True needs total_steps with {names}: the schedule never reaches a fixed decay"
             )
-        most = _MOST_ROWS if decays.settles else max(1, (last or 0) // every)
+        most = _MAX_ROWS if decays.settles else max(1, (last or 0) // every)
         rows: list[tuple[float, ...]] = []
-        while not rows or (rows[-1] != decays.targets if decays.settles else len(rows) < most):
-            if len(rows) == _MOST_ROWS:
-                raise ValueError(f"capturable=True: the schedule has not reached its decay after {_MOST_ROWS} updates")
+        while len(rows) < most:
             rows.append(decays.at((len(rows) + 1) * every, len(rows) * every))
+            if decays.settles and rows[-1] == decays.targets:
+                break
+        else:
+            if decays.settles:
+                raise ValueError(f"capturable=True: the schedule has not reached its decay after {most} updates")
         with torch.inference_mode(False):
             return 1.0 - torch.tensor(rows, dtype=torch.float64)

@@ -1,10 +1,10 @@
-"""Models sharded over processes: DTensors, as tensor parallelism and FSDP2's `fully_shard` make them.
+"""Sharded models: the DTensors of tensor parallelism and of FSDP2's `fully_shard`.
 
-A DTensor is a description around a local tensor, and only the local one has memory. So FastEMA averages and exchanges
-local tensors, each process its own and without communication, and describes them again where it hands them out.
+Only a DTensor's local tensor has memory. FastEMA averages and swaps local tensors, each process its own, without
+communication, and wraps them into DTensors again when it returns them.
 
-FSDP2 computes with gathered copies of the parameters, and may leave them in the modules' slots after a forward: there
-the sharded ones are looked for beneath, and around an exchange, which would make the copies stale, they are dropped.
+FSDP2 computes with gathered copies, which may stay in the modules' slots after a forward. The sharded parameters are
+looked up behind them, and the copies are dropped at a swap, which would make them stale.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_dtensor(tensor: object) -> bool:
-    # A process with a DTensor has imported its package; `import fastema` need not.
+    # Every process that has a DTensor imported its package; `import fastema` must not.
     package = sys.modules.get("torch.distributed.tensor")
     return package is not None and isinstance(tensor, package.DTensor)
 
@@ -32,7 +32,7 @@ def local_part(tensor: Any) -> Tensor:
 
 
 def has_storage(tensor: Any) -> bool:
-    """Return whether the part in this process is an ordinary tensor with memory of its own."""
+    """Return True if the part in this process is an ordinary tensor with memory of its own."""
     local = local_part(tensor)
     return (
         isinstance(local, Tensor)
@@ -43,10 +43,10 @@ def has_storage(tensor: Any) -> bool:
 
 
 def described_as(whole: Any, local: Tensor) -> Tensor:
-    """Return `local` as a DTensor like `whole`, sharing its memory; `local` itself where `whole` is no DTensor."""
+    """Return `local` as a DTensor like `whole`, or itself if `whole` is none; it shares memory."""
     if not is_dtensor(whole):
         return local
-    spec = whole._spec  # from_local() would copy what is not on the mesh's device, as an offloaded average
+    spec = whole._spec  # from_local() would move an offloaded average to the mesh's device
     if spec.tensor_meta.dtype != local.dtype:
         spec = replace(spec, tensor_meta=spec.tensor_meta._replace(dtype=local.dtype))
     return sys.modules["torch.distributed.tensor"].DTensor(local, spec, requires_grad=False)
@@ -62,7 +62,7 @@ def has_partial_sums(tensor: Any) -> bool:
 
 
 def difference(name: str, target: Any, value: Any) -> str | None:
-    """Return why `assignment(target, value)` is impossible, or None. Shapes and dtypes are not compared."""
+    """Return why `assignment(target, value)` is impossible, or None; shapes and dtypes are not checked."""
     if not is_dtensor(value):
         return None
     if not is_dtensor(target):
@@ -89,7 +89,7 @@ def assignment(target: Any, value: Any) -> tuple[Tensor, Tensor]:
 
 
 class GatheredParameters:
-    """The parameters that FSDP2 gathers for the forward of these modules.
+    """Access to the parameters that FSDP2 gathers for these modules.
 
     Raises:
         ValueError: a module is wrapped by FSDP's first version.
@@ -98,7 +98,9 @@ class GatheredParameters:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         package: Any = sys.modules.get("torch.distributed.fsdp")
         self._groups: list[Any] = []
-        for module in modules if package is not None else ():
+        if package is None:
+            return
+        for module in modules:
             if isinstance(module, package.FullyShardedDataParallel):
                 raise ValueError(
                     "FullyShardedDataParallel keeps parameters in flat copies that FastEMA cannot follow: shard with "
@@ -115,7 +117,7 @@ class GatheredParameters:
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Open a block in which the modules' slots hold the sharded parameters; nothing is freed or communicated."""
+        """Open a block in which the modules' slots hold the sharded parameters; nothing is freed or sent."""
         found = [(parameter, _in_slot(parameter)) for group in self._groups for parameter in group.fsdp_params]
         gathered = [(parameter, tensor) for parameter, tensor in found if tensor is not parameter.sharded_param]
         for parameter, _ in gathered:
@@ -127,13 +129,13 @@ class GatheredParameters:
                 parameter._setattr_on_modules(tensor)
 
     def drop(self) -> None:
-        """Free the gathered copies: the next forward gathers them anew."""
+        """Free the gathered copies: the next forward gathers them again."""
         for group in self._groups:
-            group.wait_for_unshard()  # one that was begun ahead
-            group._to_sharded()  # what reshard() does, but also after a forward that raised
+            group.wait_for_unshard()  # a prefetch may be running
+            group._to_sharded()  # as reshard(), but also after a forward that raised
 
     def tensors(self) -> list[Tensor]:
-        """Return the parameters that graphs of past forwards refer to; their memory comes and goes."""
+        """Return the gathered parameters, to which recorded graphs refer."""
         return [
             parameter._unsharded_param
             for group in self._groups

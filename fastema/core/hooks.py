@@ -1,4 +1,4 @@
-"""Hooks on optimizers: one update of the average for every step, however many optimizers make it."""
+"""Hooks on optimizers: one update for each training step, also where several optimizers make the step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 class StepGroup:
-    """Optimizers that make one training step together: `after` is called when each of them has stepped.
+    """Optimizers that make one training step together: `after` is called once each of them has stepped.
 
-    They keep nothing alive: where the owner of the two methods is gone, the hooks do nothing.
+    The hooks keep nothing alive: once the owner of the two methods is deleted, they do nothing.
 
     Args:
         optimizers: with step hooks.
-        before: bound method, called before every step of any of them.
-        after: bound method `(found_inf)`, called once all have stepped; found_inf is that of a step that all skip.
+        before: bound method, called before every step of any optimizer.
+        after: bound method `(found_inf)`, called once all have stepped; for `found_inf` see `combined_found_inf`.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class StepGroup:
     ) -> None:
         self._before = weakref.WeakMethod(before)
         self._after = weakref.WeakMethod(after)
-        self._found_inf: dict[int, Tensor | None] = {}  # of those that have stepped
+        self._found_inf: dict[int, Tensor | None] = {}  # by id of the optimizers that have stepped
         self._handles: dict[int, list[Any]] = {
             id(optimizer): [
                 optimizer.register_step_pre_hook(self._before_step),
@@ -55,21 +55,21 @@ class StepGroup:
         after = self._after()
         if after is None or id(optimizer) not in self._handles:
             return
-        # A gradient scaler leaves its verdict on optimizers that skip the step themselves (fused ones).
+        # A gradient scaler sets it on optimizers that skip the step themselves (fused ones).
         self._found_inf[id(optimizer)] = getattr(optimizer, "found_inf", None)
         if len(self._found_inf) == len(self._handles):
             found, self._found_inf = list(self._found_inf.values()), {}
-            after(skipped_by_all(found))
+            after(combined_found_inf(found))
 
 
-def skipped_by_all(found_inf: Sequence[Tensor | None]) -> Tensor | None:
-    """Return a scalar that is not 0 where every optimizer skipped its step; None where one of them cannot have."""
+def combined_found_inf(found_inf: Sequence[Tensor | None]) -> Tensor | None:
+    """Return a scalar that is not 0 if all optimizers skipped their step; None if one of them cannot skip."""
     known = [each for each in found_inf if each is not None]
     return reduce(torch.minimum, known) if len(known) == len(found_inf) else None
 
 
 def checked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the optimizer that really steps: Accelerate's wrapper runs no hooks of its own.
+    """Return the optimizer whose `step()` runs hooks: the one inside Accelerate's wrapper.
 
     Raises:
         TypeError: it has no step hooks.
@@ -77,7 +77,7 @@ def checked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     accelerate = sys.modules.get("accelerate.optimizer")
     while accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
         optimizer = optimizer.optimizer
-    # torch marks the step() that runs hooks; timm's Lookahead has the hooks' dictionaries and never looks at them.
+    # torch marks the step() that runs hooks; timm's Lookahead inherits the hooks' dictionaries but never runs them.
     has_hooks = hasattr(optimizer, "_optimizer_step_post_hooks") and getattr(type(optimizer).step, "hooked", False)
     if not (isinstance(optimizer, torch.optim.Optimizer) and has_hooks):
         raise TypeError(

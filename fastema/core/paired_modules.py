@@ -1,8 +1,7 @@
-"""The tensors of an averaged module and of the live model, paired by position, for `fastema.swa_utils`.
+"""Tensors of an averaged module and of the live model, paired by position, for `fastema.swa_utils`.
 
-`PairedModules` is built once and used at every update: one plan over all pairs, and a watch that tells when tensors
-were replaced or moved. The averaged module is the shadow itself, so a new one has nothing to carry over. Where a pair
-is not two equal stretches of memory, torch's own operation takes its place.
+`PairedModules` is built once, with one plan over all pairs and a watch that notices replaced or moved tensors. The
+averaged module's own tensors are the shadow. Pairs that are not equal contiguous memory use torch's operations.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from fastema.core.storages import Run, SwapBuffer, allocate, element_runs, flat,
 from fastema.core.swap import Swap, SwapEntry
 
 _PLAIN_FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-_WALKS = ("parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "_named_members")
+_TRAVERSALS = ("parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "_named_members")
 
 
 class UseTorchFallback(Exception):
@@ -45,18 +44,18 @@ class Pair:
         return self.averaged.shape == self.live.shape and not any(why_no_storage(tensor) for tensor in tensors)
 
 
-def _has_no_average(tensor: Tensor) -> bool:
+def _is_copied(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def pairs_of(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[list[Pair], tuple[int, int]]:
-    """Return the pairs of an AveragedModel and a live model, as torch pairs them: the longer side's rest is left out.
+    """Return the pairs of an AveragedModel and a live model, as torch zips them: surplus tensors are left out.
 
     Returns:
         The pairs, and how many tensors the two sides have.
 
     Raises:
-        UseTorchFallback: torch would stop half-way.
+        UseTorchFallback: the numbers of buffers differ, which torch itself reports.
     """
     module: nn.Module = averaged.module  # type: ignore[assignment]
     buffers, live_buffers = list(module.buffers()), list(model.buffers())
@@ -68,18 +67,18 @@ def pairs_of(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[
         if len(buffers) != len(live_buffers):
             raise UseTorchFallback
         copied = [Pair(a, b, copy=True) for a, b in zip(buffers, live_buffers, strict=True)]
-    pairs = [Pair(a, b, copy=_has_no_average(a)) for a, b in zip(ours, theirs, strict=False)]
+    pairs = [Pair(a, b, copy=_is_copied(a)) for a, b in zip(ours, theirs, strict=False)]
     return pairs + copied, (len(ours) + len(copied), len(theirs) + len(copied))
 
 
 class PairedModules:
-    """An AveragedModel and a live model, for as long as both hold the same tensors in the same memory.
+    """The paired tensors of an AveragedModel and a live model, valid while both hold the same tensors.
 
     Args:
-        averaged: the AveragedModel. Not kept.
-        model: the live model. Not kept either: where it dies, `forget` is called, so that its weights can go.
+        averaged: the AveragedModel; not referenced.
+        model: the live model; referenced weakly, so that its weights can be freed.
         use_buffers: as in torch.
-        forget: called when the model dies.
+        forget: called when the model is deleted.
 
     Raises:
         UseTorchFallback: the modules cannot be watched, or not be paired.
@@ -87,12 +86,12 @@ class PairedModules:
 
     def __init__(self, averaged: nn.Module, model: nn.Module, use_buffers: bool, forget: Callable[[Any], None]) -> None:
         roots = (averaged, averaged.module, model)
-        if any(getattr(type(root), walk) is not getattr(nn.Module, walk) for root in roots for walk in _WALKS):
-            raise UseTorchFallback  # a walk of its own may go elsewhere tomorrow
+        if any(getattr(type(root), walk) is not getattr(nn.Module, walk) for root in roots for walk in _TRAVERSALS):
+            raise UseTorchFallback  # an overridden traversal may return other tensors later
         modules = [*averaged.modules(), *model.modules()]
         dicts = [slots for module in modules for slots in (module._parameters, module._buffers, module._modules)]
         if not all(isinstance(slots, dict) for slots in dicts):
-            raise UseTorchFallback  # TorchScript keeps them elsewhere
+            raise UseTorchFallback  # TorchScript stores them elsewhere
         self.pairs, self._counts = pairs_of(averaged, model, use_buffers)
         self.is_regular = all(pair.is_regular for pair in self.pairs)
         self._use_buffers = use_buffers
@@ -108,19 +107,19 @@ class PairedModules:
         self._swap: Swap | None = None
 
     def holds(self, model: nn.Module, use_buffers: bool) -> bool:
-        """Return whether this is the pair for `model`, and still describes both sides."""
+        """Return True if these are the pairs of `model` and nothing was replaced."""
         is_same = self._model() is model and self._use_buffers == use_buffers
         return is_same and self._watch is not None and self._watch.holds()
 
     def is_of(self, model: Any) -> bool:
-        """Return whether this is the pair for `model`, a weak reference."""
+        """Return True if these are the pairs of `model`, a weak reference."""
         return self._model is model
 
     def update(self) -> Update:
         """Return the update of the averaged module.
 
         Raises:
-            UseTorchFallback: with torch's own code.
+            UseTorchFallback: torch's own code must run.
         """
         if self._update is None:
             if not self.is_regular:
@@ -138,7 +137,7 @@ class PairedModules:
         """Return the exchange of the two.
 
         Raises:
-            ValueError: the two cannot change places; says why.
+            ValueError: they cannot be swapped; says why.
         """
         if self._swap is None:
             if self._counts[0] != self._counts[1]:
@@ -150,7 +149,7 @@ class PairedModules:
         return self._swap
 
     def is_unchanged(self) -> bool:
-        """Return whether both sides have the same tensors in the same storages, wherever those have their memory."""
+        """Return True if both sides have the same tensors in the same storages; their memory may differ."""
         return self._watch is not None and self._watch.layout_holds()
 
     def refuse_foreign(self, what: str) -> None:
@@ -164,32 +163,32 @@ class PairedModules:
 # ---- the update ----
 
 
-def _unflagged(tensor: Tensor) -> bool:
+def _has_no_flags(tensor: Tensor) -> bool:
     return not (tensor.is_conj() or tensor.is_neg())
 
 
 def _strides(tensor: Tensor) -> list[int]:
-    """Return the strides that say where elements are."""
+    """Return the strides of the dimensions longer than 1, which say where elements are."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
-def _stretches(pair: Pair, memory: torch.UntypedStorage) -> tuple[Tensor, Tensor] | None:
-    """Return both tensors as 1-D dense stretches of memory in one order of elements; None: they are not.
+def _flat_pair(pair: Pair, memory: torch.UntypedStorage) -> tuple[Tensor, Tensor] | None:
+    """Return both tensors as contiguous 1-D memory in one order of elements; None: that is impossible.
 
-    `memory`: the storage to take for the averaged one's.
+    `memory`: the storage to use for the averaged tensor.
     """
     a, b = pair.averaged.detach(), pair.live.detach()
-    if not (_unflagged(a) and _unflagged(b)):
+    if not (_has_no_flags(a) and _has_no_flags(b)):
         return None
     in_order = a.is_contiguous() and b.is_contiguous()
     if not in_order and (_strides(a) != _strides(b) or len(element_runs(a)) != 1):
         return None
     count = a.numel()
-    stretch = torch.empty(0, dtype=a.dtype, device=a.device).set_(memory, a.storage_offset(), (count,), (1,))
-    return stretch, b.as_strided((count,), (1,), b.storage_offset())
+    averaged = torch.empty(0, dtype=a.dtype, device=a.device).set_(memory, a.storage_offset(), (count,), (1,))
+    return averaged, b.as_strided((count,), (1,), b.storage_offset())
 
 
-def _is_for_a_kernel(pair: Pair) -> bool:
+def _has_kernel(pair: Pair) -> bool:
     dtypes = (pair.averaged.dtype, pair.live.dtype)
     if pair.averaged.device != pair.live.device:
         return False
@@ -197,7 +196,7 @@ def _is_for_a_kernel(pair: Pair) -> bool:
 
 
 class Update:
-    """averaged <- averaged + weight * (live - averaged), or a copy, for every pair: one launch per device.
+    """Average or copy every pair: averaged <- averaged + weight * (live - averaged), one launch per device.
 
     Raises:
         UseTorchFallback: pairs for which torch has a rule of its own, or an error.
@@ -206,10 +205,10 @@ class Update:
     def __init__(self, pairs: list[Pair], host: Any) -> None:
         self._pairs = [(pair.averaged.detach(), pair.live.detach()) for pair in pairs]
         self._host = host
-        # Averaged storages and second ones over their memory, which kernels use: see csrc/storage_exchange.h.
+        # Bytes of an averaged storage, and of a second one over its memory for the kernels: csrc/storage_exchange.h.
         self._memory: dict[int, tuple[Tensor, Tensor]] = {}
-        stretches: dict[torch.device, list[tuple[Tensor, Tensor, bool, Tensor]]] = {}
-        self._copies: list[tuple[Tensor, Tensor]] = []  # from here on: with torch's operations
+        flat_pairs: dict[torch.device, list[tuple[Tensor, Tensor, bool, Tensor]]] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []  # these three use torch's operations
         self._mixed: list[tuple[Tensor, Tensor]] = []
         self._alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         selected = {device: self._backend_for(device) for device in {pair.averaged.device for pair in pairs}}
@@ -218,10 +217,10 @@ class Update:
                 continue
             self._refuse_irregular(pair)
             device = averaged.device
-            is_for_a_kernel = selected[device] is not None and _is_for_a_kernel(pair)
-            flats = _stretches(pair, self._memory_of(averaged)) if is_for_a_kernel else None
+            has_kernel = selected[device] is not None and _has_kernel(pair)
+            flats = _flat_pair(pair, self._memory_of(averaged)) if has_kernel else None
             if flats is not None:
-                stretches.setdefault(device, []).append((*flats, pair.copy, pair.averaged))
+                flat_pairs.setdefault(device, []).append((*flats, pair.copy, pair.averaged))
             elif pair.copy:
                 self._copies.append((averaged, live))
             elif averaged.dtype != live.dtype:
@@ -232,8 +231,8 @@ class Update:
                 group[1].append(live)
         self._refuse_overlaps(pairs)
         self._plans: list[tuple[str, contract.Plan]] = []
-        for device, parts in stretches.items():
-            averaged_flats, lives, copies, views = (list(part) for part in zip(*parts, strict=True))
+        for device, rows in flat_pairs.items():
+            averaged_flats, lives, copies, views = (list(column) for column in zip(*rows, strict=True))
             plan = selected[device].Plan([averaged_flats], lives, copies, views)
             self._plans.append((device.type, plan))
 
@@ -244,7 +243,7 @@ class Update:
         return self._memory[storage._cdata][1].untyped_storage()
 
     def settle(self) -> None:
-        """Copy what the kernels wrote to wherever the averages are now."""
+        """Copy what the kernels wrote to the memory that the averages have now."""
         for average, memory in self._memory.values():
             if average.data_ptr() != memory.data_ptr():
                 average.copy_(memory)
@@ -265,7 +264,10 @@ class Update:
 
     @staticmethod
     def _refuse_overlaps(pairs: list[Pair]) -> None:
-        """Raise UseTorchFallback where averaged tensors share memory: torch averages it once for each tensor."""
+        """Raise UseTorchFallback where averaged tensors share memory: torch averages it once for each tensor.
+
+        Live tensors may overlap each other, averaged ones nothing.
+        """
         spans = []
         for pair in pairs:
             own = _span(pair.averaged)
@@ -286,18 +288,18 @@ class Update:
 
     @torch.no_grad()
     def run(self, weight_on: Callable[[str], float]) -> None:
-        """Run a later update. `weight_on`: the weight of the live side on a kind of device."""
+        """Run a later update. `weight_on`: return the weight of the live side for a device type."""
         for device_type, plan in self._plans:
             plan.update([weight_on(device_type)], False)
-        for (device, _), (averaged, lives) in self._alike.items():
+        for (device, _), (averages, lives) in self._alike.items():
             here = [live.to(device) for live in lives]
-            torch._foreach_lerp_(averaged, here, weight_on(device.type))
-        for one, other in self._mixed:
-            wide = torch.promote_types(one.dtype, torch.float32)  # as the kernels: chosen by the average
-            average = torch.lerp(one.to(wide), other.to(one.device, wide), weight_on(one.device.type))
-            one.copy_(average)
-        for one, other in self._copies:
-            one.copy_(other)
+            torch._foreach_lerp_(averages, here, weight_on(device.type))
+        for averaged, live in self._mixed:
+            wide = torch.promote_types(averaged.dtype, torch.float32)  # by the average's dtype, as in the kernels
+            result = torch.lerp(averaged.to(wide), live.to(averaged.device, wide), weight_on(averaged.device.type))
+            averaged.copy_(result)
+        for averaged, live in self._copies:
+            averaged.copy_(live)
 
 
 def _is_disjoint(tensor: Tensor) -> bool:
@@ -321,8 +323,8 @@ def _span(tensor: Tensor) -> tuple[str, int, int]:
 
 _OWNER = "another AveragedModel is swapped into the same model: leave that block first"
 _DROPPED = (
-    "an AveragedModel was dropped while it was swapped into a model: the model keeps the averaged weights, and those "
-    "it trained are gone. Leave the swapped() block first"
+    "an AveragedModel was deleted while it was swapped into a model: the model keeps the averaged weights, and the "
+    "trained ones are lost. Leave the swapped() block first"
 )
 
 
@@ -333,10 +335,10 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any) -> Swap:
-    """Return the exchange of averaged and live tensors, by the pointers of their storages.
+    """Return the swap of averaged and live tensors.
 
-    Where two storages differ (in dtype or device, or because live weights are slices of one buffer), the average is
-    copied into scratch memory of the live storage's layout, and that is exchanged.
+    Where two storages differ (dtype, device, or live weights that are slices of one buffer), the average is copied into
+    scratch memory of the live layout, which is swapped in.
 
     Args:
         pairs: of all tensors.
@@ -344,7 +346,7 @@ def _swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any) -> Swap:
         host: the backend whose `StorageExchange` to use.
 
     Raises:
-        ValueError: a tensor that has no storage to exchange, or shapes that differ.
+        ValueError: a tensor has no storage of its own, or shapes differ.
     """
     for pair in pairs:
         for tensor in (pair.averaged, pair.live):
@@ -359,7 +361,7 @@ def _swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any) -> Swap:
         if pair.averaged.numel() and _span(pair.averaged) != _span(pair.live):
             groups.setdefault(pair.live.untyped_storage()._cdata, []).append(pair)
     with torch.inference_mode(False), torch.no_grad():
-        buffers = sorted(_buffers_of(groups), key=lambda buffer: bool(buffer.parts))
+        buffers = _buffers_of(groups)
         buffer_of = {buffer.live._cdata: buffer for buffer in buffers}
         entries = [
             SwapEntry(
@@ -376,8 +378,8 @@ def _swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any) -> Swap:
 
 
 def _buffers_of(groups: dict[int, list[Pair]]) -> list[SwapBuffer]:
-    """Return what changes places with each live storage: the averaged module's own, or scratch memory."""
-    owners: dict[int, set[int]] = {}  # averaged storage -> the live ones it stands for
+    """Return the buffer to swap with each live storage: the averaged one, or scratch memory."""
+    owners: dict[int, set[int]] = {}  # averaged storage -> live storages that use it
     for key, pairs in groups.items():
         for pair in pairs:
             owners.setdefault(pair.averaged.untyped_storage()._cdata, set()).add(key)
@@ -407,7 +409,7 @@ def _buffers_of(groups: dict[int, list[Pair]]) -> list[SwapBuffer]:
 
 
 def _unmanaged(pairs: Iterable[Pair], live: torch.UntypedStorage) -> list[tuple[int, int]]:
-    """Return the bytes of a live storage that no pair covers."""
+    """Return the bytes of a live storage outside all pairs."""
     runs = []
     for tensor in (pair.live for pair in pairs):
         size = tensor.dtype.itemsize

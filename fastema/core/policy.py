@@ -38,18 +38,18 @@ _PRECEDENCE: dict[Rule, int] = {"average": 0, "copy": 1, "skip": 2}
 class Managed:
     """One tensor of the model with all its names and its rule."""
 
-    whole: Tensor  # as the model has it
+    whole: Tensor  # the tensor in the model; a DTensor if the model is sharded
     rule: Rule
     persistent: bool  # False: a buffer that state_dict() leaves out
     names: list[str] = field(default_factory=list)
-    slots: list[tuple[dict[str, Any], str]] = field(default_factory=list)  # where modules have it: dict and key
-    loose: bool = False  # a copied buffer that the model replaces: looked up in its slot each time
-    tensor: Tensor = field(init=False)  # what of it lies in this process's memory: all but of a DTensor
-    layout: str = field(init=False)  # as it was found: `tensor.data = ...` changes it later
+    slots: list[tuple[dict[str, Any], str]] = field(default_factory=list)  # (dict, key) of each place in a module
+    loose: bool = False  # a copied buffer that the model reassigns: looked up in its slot at every update
+    tensor: Tensor = field(init=False)  # the local memory: `whole`, or a DTensor's local tensor
+    layout: str = field(init=False)  # description at the time of building, for errors: `tensor.data = ...` changes it
 
     def __post_init__(self) -> None:
         self.tensor = dtensor.local_part(self.whole)
-        lazy = nn.parameter.is_lazy(self.whole)  # has no shape, and is skipped or refused
+        lazy = nn.parameter.is_lazy(self.whole)  # a lazy parameter has no shape
         shape = "?" if lazy else tuple(self.whole.shape)
         self.layout = f"{shape} {self.tensor.dtype} on {self.tensor.device}{dtensor.placement(self.whole)}"
 
@@ -63,12 +63,12 @@ class Managed:
         return value if isinstance(value, Tensor) else self.whole
 
     def put(self, tensor: Tensor) -> None:
-        """Put another tensor into every slot."""
+        """Put `tensor` into every slot."""
         run_atomically([partial(dict.__setitem__, slots, key, tensor) for slots, key in self.slots])
 
     @property
     def is_saved(self) -> bool:
-        """True if the EMA's state holds it: all but copies of what the model itself does not save."""
+        """True if `state_dict()` includes it: all but copies of non-persistent buffers."""
         return self.persistent or self.rule == "average"
 
 
@@ -108,14 +108,14 @@ def checked_source(source: Source) -> Source:
 
 
 def clean_name(name: str) -> str:
-    """Return the name without what compiling and activation checkpointing put into it."""
+    """Return the name without the parts that torch.compile and activation checkpointing add."""
     if "_orig_mod" not in name and "_checkpoint_wrapped_module" not in name:
         return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _without_wrappers(module: nn.Module) -> nn.Module:
-    """Return the model inside `torch.compile` and data parallelism: states with and without them are the same."""
+    """Return the model inside torch.compile and data-parallel wrappers: states with and without them are the same."""
     while True:
         if isinstance(module, (DistributedDataParallel, DataParallel)):
             module = module.module
@@ -126,7 +126,7 @@ def _without_wrappers(module: nn.Module) -> nn.Module:
 
 
 def _slots(source: Source) -> list[_Slot]:
-    """Return every named tensor; one with several names comes once for each."""
+    """Return every named tensor; a tensor with several names is returned once for each name."""
     if not isinstance(source, nn.Module):
         return [_Slot(name, tensor, None, False, True) for name, tensor in source]
     with dtensor.GatheredParameters(source.modules()).set_aside():
@@ -174,7 +174,7 @@ def _rule_for(slot: _Slot, buffers: Buffers, policy: Policy | None) -> Rule:
 
 
 def why_no_storage(tensor: Tensor) -> str | None:
-    """Return why `tensor` is not an ordinary view of memory of its own; None: it is."""
+    """Return why `tensor` has no ordinary memory of its own; None: it has."""
     if nn.parameter.is_lazy(tensor):
         return "is not initialised yet: run the lazy module once first"
     if tensor.layout != torch.strided:
@@ -186,7 +186,7 @@ def why_no_storage(tensor: Tensor) -> str | None:
     if is_traceable_wrapper_subclass(tensor):
         return f"is a {type(tensor).__name__}, a wrapper without storage of its own"
     if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
-        return "has no memory behind it: its storage was freed"
+        return "has no memory: its storage was freed"
     return None
 
 
@@ -200,7 +200,7 @@ def _refuse_unmanageable(slot: _Slot) -> None:
     else:
         reason = why_no_storage(tensor)
     if reason is not None:
-        raise ValueError(f"{slot.name!r} {reason}. A policy that returns 'skip' for it leaves it alone.")
+        raise ValueError(f"{slot.name!r} {reason}. To leave it out, return 'skip' for it from the policy.")
 
 
 def collect(
@@ -209,11 +209,11 @@ def collect(
     """Return all tensors that are averaged or copied, each once, in the model's order.
 
     Args:
-        replaced: names of buffers that the model assigns anew; those that are copied become `loose`.
+        replaced: names of buffers that the model reassigns; those that are copied become `loose`.
 
     Raises:
         ValueError: nothing to average, a tensor that cannot be managed, or a rule that does not exist.
-        TypeError: `source` is neither a module nor pairs of name and tensor.
+        TypeError: a value is not a tensor.
     """
     if buffers not in get_args(Buffers):
         raise ValueError(f"buffers must be one of {get_args(Buffers)}, got {buffers!r}")
@@ -232,11 +232,13 @@ def collect(
         if slot.place is not None:
             managed.slots.append(slot.place)
         managed.persistent |= slot.persistent
-        managed.rule = min(managed.rule, rule, key=_PRECEDENCE.__getitem__)  # tied: under any name that says so
-    kept = [managed for managed in found.values() if managed.rule != "skip"]
-    for managed in kept:
+        managed.rule = min(
+            managed.rule, rule, key=_PRECEDENCE.__getitem__
+        )  # a tied tensor takes the strongest rule of its names
+    selected = [managed for managed in found.values() if managed.rule != "skip"]
+    for managed in selected:
         managed.loose = managed.rule == "copy" and managed.name in replaced and managed.tensor is managed.whole
-    if not any(managed.rule == "average" for managed in kept):
+    if not any(managed.rule == "average" for managed in selected):
         what = "parameters" if isinstance(source, nn.Module) else "tensors"
         raise ValueError(f"nothing to average: the model has no floating-point {what}, or the policy skips them all")
-    return kept
+    return selected

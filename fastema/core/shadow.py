@@ -563,7 +563,7 @@ def _refuse_two_storages_over_one_memory(entries: list[Managed]) -> None:
         if storage.nbytes() == 0:
             continue
         if storage.data_ptr() == 0:
-            raise ValueError(f"{entry.name!r} has no memory behind it: its storage was freed, or it is a fake tensor")
+            raise ValueError(f"{entry.name!r} has no memory: its storage was freed, or it is a fake tensor")
         spans.append((str(storage.device), storage.data_ptr(), storage.data_ptr() + storage.nbytes(), entry.name))
     spans.sort()
     for (device, _, end, name), (next_device, begin, _, next_name) in pairwise(spans):

@@ -363,7 +363,9 @@ def _runs_of(entries: list[Managed], keep_bytes: bool) -> list[Run]:
         try:
             runs = element_runs(entry.tensor)
         except ValueError as error:
-            raise ValueError(f"{entry.name!r} {error}. A policy that returns 'skip' for it leaves it alone.") from None
+            raise ValueError(
+                f"{entry.name!r} {error}. To leave it out, return 'skip' for it from the policy."
+            ) from None
         (copied if copy else averaged).extend(Run(begin * itemsize, end * itemsize, unit, copy) for begin, end in runs)
     try:
         average = merged(averaged)

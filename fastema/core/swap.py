@@ -1,8 +1,8 @@
-"""The exchange of averaged and live weights, for FastEMA and AveragedModel alike.
+"""The swap of averaged and live weights, for FastEMA and AveragedModel.
 
-On the way in everything is checked before anything happens. On the way out the model is looked at first: tensors that
-got other memory, another dtype or a new object meanwhile get their trained values back by copy, and where that cannot
-be, nothing changes and the error carries the trained values.
+`enter()` checks everything before it changes anything. `leave()` looks at the model first: tensors with other memory,
+another dtype or a new object get their trained values by copy. If that is impossible, nothing is changed, and the error
+carries the trained values.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from fastema.core import dtensor
 from fastema.core.storages import SwapBuffer, whole
 from fastema.core.text import first_few
 
-#: The swaps that are entered now, by id. Empty: no model has averages in it.
+#: The swaps that are entered now, by id; empty: no model has averages in it.
 entered: dict[int, weakref.ref[Swap]] = {}
 
-#: By how much an exchange moves the version counters. Further than training ever counts, and another number every time,
-#: so that a backward through a graph recorded before a swap, or inside another one, raises.
+#: Offset of the version counters, unique for each swap and larger than training ever counts, so that a backward through
+#: a graph recorded before a swap, or inside another one, raises.
 _version_steps = itertools.count(1 << 30)
 
 
 class SwapError(RuntimeError):
-    """The trained weights cannot go back into the model: it was changed while the averages were in it.
+    """The trained weights cannot be put back, because the model changed while the averages were in it.
 
-    Nothing was changed. `live` has the trained values, copied, by name; repair the model and call `restore()` again, or
-    load them.
+    Nothing was changed. `live` has copies of the trained values by name. Repair the model and call `restore()` again,
+    or load them.
     """
 
     def __init__(self, message: str, live: dict[str, Tensor]) -> None:
@@ -45,7 +45,7 @@ class SwapError(RuntimeError):
 
 
 def refuse_foreign(what: str, storages: frozenset[int], own: Swap | None = None) -> None:
-    """Raise RuntimeError while a swap other than `own` has any of these storages (`_cdata`)."""
+    """Raise RuntimeError while a swap other than `own` uses any of these storages (`_cdata`)."""
     for reference in list(entered.values()):
         swap = reference()
         if swap is not None and swap is not own and swap.is_entered and swap.storages & storages:
@@ -54,23 +54,23 @@ def refuse_foreign(what: str, storages: frozenset[int], own: Swap | None = None)
 
 @dataclass
 class SwapEntry:
-    """One live tensor that changes places."""
+    """One live tensor of a swap."""
 
-    names: list[str]  # those it has in the model
-    place: tuple[Any, ...]  # of what of it lies in this process's memory: see `place_of`
-    is_copied: bool  # its average is a copy, which has no history
-    held: Tensor  # shows the live value while the average is in the model
+    names: list[str]  # all its names in the model
+    place: tuple[Any, ...]  # of its local memory: see `place_of`
+    is_copied: bool  # its rule is "copy": its average may be lost
+    live_view: Tensor  # the live value while the average is in the model
 
     def is_in_place(self, now: Tensor) -> bool:
-        """Return whether `now` is in the place of the same storage where the tensor was."""
+        """Return True if `now` is at the same place of the same storage."""
         return now.layout == torch.strided and place_of(now) == self.place
 
-    def why_not_into(self, now: Tensor | None, taken: frozenset[int]) -> str | None:
+    def why_not_copied_to(self, now: Tensor | None, taken: frozenset[int]) -> str | None:
         """Return why the live value cannot be copied into `now`; None: it can. `taken`: storages of the exchange."""
         if now is None:
             return "is gone"
-        if now.shape != self.held.shape:
-            return f"has shape {tuple(now.shape)} now, was {tuple(self.held.shape)}"
+        if now.shape != self.live_view.shape:
+            return f"has shape {tuple(now.shape)} now, was {tuple(self.live_view.shape)}"
         if now.layout != torch.strided or now.is_quantized or now.is_meta:
             kind = "on the meta device" if now.is_meta else f"quantised or of layout {now.layout}"
             return f"is {kind} now"
@@ -86,10 +86,10 @@ def place_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def exchange_of(buffers: Sequence[SwapBuffer], versioned: Sequence[Tensor], host: Any) -> StorageExchange:
-    """Return the exchange of live storages and `buffers`, by pointers or, of parts of a storage, by contents.
+    """Return the exchange of live storages and `buffers`: by pointers, or by contents for parts of a storage.
 
     Args:
-        versioned: tensors whose version counters tell autograd.
+        versioned: tensors whose version counters are raised, which autograd checks.
         host: the backend whose `StorageExchange` to use.
     """
     by_pointer = [buffer for buffer in buffers if not buffer.parts]
@@ -102,15 +102,14 @@ def exchange_of(buffers: Sequence[SwapBuffer], versioned: Sequence[Tensor], host
 
 
 class Swap:
-    """Averages and live weights that change places, as often as wanted.
+    """A swap of averages and live weights, which can be entered and left any number of times.
 
     Args:
         owner: for the errors of others: "another ... is applied to the same model: do ... first".
-        dropped: the warning where this is dropped while the averages are in the model.
-        entries: all tensors that change places.
-        exchange: a `StorageExchange` of a backend, or a `ContentsExchange`.
-        buffers: what changes places with each live storage, or gives it its contents; first those that `exchange`
-            has, in its order.
+        dropped: the warning if this object is deleted while entered.
+        entries: all tensors of the swap.
+        exchange: a backend's `StorageExchange`, or a `ContentsExchange`.
+        buffers: one for each live storage; those that `exchange` swaps by pointer come first, in its order.
     """
 
     def __init__(
@@ -130,10 +129,10 @@ class Swap:
         self._sizes = [(buffer.live.nbytes(), buffer.nbytes) for buffer in buffers]
         self.by_contents = isinstance(exchange, ContentsExchange)
         self._filled = [buffer for buffer in buffers if buffer.needs_filling and not self.by_contents]
-        # Pointers change places in C++, and that is all: no operation of torch runs, so its modes do not matter. To
-        # enter and leave them would take a third of the time of an exchange.
-        self._has_parts = any(buffer.parts for buffer in buffers)
-        self._is_bare = not self.by_contents and not self._filled and not self._has_parts
+        # Where only pointers are swapped, no torch operation runs, so its modes need not be set: that would take a
+        # third of the time of a swap.
+        has_parts = any(buffer.parts for buffer in buffers)
+        self._swaps_only_pointers = not self.by_contents and not self._filled and not has_parts
 
     @property
     def is_entered(self) -> bool:
@@ -141,16 +140,16 @@ class Swap:
 
     def live_values(self) -> dict[str, Tensor]:
         """Return the live values by name while the averages are in the model. They share its memory."""
-        return {name: entry.held for entry in self._entries for name in entry.names}
+        return {name: entry.live_view for entry in self._entries for name in entry.names}
 
     def enter(self) -> None:
-        """Put the averages into the model.
+        """Swap the averages in.
 
         Raises:
             RuntimeError: sizes or devices of two storages differ, or memory is short. Nothing is changed.
         """
         torch.clear_autocast_cache()  # it holds casts of the live weights
-        if self._is_bare:
+        if self._swaps_only_pointers:
             self._enter()
         else:
             with torch.inference_mode(False), torch.no_grad():
@@ -165,24 +164,24 @@ class Swap:
         except BaseException:
             if not self._exchange.entered:
                 entered.pop(id(self), None)
-                self._free()  # memory for some of the scratch storages is none for the training
+                self._free()  # a failed swap must not keep scratch memory
             raise
 
     def leave(self, is_unchanged: Callable[[], bool], tensors_now: Callable[[], dict[str, Tensor]]) -> bool:
-        """Put the live values back. After an exception it can be called again.
+        """Swap the live values back. After an exception it can be called again.
 
         Args:
-            is_unchanged: return whether the model has the same tensors in the same places of the same storages.
+            is_unchanged: return True if the model has the same tensors in the same places of the same storages.
             tensors_now: return the model's tensors by name.
 
         Returns:
-            Whether the model was as the exchange had left it. If not, plans and watches are out of date.
+            True if the model was as `enter()` left it. If not, plans and watches must be rebuilt.
 
         Raises:
             SwapError: a tensor cannot take its live value. Nothing is changed.
         """
         torch.clear_autocast_cache()
-        if self._is_bare:
+        if self._swaps_only_pointers:
             if is_unchanged() and self._exchange.leave_untouched():
                 entered.pop(id(self), None)
                 return True
@@ -195,7 +194,7 @@ class Swap:
         return False
 
     def _parts_hold(self) -> bool:
-        return not self._has_parts or not any(self._damage(i) for i, buffer in enumerate(self._buffers) if buffer.parts)
+        return all(self._damage(index) is None for index, buffer in enumerate(self._buffers) if buffer.parts)
 
     def _leave(self, staying: Sequence[int]) -> None:
         for index, buffer in enumerate(self._buffers):
@@ -210,33 +209,34 @@ class Swap:
             buffer.free()
 
     def _leave_changed(self, now: dict[str, Tensor]) -> None:
-        """Copy live values to tensors that the exchange does not reach any more, then exchange."""
+        """Copy the live values of tensors that the exchange no longer reaches, then exchange the others."""
         damage = {buffer.live._cdata: self._damage(index) for index, buffer in enumerate(self._buffers)}
-        parts = {buffer.live._cdata for buffer in self._buffers if buffer.parts}
-        moves: list[tuple[Tensor, Tensor]] = []
+        with_parts = {buffer.live._cdata for buffer in self._buffers if buffer.parts}
+        copies: list[tuple[Tensor, Tensor]] = []
         errors: list[str] = []
-        news: list[str] = []
+        changes: list[str] = []
         for entry in self._entries:
-            home = entry.place[0]  # the live storage in which it was
+            storage = entry.place[0]  # the live one that it was in
             for name in entry.names:
                 tensor = dtensor.local_part(now[name]) if name in now else None
                 if tensor is not None and entry.is_in_place(tensor):
-                    reason = damage[home]
+                    reason = damage[storage]
                     if reason is None:
                         continue  # the exchange reaches it
                 else:
-                    reason = entry.why_not_into(tensor, self.storages)
+                    reason = entry.why_not_copied_to(tensor, self.storages)
                 if reason is None:
                     assert tensor is not None
-                    moves.append((tensor, entry.held))
+                    copies.append((tensor, entry.live_view))
                     if not entry.is_copied:
-                        news.append(f"{name!r} was replaced or moved")
-                elif entry.is_copied and not (home in parts and damage[home]):
-                    news.append(f"{name!r} {reason} and keeps the value that it has")
+                        changes.append(f"{name!r} was replaced or moved")
+                elif entry.is_copied and not (storage in with_parts and damage[storage]):
+                    changes.append(f"{name!r} {reason} and keeps the value that it has")
                 else:
                     errors.append(f"{name!r} {reason}")
-            if not entry.is_copied and damage[home] is not None and not errors:
-                errors.append(f"{entry.names[0]!r} {damage[home]}")  # its average, or its value, is lost with it
+            if not entry.is_copied and damage[storage] is not None and not errors:
+                # The average, or the live value, is lost with the storage.
+                errors.append(f"{entry.names[0]!r} {damage[storage]}")
         if errors:
             raise SwapError(
                 "the model was changed while the averaged weights were in it, and cannot take all of its trained "
@@ -244,31 +244,32 @@ class Swap:
                 "error's `.live`, by name; or undo the change and call restore() again",
                 {name: value.clone() for name, value in self.live_values().items()},
             )
-        for tensor, value in moves:
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # such a tensor takes nothing elsewhere
+        for tensor, value in copies:
+            # Inference tensors can be written to in inference mode only.
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.copy_(value)
         self._leave([index for index, buffer in enumerate(self._buffers) if damage[buffer.live._cdata] is not None])
-        if news:
+        if changes:
             warnings.warn(
-                f"the model was changed while the averaged weights were in it: {first_few(news, 5, '; ')}. All others "
-                "have their trained values again, by copy where they were replaced or moved",
+                f"the model was changed while the averaged weights were in it: {first_few(changes, 5, '; ')}. All "
+                "others have their trained values again, by copy where they were replaced or moved",
                 stacklevel=6,
             )
 
     def _damage(self, index: int) -> str | None:
-        """Return why a live storage cannot have its memory or its contents back; None: it can."""
-        buffer, (live, other) = self._buffers[index], self._sizes[index]
-        if buffer.live.nbytes() != live:
-            return f"is in a storage of {buffer.live.nbytes():,} bytes now, had {live:,}"
-        if buffer.storage.nbytes() != other:
+        """Return why a live storage cannot be swapped back; None: it can."""
+        buffer, (live_bytes, buffer_bytes) = self._buffers[index], self._sizes[index]
+        if buffer.live.nbytes() != live_bytes:
+            return f"is in a storage of {buffer.live.nbytes():,} bytes now, had {live_bytes:,}"
+        if buffer.storage.nbytes() != buffer_bytes:
             return f"has its trained value in a storage that was resized to {buffer.storage.nbytes():,} bytes"
         if isinstance(self._exchange, ContentsExchange) and not self._exchange.is_untouched(index):
             return "is in other memory now, and contents were exchanged in place"
         return None
 
     def __del__(self) -> None:
-        # Nothing is exchanged back: who keeps the model and drops the EMA may mean just that, and weights that change
-        # whenever the garbage collector comes are worse than a warning.
+        # Nothing is swapped back: a user may mean to keep the averaged weights, and weights must not change whenever
+        # the garbage collector runs.
         exchange = getattr(self, "_exchange", None)
         if exchange is None or not exchange.entered or sys.is_finalizing():
             return

@@ -11,9 +11,9 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class OneThread:
-    """A block that one thread may be in.
+    """A block that only one thread may be in.
 
-    No lock: a thread that Ctrl-C interrupted on its way in or out does not shut itself out, nor after a fork its child.
+    It is no lock: Ctrl-C on the way in or out must not block this thread, nor a fork its child.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class OneThread:
 
     def __enter__(self) -> None:
         me = get_ident()
-        if self._holder.setdefault("thread", me) != me:  # looks and takes in one step
+        if self._holder.setdefault("thread", me) != me:  # tests and sets in one step
             raise RuntimeError(
                 "another thread is in update(), apply_shadow(), restore(), copy_to() or load_state_dict() of this "
                 "FastEMA right now: call them from one thread, or hold a lock of your own around them"

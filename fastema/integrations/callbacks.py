@@ -12,12 +12,12 @@ from fastema.ema import FastEMA
 
 _Result = TypeVar("_Result")
 
-# Said of the model itself or of its device, which are not known yet.
-_LATER = ("policy", "device", "backend", "capturable")
+# Arguments about the model or its device, which are not known yet: not checked here.
+_UNCHECKED = ("policy", "device", "backend", "capturable")
 
 
 class HoldsAverage:
-    """The average of a callback, which begins in the course of a training."""
+    """Base of the callbacks: an average that begins during training."""
 
     _ema: FastEMA | None = None
 
@@ -37,13 +37,13 @@ class HoldsAverage:
         return self._with_current(FastEMA.shadow_state_dict)
 
     def _with_current(self, call: Callable[[FastEMA], _Result]) -> _Result:
-        """Return what `call` makes of the average."""
+        """Return `call(average)`; Lightning's callback rebuilds the average first if the module changed."""
         assert self._ema is not None
         return call(self._ema)
 
 
 def ema_arguments(decay: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments for FastEMA, checked now and not after the data has been prepared.
+    """Return the arguments for FastEMA, checked before the data is prepared.
 
     The callbacks' schedule is "constant" unless another is asked for, whatever FastEMA's own default is.
 
@@ -51,13 +51,13 @@ def ema_arguments(decay: Any, given: dict[str, Any]) -> dict[str, Any]:
         ValueError, TypeError: what FastEMA would raise.
     """
     arguments = {"decay": decay, "decay_type": "constant", **given}
-    FastEMA([("", torch.zeros(1))], **{name: value for name, value in arguments.items() if name not in _LATER})
+    FastEMA([("", torch.zeros(1))], **{name: value for name, value in arguments.items() if name not in _UNCHECKED})
     return arguments
 
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute of one object in a block."""
+    """Replace an attribute of `owner` inside a block."""
     own = vars(owner)
     was = own.get(name)
     was_own = name in own

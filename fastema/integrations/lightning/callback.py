@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastema.core.checks import checked_count
-from fastema.core.hooks import skipped_by_all
+from fastema.core.hooks import combined_found_inf
 from fastema.ema import FastEMA
 from fastema.integrations.callbacks import HoldsAverage, ema_arguments, replaced
 from fastema.integrations.lightning.carry_over import carried_over, layout_of
@@ -157,7 +157,7 @@ class FastEMACallback(HoldsAverage, Callback):
         """Average after a batch in which one of several optimizers stepped."""
         if self._stepped:
             stepped, self._stepped = self._stepped, []
-            self._update(skipped_by_all(stepped))
+            self._update(combined_found_inf(stepped))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Detach from the optimizers and the loops; the average stays, and follows the module to the CPU."""
