@@ -159,6 +159,9 @@ class ModelEmaV3(nn.Module):
         rounded = [replace(each, written=None) for each in self._rounded]
         return {**self.__dict__, "_bound": None, "_watch": None, "_rounded": rounded}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_rounded": [], **state})  # a pickle of 0.1.0 has none
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
     ) -> None:

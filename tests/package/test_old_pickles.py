@@ -68,6 +68,13 @@ def test_averaged_model() -> None:
     assert averaged.n_averaged == 6
 
 
+def test_timm() -> None:
+    average, model = loaded("timm")
+    gain_one(model)
+    average.update(model)
+    assert_all(average.module.weight, average_of(0.5, 0, 6))
+
+
 def test_diffusers() -> None:
     average, model = loaded("diffusers")
     before, step = average.shadow_params[0].clone(), average.optimization_step
