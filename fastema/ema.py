@@ -1,7 +1,7 @@
-"""FastEMA: an exponential moving average of a model's weights, kept in one pass and swapped in by pointer.
+"""FastEMA, an exponential moving average of a model's weights.
 
-It keeps no second model. The average lives in shadow storages beside the model's own (`fastema.core.shadow`); an update
-is one kernel over all of them, and validation of the averaged model exchanges the two sides' data pointers.
+There is no second model. The average is in shadow storages beside the model's own (`fastema.core.shadow`). An update is
+one kernel launch over all of them. To evaluate the average, the data pointers of the two sides are swapped.
 """
 
 from __future__ import annotations
@@ -29,24 +29,19 @@ from fastema.core.schedules import takes_argument
 from fastema.core.shadow import Shadow
 from fastema.core.threads import OneThread, one_thread
 
-# What a pickle or a copy has anew.
-_REBUILT = frozenset(
-    {
-        *("_shadow", "_clock", "_decays", "_one_thread", "_attached", "_versions_at_attach"),
-        *("_captured", "_handle"),
-    }
-)
+# Attributes that a pickle or a copy rebuilds.
+_REBUILT = frozenset(("_shadow", "_clock", "_decays", "_one_thread", "_attached", "_versions_at_attach", "_captured"))
 
 
 class LoadResult(NamedTuple):
-    """The keys that `load_state_dict(strict=False)` did not match, as `nn.Module.load_state_dict` returns it."""
+    """Keys that `load_state_dict(strict=False)` did not match, as in `nn.Module.load_state_dict`."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 class AttachedHandle:
-    """The handle that `FastEMA.attach` returns; `remove()` ends the updates."""
+    """Handle of `FastEMA.attach`; `remove()` ends the updates."""
 
     def __init__(self, remove: Callable[[], None]) -> None:
         self.remove = remove
@@ -55,37 +50,36 @@ class AttachedHandle:
 class FastEMA:
     """An exponential moving average of `model`: `shadow <- decay * shadow + (1 - decay) * live`, once a step.
 
-    The shadow starts as a copy of the model, so build it after the weights are loaded and the model is where and in
-    the dtype in which it trains.
+    The shadow starts as a copy of the model: build it after the weights are loaded, and the model has its final device
+    and dtype.
 
     Args:
-        model: the module whose parameters and buffers are averaged, or an iterable of (name, tensor). Of a module it
-            follows what stands in its slots; of named tensors those very tensors, also where their module has others
-            by now.
-        decay: in [0, 1]; the average reaches back about 1 / (1 - decay) updates. Several decays keep several averages
-            in one read of the weights; then `which` chooses, and numbers come as tuples.
+        model: the module whose parameters and buffers are averaged, or an iterable of (name, tensor). Where a parameter
+            of a module is replaced, the new one is averaged from then on. Named tensors are fixed: exactly these are
+            averaged, also if their module has others later.
+        decay: in [0, 1]. The average covers about the last 1 / (1 - decay) updates. A sequence keeps one average for
+            each decay, all updated in one read of the weights; `which` selects one, and numbers come as tuples.
         decay_type: the schedule: "threshold" (the default; until 0.1.0 it was "constant"), "constant", "exp", "linear",
             "warmup", "debiased", "power", "half_life", "half_life_fraction", or any name registered in
-            `fastema.schedules.EMA_DECAY_FUNCTIONS`. Averages may have a schedule each: a sequence of names.
+            `fastema.schedules.EMA_DECAY_FUNCTIONS`. A sequence of names gives each average its own schedule.
         total_steps: optimizer steps of the whole training; "exp" and "linear" need it.
-        update_every: average only at every so many steps. Schedules with a target use the same decay as at every
-            step; "power" and the half-lives reckon with the steps between, so that their profiles stay the same.
-        update_after_step: up to this step the shadow follows the model exactly (decay 0).
-        buffers: "auto" averages running statistics of normalisation layers and copies every other buffer; "average",
-            "copy" or "skip" do so to all. Integer and bool tensors are copied.
-        policy: `(name, tensor, module) -> "average" | "copy" | "skip" | None` decides per tensor; None: the default.
-        dtype: the shadow's; None: float32 for bfloat16 and float16 weights, else the weights' own.
-        device: the shadow's; None: where the weights are. "cpu" for weights on a GPU: each update copies them to pinned
-            host memory (one buffer of the weights' bytes) on a stream of its own, and a thread averages them there.
-        nonfinite: "skip": an element whose live value is NaN or infinite keeps its shadow; "propagate". What is NaN
-            already when FastEMA is built stays so.
-        capturable: keep step and weight in device memory, so that `update()` can be part of a captured CUDA graph. A
-            graph holds addresses of the FastEMA: keep that as long as the graph is replayed; a replay after its end
-            writes to freed memory. Where the model's tensors are replaced, graphs of before go on averaging the old
-            ones, which FastEMA therefore keeps: capture again.
+        update_every: average at every so many optimizer steps. Schedules with a target decay are unaffected; "power"
+            and the half-lives take the steps in between into account, so that their profiles do not change.
+        update_after_step: up to this step the shadow is a copy of the model (decay 0).
+        buffers: "auto" averages the running statistics of normalisation layers and copies all other buffers. "average",
+            "copy" or "skip" applies to all buffers. Integer and bool tensors are always copied.
+        policy: `(name, tensor, module) -> "average" | "copy" | "skip" | None`, the rule of a tensor; None: the default.
+        dtype: dtype of the shadow; None: float32 for bfloat16 and float16 weights, else the weights' own.
+        device: device of the shadow; None: where the weights are. "cpu" for weights on a GPU: each update copies them
+            to pinned host memory (one buffer of the weights' size) on a side stream, and a thread averages them there.
+        nonfinite: "skip": an element whose live value is NaN or infinite leaves its average unchanged. "propagate": it
+            is averaged like any other. What is NaN already when FastEMA is built stays so.
+        capturable: keep step and weight in device memory, so that `update()` can be part of a captured CUDA graph. The
+            graph holds addresses of this FastEMA: keep it alive as long as the graph is replayed. Where tensors of the
+            model are replaced, older graphs still average the old ones: capture again.
         backend: "auto", "native", "triton" or "torch"; None: the environment variable FASTEMA_BACKEND, else "auto".
-        **decay_args: for the schedule, e.g. `beta=15` for "exp". "power" takes `sigma_rel` or `gamma`, the half-lives
-            `half_life` or `half_life_fraction`; a sequence of these keeps as many averages.
+        **decay_args: arguments of the schedule, e.g. `beta=15` for "exp"; `sigma_rel` or `gamma` for "power";
+            `half_life` or `half_life_fraction`. A sequence of one of the last four keeps one average for each value.
 
     Raises:
         ValueError: an argument out of range, or a tensor that cannot be averaged; says which and what to do.
@@ -139,26 +133,26 @@ class FastEMA:
         self._source = checked_source(model)
         self._capturable = capturable
         self._attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepGroup] = weakref.WeakKeyDictionary()
-        self._versions_at_attach: int | None = None  # None: nothing is attached, or a step was seen
-        self._replaced: set[str] = set()  # names of copied buffers that the model assigns anew
+        self._versions_at_attach: int | None = None  # None: nothing is attached, or an optimizer has stepped since
+        self._replaced: set[str] = set()  # names of copied buffers that the model reassigns
         self._one_thread = OneThread()
         self._step = 0
         self._num_updates = 0
         self._last_update = 0  # the optimizer step of the latest update
-        self._captured: list[Shadow] = []  # before a rebuild: graphs captured then hold their addresses
-        self._nonfinite_before = 0  # counted by the FastEMA that this is a copy of
+        self._captured: list[Shadow] = []  # shadows before a rebuild: captured graphs hold their addresses
+        self._nonfinite_before = 0  # count of the FastEMA that this one was copied from
         self._warned_nonfinite = False
         self._shadow = self._build_shadow()
         self._clock = self._build_clock()
-        self._at_last_swap = (0, self._shadow.versions())  # updates, and versions of the weights
+        self._at_last_swap = (0, self._shadow.versions())  # (number of updates, versions of the weights)
         self._warm_up()
 
     @classmethod
     def from_params(cls, model: Source, ema_params: dict[str, Any], total_steps: int | None = None) -> FastEMA:
         """Build from a recipe's dictionary, e.g. `{"decay": 0.9999, "decay_type": "exp", "beta": 15}`.
 
-        It is read as super-gradients reads it: what is missing or None is 0.9999 and "exp", a `beta` that the schedule
-        does not take is left over from another recipe, and `exp_activation=False` asks for "constant".
+        Missing or None values default as in super-gradients: decay 0.9999, decay_type "exp". A `beta` that the schedule
+        does not take is ignored. `exp_activation=False` means "constant".
 
         Example:
             >>> FastEMA.from_params(torch.nn.Linear(2, 1), {"decay": 0.9, "decay_type": "linear"}, 10).decay_at(5)
@@ -182,12 +176,12 @@ class FastEMA:
         """Average the model's weights as they are now. Call it once per optimizer step.
 
         Args:
-            step: the number of optimizer steps so far, from 1, for the schedule; None: an own counter.
-            found_inf: float32 scalar on a device of the model, as torch's gradient scaler keeps it; where it is not 0,
-                the optimizer skipped its step and nothing is averaged. On a GPU the kernel looks, and only with
-                `capturable=True` does the step not count either.
-            decay: in [0, 1], for this update alone, instead of the schedule's; one number, or one per average. Not with
-                `capturable=True`.
+            step: number of optimizer steps so far, from 1, for the schedule; None: count here.
+            found_inf: float32 scalar on a device of the model, as torch's gradient scaler has it. Not 0: the optimizer
+                skipped its step, and nothing is averaged. On a GPU the kernel reads it, and the step still counts
+                unless `capturable=True`.
+            decay: in [0, 1], for this update only, in place of the schedule; one number, or one per average. Not
+                allowed with `capturable=True`.
 
         Raises:
             RuntimeError: the EMA weights are applied; the model's structure, shapes, dtypes or devices changed.
@@ -253,24 +247,24 @@ class FastEMA:
     def _compiled_handle(self) -> int:
         return compiled.register(self._update_operands)
 
-    # torch.compiler.assume_constant_result() would import all of the compiler: this runs once, when a graph is made.
+    # torch.compiler.assume_constant_result() sets this too, but would import the whole compiler.
     _compiled_handle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def attach(self, *optimizers: torch.optim.Optimizer) -> AttachedHandle:
         """Call `update()` after every `optimizer.step()`; a step while the EMA is applied raises instead.
 
-        Only steps that happen count: not those that a gradient scaler or Accelerate leaves out, and one with a closure
-        counts once. An optimizer counts once, however often it is attached. The optimizer does not keep the FastEMA
-        alive: where that is dropped, the updates end.
+        Steps that a gradient scaler or Accelerate skips are not counted. A step with a closure counts once, and so does
+        an optimizer that is attached twice. The optimizer does not keep this FastEMA alive: if it is deleted, the
+        updates end.
 
-        With a shadow in host memory the next step waits for the copy of the weights (after an `update()` of your own
-        the next kernel does, and so the forward). Until then nothing but the attached optimizers may write to their
-        weights: where you clamp them or load others after a step, call `synchronize()` before.
+        If the shadow is in host memory, the next step waits for the copy of the weights (after an `update()` of your
+        own the next kernel does, and so the forward). Until then only the attached optimizers may write to them: call
+        `synchronize()` before you clamp or load weights after a step.
 
         Args:
             *optimizers: one; or several that make one step together, in any order (a GAN's two, or one for each
                 parameter, stepped in backward): the EMA is updated once each of them has stepped. Accelerate's wrapper
-                is seen through.
+                is unwrapped.
 
         Returns:
             A handle; `handle.remove()` ends it.
@@ -303,23 +297,23 @@ class FastEMA:
 
     @one_thread
     def apply_shadow(self, in_place: bool = False, which: int = 0) -> None:
-        """Put the averaged weights into the model, by exchanging storage pointers: no byte is copied or allocated.
+        """Put the averaged weights into the model by swapping storage pointers: nothing is copied or allocated.
 
         Every alias and view of the weights follows, also tensors of a `state_dict()` taken before. A bfloat16 weight
         gets its float32 average rounded to nearest (ties away from zero), at no cost either: the average is kept in two
         16-bit planes, of which the high one takes the weight's place. Averages that differ from the weights in another
         way (float16 weights, a `dtype` or `device` of their own) are cast once into scratch memory, freed by
         `restore()`.
-        A backward through a graph recorded before raises until `restore()`. What is written to the model now, such as
-        BatchNorm statistics by a forward in train mode, is written to the average. NumPy arrays of weights hold raw
-        addresses and do not follow.
 
-        A compiled model follows without a recompilation. CUDA graph trees (`mode="reduce-overhead"`) record once more
-        for the average's addresses and keep both recordings; scratch memory has new ones each time. Graphs that you
-        captured yourself need `in_place=True`.
+        A backward through a graph recorded before raises until `restore()`. Writes to the model (BatchNorm statistics
+        in train mode) go to the average. NumPy arrays of weights hold raw addresses: they show the trained weights.
+
+        A compiled model follows without recompilation. CUDA graph trees (`mode="reduce-overhead"`) record once more,
+        for the addresses of the average; scratch memory has new addresses each time. Graphs that you captured need
+        `in_place=True`.
 
         Args:
-            in_place: exchange the contents instead, for captured CUDA graphs, whose addresses must not move.
+            in_place: swap the contents instead, for captured CUDA graphs, whose addresses must not move.
             which: which of several averages.
 
         Raises:
@@ -343,10 +337,10 @@ class FastEMA:
 
     @one_thread
     def restore(self) -> None:
-        """Take the averaged weights out again: every live bit, and every version counter, is as before.
+        """Put the trained weights back, bit for bit, with their version counters.
 
-        Tensors of the model that were replaced or moved meanwhile (`model.half()`, `.cpu()`, `p.data = ...`) get their
-        trained values by copy, in the dtype and on the device that they have now, with a warning.
+        A tensor that was replaced or moved meanwhile (`model.half()`, `.cpu()`, `p.data = ...`) gets its trained values
+        by copy, in its present dtype and on its present device, with a warning.
 
         Raises:
             RuntimeError: the averaged weights are not applied.
@@ -359,7 +353,7 @@ class FastEMA:
 
     @contextmanager
     def swapped(self, in_place: bool = False, which: int = 0) -> Iterator[FastEMA]:
-        """Open a block in which the model has the averaged weights; they leave it however the block ends."""
+        """Open a block in which the model has the averaged weights; it always ends with the trained ones restored."""
         self._refuse_while_applied("swapped()")
         try:
             self.apply_shadow(in_place, which)
@@ -386,7 +380,7 @@ class FastEMA:
         self._refuse_while_applied("copy_to()")
         self._ensure_current()
         state.copy_averages(self._shadow, self._checked_which(which), self._source if model is None else model)
-        torch.clear_autocast_cache()  # it holds casts of what the weights were
+        torch.clear_autocast_cache()  # it holds casts of the old weights
 
     # ---- numbers ----
 
@@ -397,9 +391,9 @@ class FastEMA:
 
     @one_thread
     def set_decay(self, decay: float | Sequence[float]) -> None:
-        """Set the target decay from the next update on. It is kept in the state.
+        """Set the target decay from the next update on. It is saved in the state.
 
-        With `capturable=True` the table on the device is rewritten in place, for graphs that were captured.
+        With `capturable=True` the table on the device is rewritten in place, so that captured graphs use the new decay.
 
         Args:
             decay: in [0, 1]; one for all averages, or one for each.
@@ -437,14 +431,14 @@ class FastEMA:
         return self._decays.one_or_all(self._decays.at(step, (step - 1) // self._update_every * self._update_every))
 
     def window(self) -> Any:
-        """Return how many updates the average reaches back: 1 / (1 - decay), or the tuple of them.
+        """Return how many updates the average covers: 1 / (1 - decay), or the tuple of them.
 
-        Of a schedule without a target, such as "power", as it is now.
+        A schedule without a target, such as "power", counts with its present decay.
         """
         return self._decays.one_or_all(self._decays.windows(max(1, self._counted()[0])))
 
     def lag(self, updates_per_epoch: float) -> Any:
-        """Return how many epochs the average reaches back, or the tuple of them.
+        """Return how many epochs the average covers, or the tuple of them.
 
         Example:
             >>> round(FastEMA(torch.nn.Linear(2, 1), decay=0.9999).lag(updates_per_epoch=400), 6)
@@ -456,27 +450,26 @@ class FastEMA:
         return self._decays.one_or_all([window / updates_per_epoch for window in windows])
 
     def nonfinite_count(self) -> int:
-        """Return how many elements kept their average so far because the live value was NaN or infinite.
+        """Return how many elements did not update their average so far, because the live value was NaN or infinite.
 
         On a GPU this waits for the device.
         """
         return self._nonfinite_before + self._shadow.nonfinite_count()
 
     def synchronize(self) -> None:
-        """Wait until the shadow is up to date: for a shadow in host memory of weights on a GPU.
+        """Wait until a shadow in host memory, of weights on a GPU, is up to date.
 
-        Nothing else needs it: other updates run on the model's own stream, and every method here waits by itself. Call
-        it before tensors of an earlier `state_dict()` are read again.
+        All methods here wait by themselves. Call it before you read tensors of an earlier `state_dict()`.
 
         Raises:
-            RuntimeError: the latest average failed in its thread. Told once; the averages before it stand.
+            RuntimeError: the latest average failed in its thread; raised once. Earlier averages are intact.
         """
         self._shadow.synchronize()
 
     # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that resuming exactly needs; right even while applied.
+        """Return the state that resumes this average exactly; correct also while the weights are applied.
 
         Tensors share memory with the EMA, but for float32 averages of bfloat16 weights, which are copies. Taken while
         applied, those in the model are copies, which stay right.
@@ -591,7 +584,7 @@ class FastEMA:
             self.apply_shadow(in_place, which)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for pickle and deepcopy, with the model: the copy averages the copied model."""
+        """Return the state for pickle and deepcopy; a copy averages the copied model."""
         self._refuse_while_applied("pickling or copying a FastEMA")
         if self._shadow.is_sharded:
             raise TypeError(
@@ -601,7 +594,7 @@ class FastEMA:
         config = {key: value for key, value in self.__dict__.items() if key not in _REBUILT}
         config["_nonfinite_before"] = self.nonfinite_count()
         averages = [state.averages_by_name(self._shadow, which) for which in range(len(self._decays))]
-        # Plain values, no class of ours by its path.
+        # Plain values only: a pickle must not name our classes by module path.
         return {"config": config, "decays": self._decays.arguments(), "counters": self._counted(), "averages": averages}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
@@ -620,7 +613,7 @@ class FastEMA:
             self._build_from_pickle()
 
     def __getattr__(self, name: str) -> Any:
-        # A module that holds its own FastEMA is still empty when that is unpickled or copied: built at the first use.
+        # A module that holds its own FastEMA is still empty while it is unpickled: built at the first use.
         if name in ("_shadow", "_clock") and "_pickled" in self.__dict__:
             self._build_from_pickle()
             return self.__dict__[name]
@@ -646,7 +639,7 @@ class FastEMA:
             f"tensors={len(self._shadow.managed)}, backend={self.backend_name!r})"
         )
 
-    # ---- inside ----
+    # ---- private ----
 
     def _build_shadow(self) -> Shadow:
         managed = collect(self._source, self._buffers, self._policy, self._replaced)
@@ -708,14 +701,14 @@ class FastEMA:
         return steps
 
     def _replacing_decays(self, decays: Decays) -> list[Step]:
-        """Return the steps that let updates go on with other decays; raise where the device's table does not fit."""
+        """Return the calls that replace the decays; raise if the device's table cannot hold them."""
         if decays is self._decays:
             return []
         on_device: list[Step] = [] if self._clock is None else [self._clock.replacing(decays)]
         return [*on_device, partial(setattr, self, "_decays", decays)]
 
     def _ensure_current(self) -> None:
-        """Rebuild the plan where tensors were replaced or moved in memory; the average goes on."""
+        """Rebuild the plan if tensors were replaced or moved in memory; keep the averages."""
         if self._shadow.is_current():
             return
         self._shadow.refuse_resized()
@@ -728,12 +721,12 @@ class FastEMA:
         state.carry_over(self._shadow, new)
         new.note_writes()
         if self._clock is not None and not self._shadow.is_on_cpu:
-            self._captured.append(self._shadow)
+            self._captured.append(self._shadow)  # captured graphs still use it
         self._shadow = new
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Compile and load what a captured `update()` launches, by one that skips: in the capture it is too late."""
+        """Compile and load the kernels by an update that skips: inside a capture that is not possible."""
         if self._clock is not None:
             skip = torch.ones((), dtype=torch.float32, device=self._clock.step.device)
             self._shadow.update([0.0] * len(self._decays), self._skip_nonfinite, skip, self._clock.weights)
@@ -746,7 +739,7 @@ class FastEMA:
         self._shadow.refuse_foreign(what)
 
     def _warn_about_steps_unseen(self) -> None:
-        """Warn where optimizers are attached and the weights change without a step of theirs (SAM's two, say)."""
+        """Warn if the weights changed while no attached optimizer called step(), as with SAM."""
         if self._versions_at_attach is None or self._versions_at_attach == self._shadow.versions():
             return
         self._versions_at_attach = None
@@ -757,7 +750,7 @@ class FastEMA:
         )
 
     def _warn_about_tensors_unused(self) -> None:
-        """Warn where named tensors were averaged and none has changed: their model may have others by now."""
+        """Warn if named tensors were averaged and none has changed: their model may have other tensors now."""
         if isinstance(self._source, nn.Module) or self._clock is not None:
             return
         (updates, versions), now = self._at_last_swap, (self._num_updates, self._shadow.versions())
@@ -771,7 +764,7 @@ class FastEMA:
             )
 
     def _warn_about_nonfinite(self) -> None:
-        """Warn of nonfinite elements once, and only where reading the count does not wait for a device."""
+        """Warn once of nonfinite elements, if reading the count does not wait for a device."""
         if self._warned_nonfinite or not self._shadow.is_on_cpu:
             return
         count = self.nonfinite_count()
@@ -789,7 +782,7 @@ def _tensors_by_name(source: Source) -> dict[str, Tensor]:
 
 
 def _detach(owner: weakref.ref[FastEMA], optimizers: weakref.WeakSet[torch.optim.Optimizer], group: StepGroup) -> None:
-    """Take a group's optimizers out, as far as they have not been attached anew since."""
+    """Remove a group's optimizers, except those that were attached again since."""
     ema = owner()
     for optimizer in list(optimizers):
         group.discard(optimizer)

@@ -42,7 +42,7 @@ def has_storage(tensor: Any) -> bool:
     )
 
 
-def described_as(whole: Any, local: Tensor) -> Tensor:
+def as_dtensor_like(whole: Any, local: Tensor) -> Tensor:
     """Return `local` as a DTensor like `whole`, or itself if `whole` is none; it shares memory."""
     if not is_dtensor(whole):
         return local

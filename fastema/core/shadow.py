@@ -25,8 +25,8 @@ from fastema.core.swap import Swap, SwapEntry
 
 _OWNER = "another FastEMA is applied to the same model: the live weights are its average now; restore() that one first"
 _DROPPED = (
-    "a FastEMA was dropped while its weights were applied: the model keeps the averaged ones, and those it trained are "
-    "gone. Call restore() first; or copy_to(), if that is what you want"
+    "a FastEMA was deleted while its weights were applied: the model keeps the averaged weights, and the trained ones "
+    "are lost. Call restore() first; or copy_to(), if that is intended"
 )
 
 
@@ -169,15 +169,15 @@ class Shadow:
     # ---- every step ----
 
     def is_current(self) -> bool:
-        """Return whether model and averages still are the same tensors in the same memory."""
+        """Return True if model and averages are the same tensors in the same memory."""
         return self._holds(self._watch.holds)
 
     def _is_unchanged(self) -> bool:
-        """Return whether the model has the same tensors in the same storages, wherever those have their memory."""
+        """Return True if the model has the same tensors in the same storages; their memory may differ."""
         return self._holds(self._watch.layout_holds)
 
     def _weights_now(self) -> dict[str, Tensor]:
-        """Return the model's tensors by name; for one that an FSDP module gathered, the sharded one behind it."""
+        """Return the model's tensors by name; the sharded ones where an FSDP module has gathered them."""
         now = self._tensors_now()
         for entry in self._bound:
             if entry.tensor is not entry.whole:
@@ -222,13 +222,13 @@ class Shadow:
         return self._noted == [view._version - self._bumped._version for view in self._all_views()]
 
     def settle(self) -> None:
-        """Copy an average whose memory was replaced in the middle of its update to where it is now."""
+        """Copy averages whose memory was replaced during an update to the memory that they have now."""
         with torch.inference_mode(False), torch.no_grad():
             for storage in self._storages:
                 storage.settle()
 
     def refuse_resized(self) -> None:
-        """Raise RuntimeError where a user resized the storage of an average."""
+        """Raise RuntimeError if a user resized the storage of an average."""
         for storage in self._storages:
             for shadow in storage.shadows:
                 if shadow.untyped_storage().nbytes() != shadow.numel():
@@ -280,7 +280,7 @@ class Shadow:
                 shadow.copy_(torch.where(skip.to(shadow.device) != 0, shadow, live.detach()))
 
     def synchronize(self) -> None:
-        """Wait for averages that run in a thread; their errors come out here."""
+        """Wait for averages that run in a thread, and raise their errors."""
         for plan in self.offloaded:
             plan.synchronize()
 
@@ -304,7 +304,7 @@ class Shadow:
     def nonfinite_count(self) -> int:
         return self.nonfinite_elsewhere + sum(plan.nonfinite_count() for plan in self.plans)
 
-    # ---- the same in a compiled graph, which may keep the tensors elsewhere for now ----
+    # ---- the update inside a compiled graph, which may hold the tensors elsewhere ----
 
     def operands(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return what an update changes, and what it reads.
@@ -395,7 +395,7 @@ class Shadow:
             swap.refuse_foreign(what, self.storages, own=self._swap)
 
     def apply(self, which: int, in_place: bool) -> None:
-        """Let live and shadow `which` change places. The caller has checked that they may.
+        """Swap live weights and average `which`. The caller has checked that this is allowed.
 
         Raises:
             ValueError: in_place, and the contents could not be put back exactly. Nothing is changed.
@@ -443,21 +443,21 @@ class Shadow:
         return Swap(_OWNER, _DROPPED, entries, exchange, buffers)
 
     def _versioned(self) -> list[Tensor]:
-        """Return what graphs may refer to."""
+        """Return the tensors that recorded graphs may refer to."""
         if not self._parts:
             return self._tensors
         return [*self._tensors, *(whole for whole, _ in self._parts), *self._gathered.tensors()]
 
     def restore(self) -> None:
-        """Let them change back.
+        """Swap the live weights back.
 
         Raises:
             SwapError: a tensor cannot take its live value; nothing is changed.
-            RuntimeError: copies of sharded averages stay in the model, out of reach; the exchange itself is done.
+            RuntimeError: gathered copies of sharded averages could not be dropped; the swap itself is done.
         """
         assert self._swap is not None
         try:
-            self._gathered.drop()  # before the exchange: after it, an interrupt could leave them behind
+            self._gathered.drop()  # before the swap back, so that an interrupt cannot leave them behind
         finally:
             averages = [entry.current() for _, entry in self._loose]
             self._set_loose(self._loose_live)
@@ -490,7 +490,7 @@ class Shadow:
                 view = planes.join(view, low)
             elif in_model and is_direct:
                 view = view.clone()
-            result.append((entry, dtensor.described_as(entry.whole, view.detach())))
+            result.append((entry, dtensor.as_dtensor_like(entry.whole, view.detach())))
         return result
 
     def weights(self, which: int) -> list[tuple[Managed, Tensor]]:
@@ -498,14 +498,16 @@ class Shadow:
 
         They share memory with the EMA, or with the model while they are in it.
         """
-        return [(entry, dtensor.described_as(entry.whole, view.detach())) for entry, view, _, _ in self._stored(which)]
+        return [
+            (entry, dtensor.as_dtensor_like(entry.whole, view.detach())) for entry, view, _, _ in self._stored(which)
+        ]
 
     def places(self, which: int) -> list[tuple[Managed, Tensor | Planes]]:
         """Return every managed tensor with where its average is kept."""
         return [
             (entry, Planes(entry.whole, view.detach(), low))
             if low is not None
-            else (entry, dtensor.described_as(entry.whole, view.detach()))
+            else (entry, dtensor.as_dtensor_like(entry.whole, view.detach()))
             for entry, view, low, _ in self._stored(which)
         ]
 
@@ -543,11 +545,11 @@ class Planes:
     def shown(self) -> Tensor:
         """Return a tensor of the average's dtype and shape, and without its values or memory."""
         like = self.low.new_empty((), dtype=torch.float32).expand(self.low.shape)
-        return dtensor.described_as(self.whole, like)
+        return dtensor.as_dtensor_like(self.whole, like)
 
     def value(self) -> Tensor:
         """Return the average, a copy."""
-        return dtensor.described_as(self.whole, planes.join(self.high, self.low))
+        return dtensor.as_dtensor_like(self.whole, planes.join(self.high, self.low))
 
 
 def _like(view: Tensor, flat: Tensor) -> Tensor:

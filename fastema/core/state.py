@@ -68,7 +68,8 @@ def live_state(model: Source, shadow: Shadow, restored: Callable[[], AbstractCon
     live = shadow.live_values()
     places = {_place(entry.current() if entry.loose else entry.tensor): live[entry.name] for entry in shadow.managed}
     described = {
-        _place(entry.tensor): dtensor.described_as(entry.whole, live[entry.name].detach()) for entry in shadow.managed
+        _place(entry.tensor): dtensor.as_dtensor_like(entry.whole, live[entry.name].detach())
+        for entry in shadow.managed
     }
     return _state_of_side(model, shadow, {**places, **described}, False, restored, "trained")
 

@@ -1,4 +1,4 @@
-"""One storage of a model and its shadows: which bytes are managed, views, allocation.
+"""One storage of a model and its shadows: the managed bytes, their views, and allocation.
 
 A shadow has the layout of the live storage (wider, if its dtype is), so tied and overlapping tensors are averaged once
 and a transposed or channels_last tensor needs no special case. Where the managed tensors span less than half of the
@@ -228,7 +228,7 @@ class ShadowStorage:
         return (live_byte - self.begin) // self._live_itemsize
 
     def settle(self) -> None:
-        """Copy what the kernels wrote to wherever the shadows are now."""
+        """Copy what the kernels wrote to the memory that the shadows have now."""
         for shadow, memory in zip(self.shadows, self.memory, strict=True):
             if shadow.data_ptr() != memory.data_ptr():
                 shadow.copy_(memory)

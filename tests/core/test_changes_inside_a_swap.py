@@ -186,7 +186,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED.keys())
-@pytest.mark.filterwarnings("ignore:.*was dropped while")
+@pytest.mark.filterwarnings("ignore:.*was deleted while")
 def test_what_cannot_take_its_value_is_named_and_nothing_is_lost(
     model: nn.Sequential, swapped: Swapped, change: Callable[[nn.Sequential], Any], message: str
 ) -> None:
