@@ -1,11 +1,11 @@
-"""`torch.optim.swa_utils` by its own names, with a faster step: one launch for all parameters and buffers.
+"""torch.optim.swa_utils under the same names, with one kernel launch for all parameters and buffers.
 
-Change the import, and nothing else: `from fastema.swa_utils import AveragedModel, get_ema_multi_avg_fn`. Names,
-signatures, defaults, attributes, state-dict keys and what a call computes are torch's, and so are its errors; a
-function of your own is called by torch's own code. `AveragedModel` is a subclass of torch's and adds `swapped(model)`.
+Only the import changes: `from fastema.swa_utils import AveragedModel, get_ema_multi_avg_fn`. Names, signatures,
+defaults, attributes, state-dict keys, results and errors are torch's. An averaging function of your own is called by
+torch's own code. `AveragedModel` is a subclass of torch's, with `swapped(model)` added.
 
-The averages of `get_ema_multi_avg_fn` and `get_swa_multi_avg_fn` have torch's bits, in every dtype, wherever torch
-itself computes with fused multiply-adds: on every x86 CPU with AVX2, and on a GPU.
+The averages of `get_ema_multi_avg_fn` and `get_swa_multi_avg_fn` have the same bits as torch's, in every dtype, where
+torch uses fused multiply-adds: on x86 CPUs with AVX2, and on GPUs.
 
 Differences from torch:
 
@@ -18,15 +18,13 @@ Differences from torch:
   rounds down) and raises with SWA, and an average of counters means nothing.
 - Weights of another floating-point dtype than the average (bfloat16 weights, float32 average) are averaged, in the
   average's precision; torch raises with the `multi` functions.
-- A GPU's counter is read once, and again where `n_averaged` was written to or replaced, instead of at every update, and
-  never copied to another device: torch waits for the device at every step. A write that autograd cannot see
-  (`n_averaged.data.fill_()`) is not noticed there.
-- An average that was built under `inference_mode` can be updated outside of it; torch's never again.
-- With an EMA function it can be pickled, torch's too (a pickled or copied AveragedModel has the equal function of this
-  module in its place).
+- A GPU's counter is read once, and again only after `n_averaged` was written to or replaced; torch waits for the device
+  at every step. A write that autograd cannot see (`n_averaged.data.fill_()`) is not noticed.
+- An average that was built under `inference_mode` can be updated outside of it; torch's cannot.
+- It can be pickled with an EMA function, torch's too: the copy has this module's equal function.
 - `update_bn` puts momenta and mode back when the loader or the model raises, and says what is wrong where a model
   cannot take the dictionary that a loader yields.
-- A model that cannot be deep-copied is a RuntimeError that names the way out.
+- A model that cannot be deep-copied is a RuntimeError that says what to do.
 - Inside a function that `torch.compile` compiles, `update_parameters` is torch's.
 - Without fused multiply-adds (`ATEN_CPU_CAPABILITY=default`) torch rounds once more, and differs by one unit in the
   last place.
@@ -155,12 +153,12 @@ _TORCH_CODES = {
 }
 
 
-def _recognised(function: Any) -> _AveragingFunction | None:
-    """Return `function` as one of ours, where it is ours or torch's; None: it is the user's."""
+def _recognise(function: Any) -> _AveragingFunction | None:
+    """Return `function` as an `_AveragingFunction` if it is ours or torch's; None: it is the user's."""
     if isinstance(function, _AveragingFunction):
         known = function
     else:
-        # Torch's are closures, told by their code: all that a factory makes share it, and no others.
+        # torch's are closures; all that one factory makes share their code objects, and no others do.
         codes = _codes(function)
         factory = next((name for name, torch_codes in _TORCH_CODES.items() if codes == torch_codes), None)
         if factory is None:
@@ -168,11 +166,11 @@ def _recognised(function: Any) -> _AveragingFunction | None:
         inner = inspect.unwrap(function)
         cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True))
         known = _AveragingFunction(factory, cells["decay"].cell_contents if "decay" in cells else None)
-    # A tensor as decay may be on a GPU, where reading it would wait.
+    # A decay that is a tensor may be on a GPU, where reading it would wait.
     return known if known.decay is None or isinstance(known.decay, (int, float)) else None
 
 
-# As torch, which takes the second where foreach operations have kernels.
+# As in torch: the second where foreach operations have kernels.
 _DEFAULT = _AveragingFunction("get_swa_avg_fn")
 _DEFAULT_WITH_FOREACH = _AveragingFunction("get_swa_multi_avg_fn")
 
@@ -181,7 +179,7 @@ _DEFAULT_WITH_FOREACH = _AveragingFunction("get_swa_multi_avg_fn")
 
 
 class _Counter:
-    """The value of a counter tensor that may be on a GPU, read again only where it was written to by others."""
+    """Caches the value of a counter tensor; reads it again only if others wrote to it."""
 
     def __init__(self) -> None:
         self._tensor: Callable[[], Tensor | None] = lambda: None  # a weak reference to what was read
@@ -189,11 +187,13 @@ class _Counter:
         self._value: Any = None
 
     def read(self, tensor: Tensor) -> Any:
-        if tensor.device.type == "cpu" or tensor.is_inference():  # nothing to wait for; no version to tell by
+        """Return the value; on a GPU this waits only if it was written to since the last call."""
+        if tensor.device.type == "cpu" or tensor.is_inference():  # no wait; inference tensors have no version
             return tensor.item()
         return self.remembered(tensor)
 
     def remembered(self, tensor: Tensor) -> Any:
+        """Return the value as last read, unless the tensor is another one or was written to."""
         mark = (tensor.data_ptr(), tensor._version)
         if self._tensor() is not tensor or mark != self._mark:
             self._tensor, self._mark, self._value = weakref.ref(tensor), mark, tensor.item()
@@ -206,7 +206,7 @@ class _Counter:
             self._mark, self._value = (tensor.data_ptr(), tensor._version), self._value + 1
 
 
-_BUILT_ANEW = ("_pairs", "_swap", "_counter", "_rule")
+_REBUILT = ("_pairs", "_swap", "_counter", "_rule")
 
 
 class AveragedModel(_TorchAveragedModel):
@@ -234,7 +234,7 @@ class AveragedModel(_TorchAveragedModel):
     _pairs: PairedModules | None = None
     _swap: Swap | None = None  # while swapped
     _counter: _Counter | None = None
-    _rule: tuple[Any, _AveragingFunction | None] = (None, None)  # a function as it was given, and recognised
+    _rule: tuple[Any, _AveragingFunction | None] = (None, None)  # the given function, and what _recognise() made of it
 
     def __init__(
         self,
@@ -245,7 +245,7 @@ class AveragedModel(_TorchAveragedModel):
         use_buffers: bool = False,
     ) -> None:
         try:
-            # Under inference_mode the copy would be of inference tensors, which nothing may ever update again.
+            # Under inference_mode these would be inference tensors, which cannot be updated.
             with torch.inference_mode(False):
                 super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
         except Exception as error:
@@ -286,21 +286,21 @@ class AveragedModel(_TorchAveragedModel):
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Open a block in which `model` has the averaged parameters and buffers; they leave it however the block ends.
+        """Open a block in which `model` has the averaged parameters and buffers; it always ends with its own restored.
 
-        Storages change places by their pointers: no byte is copied, and every alias of the weights follows. Meanwhile
+        Storage pointers are swapped: nothing is copied, and every alias of the weights follows. Meanwhile
         `averaged.module` has the live weights. Where the two differ in dtype, device or layout, the average is copied
-        into scratch memory instead, which takes the live weights' place until the end of the block. A backward through
-        a graph recorded before raises inside the block. What is written to the model there, such as BatchNorm
-        statistics by a forward in train mode, is written to the average (or to the scratch memory, and lost).
+        into scratch memory, which is swapped in instead. A backward through a graph recorded before raises inside the
+        block. Writes to the model there (BatchNorm statistics in train mode) go to the average, or to the scratch
+        memory and are lost.
 
         Args:
             model: the live model, as `update_parameters` takes it.
 
         Raises:
-            RuntimeError: swapped already, or another AveragedModel is swapped into this model, or a CUDA graph is
-                captured, or inductor's freezing has made constants of the weights.
-            ValueError: this model cannot be exchanged with the average; says why. Nothing is changed.
+            RuntimeError: already swapped; another AveragedModel is swapped into this model; a CUDA graph is being
+                captured; or inductor's freezing has made constants of the weights.
+            ValueError: this model cannot be swapped with the average; says why. Nothing is changed.
         """
         self._refuse_while_swapped("swapped()")
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -314,11 +314,11 @@ class AveragedModel(_TorchAveragedModel):
             yield model
         finally:
             if swap.is_entered and not swap.leave(pairs.is_unchanged, functools.partial(tensors_by_name, model)):
-                self._pairs = None  # the model has other tensors or other memory
+                self._pairs = None  # rebuilt: the model has other tensors or memory now
             if not swap.is_entered:
                 self._swap = None
 
-    # ---- refused while swapped: they would take the live weights for the average ----
+    # ---- refused while swapped: they would return the live weights as the average ----
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("state_dict()")
@@ -329,37 +329,37 @@ class AveragedModel(_TorchAveragedModel):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for pickle and deepcopy, without what the next update builds anew."""
+        """Return the state for pickle and deepcopy, without what the next update rebuilds."""
         self._refuse_while_swapped("pickling or copying an AveragedModel")
-        state = {key: value for key, value in self.__dict__.items() if key not in _BUILT_ANEW}
+        state = {key: value for key, value in self.__dict__.items() if key not in _REBUILT}
         state.pop("_compiled_call_impl", None)  # as torch's modules
         for name in ("avg_fn", "multi_avg_fn"):
-            state[name] = _recognised(state.get(name)) or state.get(name)
+            state[name] = _recognise(state.get(name)) or state.get(name)
         return state
 
-    # ---- inside ----
+    # ---- private ----
 
     def _refuse_while_swapped(self, what: str) -> None:
         if self._swap is not None:
             raise RuntimeError(f"{what} while the average is swapped into a model: leave the block first")
 
-    def _recognised_function(self) -> _AveragingFunction | None:
+    def _recognise_function(self) -> _AveragingFunction | None:
         """Return the averaging function, the default included; None: it is the user's."""
         function = self.multi_avg_fn if self.multi_avg_fn else self.avg_fn
         if function is None:
             return _DEFAULT
         if self._rule[0] is not function:
-            self._rule = (function, _recognised(function))
+            self._rule = (function, _recognise(function))
         return self._rule[1]
 
     def _weight(self, num_averaged: int, device_type: str) -> float:
-        function = self._recognised_function()
-        assert function is not None  # _update_for() has seen to it
+        function = self._recognise_function()
+        assert function is not None  # else _update_for() returns None
         if function is _DEFAULT and device_type in _get_foreach_kernels_supported_devices():
             function = _DEFAULT_WITH_FOREACH
         return function.weight(num_averaged)
 
-    def _pairs_for(self, model: nn.Module, what: str) -> PairedModules:
+    def _current_pairs(self, model: nn.Module, what: str) -> PairedModules:
         if self._pairs is None or not self._pairs.holds(model, self.use_buffers):
             self._pairs = None
             with torch.inference_mode(False), torch.no_grad():
@@ -371,19 +371,19 @@ class AveragedModel(_TorchAveragedModel):
 
     def _pairs_for_swap(self, model: nn.Module) -> PairedModules:
         try:
-            return self._pairs_for(model, "swapped()")
+            return self._current_pairs(model, "swapped()")
         except UseTorchFallback:
             raise ValueError(
-                f"swapped() needs the model that is averaged, as an ordinary module; a {type(model).__name__} keeps "
-                "its tensors elsewhere, or has other buffers"
+                f"swapped() needs the averaged model as an ordinary module; a {type(model).__name__} stores its "
+                "tensors elsewhere, or has other buffers"
             ) from None
 
     def _update_for(self, model: nn.Module) -> Update | None:
-        """Return what runs the update; None: torch's own code does."""
-        if self._recognised_function() is None:
+        """Return the update to run; None: torch's own code must run."""
+        if self._recognise_function() is None:
             return None
         try:
-            pairs = self._pairs_for(model, "update_parameters()")
+            pairs = self._current_pairs(model, "update_parameters()")
             with torch.inference_mode(False), torch.no_grad():
                 return pairs.update()
         except UseTorchFallback:
@@ -391,11 +391,11 @@ class AveragedModel(_TorchAveragedModel):
 
 
 def _forget(averaged: weakref.ref[AveragedModel], model: Any) -> None:
-    """Drop what refers to the weights of a live model that is gone."""
+    """Drop the pairs of a live model that was deleted."""
     owner = averaged()
     pairs = None if owner is None else owner.__dict__.get("_pairs")
     if owner is not None and pairs is not None and pairs.is_of(model):
-        del owner.__dict__["_pairs"]  # past nn.Module, which may be half gone when the interpreter ends
+        del owner.__dict__["_pairs"]  # nn.Module.__delattr__ may not work at interpreter exit
 
 
 # ---- batch norm ----
@@ -403,12 +403,12 @@ def _forget(averaged: weakref.ref[AveragedModel], model: Any) -> None:
 
 @torch.no_grad()
 def update_bn(loader: Iterable[Any], model: nn.Module, device: int | torch.device | None = None) -> None:
-    """Estimate the running statistics of BatchNorm layers anew, from one pass over `loader`.
+    """Recompute the running statistics of BatchNorm layers in one pass over `loader`.
 
     Args:
         loader: yields the model's input, or a list or tuple whose first element it is.
         model: the model, e.g. an AveragedModel.
-        device: where to move the inputs; None: they are where they should be.
+        device: where to move the inputs; None: they are not moved.
 
     Raises:
         TypeError: the loader yields dictionaries and the model cannot take one.
@@ -420,7 +420,7 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: int | torch.devic
 
     def batches() -> Iterator[Any]:
         nonlocal batch
-        for batch in loader:  # noqa: UP028 - the name is what counts
+        for batch in loader:  # noqa: UP028 - the last batch is named in the error
             yield batch
 
     try:
@@ -446,7 +446,7 @@ _before_patch: dict[str, Any] | None = None
 
 
 class _Patch:
-    """The context manager that `patch()` returns; its end calls `unpatch()`, if that `patch()` replaced names."""
+    """Context manager of `patch()`; its end calls `unpatch()` if that `patch()` replaced the names."""
 
     def __init__(self, is_first: bool) -> None:
         self._is_first = is_first
@@ -464,8 +464,7 @@ class _Patch:
 def patch() -> _Patch:
     """Put the names of this module into `torch.optim.swa_utils`, for a trainer that imports them from there.
 
-    Call it before the trainer is imported, since `from ... import` keeps what was there. A second call changes nothing,
-    and the end of its block does not either.
+    Call it before the trainer is imported, since `from ... import` keeps what was there. Nested calls have no effect.
 
     Returns:
         A context manager; `with patch():` ends with torch's own names.

@@ -538,7 +538,7 @@ def test_torchs_functions_are_recognised(decay: float) -> None:
     for name in ours._TORCH_FACTORIES:
         arguments = [decay] if "ema" in name else []
         for module in (theirs, ours):
-            known = ours._recognised(getattr(module, name)(*arguments))
+            known = ours._recognise(getattr(module, name)(*arguments))
             assert known is not None
             assert known.factory == name
             assert known.decay == (decay if arguments else None)
@@ -552,8 +552,8 @@ def test_what_only_looks_like_torchs_is_the_users() -> None:
 
     wrapped.__wrapped__ = torchs  # type: ignore[attr-defined]
     users = (wrapped, torch.inference_mode()(torchs), lambda *args: torchs(*args), torchs.__wrapped__, len, None, 3)
-    assert [ours._recognised(function) for function in users] == [None] * 7
-    assert ours._recognised(theirs.get_ema_avg_fn(torch.tensor(0.9))) is None  # it may be on a GPU
+    assert [ours._recognise(function) for function in users] == [None] * 7
+    assert ours._recognise(theirs.get_ema_avg_fn(torch.tensor(0.9))) is None  # it may be on a GPU
 
 
 @pytest.mark.parametrize("name", ["get_ema_multi_avg_fn", "get_ema_avg_fn"])
