@@ -1,4 +1,5 @@
-// The Python module fastema._C: nothing but bindings. fastema/backends/native.py is its only importer.
+// The Python module fastema._C: the bindings, and one function that joins a Plan and a Watch.
+// fastema/backends/native.py is its only importer.
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -29,8 +30,8 @@ void collect_garbage_through_watches(PyHeapTypeObject* heap_type) {
   };
 }
 
-// One call of a step that looks and launches. Returns "moved" and does nothing where the watch does not hold; "averages
-// moved" where the averages' memory was replaced during the update, which then is in the old memory; else None.
+// Updates if the watch holds, in one call. Returns "moved" if it does not hold, and nothing was done; "averages moved"
+// if the averages' memory was replaced during the update, whose result is in the old memory then; else None.
 const char* update_watched(fastema::Plan& plan, const fastema::Watch& watch, const std::vector<double>& weights,
                            bool skip_nonfinite, const std::optional<at::Tensor>& skip) {
   if (!watch.holds()) return "moved";

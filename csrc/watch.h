@@ -1,4 +1,4 @@
-// Tells, in about 10 ns a tensor, whether what a plan was built for is still what the model holds.
+// Checks, in about 10 ns a tensor, whether the model still holds what a plan was built for.
 //
 // It holds Python references, which the garbage collector can follow, and no at::Tensor of the model: C++ references to
 // a tensor hide the Python objects behind it, and forbid torch.utils.swap_tensors.
