@@ -27,6 +27,7 @@ constexpr int64_t kStreams = 33;
 size_t rounded_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
 std::atomic<int> most_delay{0};
+std::atomic<uint64_t> given{0};
 
 std::mutex errors_mutex;
 std::string first_error;
@@ -87,7 +88,7 @@ class Queue final : public Stream {
   void run(std::function<void()> task) override {
     const std::lock_guard lock(mutex_);
     tasks_.push_back(std::move(task));
-    ++enqueued_;
+    ++enqueued_, ++given;
     changed_.notify_all();
   }
 
@@ -183,6 +184,8 @@ void synchronize_device(int device) {
   }
   for (Queue* queue : found) queue->synchronize();
 }
+
+uint64_t tasks() { return given; }
 
 void set_delay(int microseconds) { most_delay = microseconds; }
 

@@ -50,6 +50,9 @@ Stream& stream(int device, int64_t number);
 int64_t new_stream_number(int device);  // 32 of them, then they come again, as torch has it on CUDA
 void synchronize_device(int device);
 
+// How many tasks all streams have been given.
+uint64_t tasks();
+
 // Every task starts up to so many microseconds late, at random.
 void set_delay(int microseconds);
 

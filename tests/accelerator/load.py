@@ -1,8 +1,8 @@
 """Build the test accelerator and load it, in a process of its own: torch knows one accelerator, and never forgets it.
 
-    FASTEMA_TEST_ACCELERATOR=kernels   fastema._C is one that was built with csrc/cuda_kernels.cu for this device
-    FASTEMA_TEST_ACCELERATOR=plain     fastema._C is the installed one, which has no kernels for it
-    FASTEMA_SANITIZE=thread            both under ThreadSanitizer, whose runtime must be loaded already
+FASTEMA_TEST_ACCELERATOR=kernels   fastema._C is one that was built with csrc/cuda_kernels.cu for this device
+FASTEMA_TEST_ACCELERATOR=plain     fastema._C is the installed one, which has no kernels for it
+FASTEMA_SANITIZE=thread            both under ThreadSanitizer, whose runtime must be loaded already
 """
 
 from __future__ import annotations
@@ -38,6 +38,13 @@ def _built(name: str, sources: list[Path], flags: list[str]) -> Any:
         extra_include_paths=[str(HERE), str(ROOT / "csrc"), str(ROOT / "tests/csrc/cuda_on_host/include")],
         build_directory=str(folder),
     )
+
+
+def load_if_asked() -> None:
+    """Do what FASTEMA_TEST_ACCELERATOR says; before fastema is imported."""
+    wanted = os.environ.get("FASTEMA_TEST_ACCELERATOR")
+    if wanted is not None:
+        load(with_kernels={"kernels": True, "plain": False}[wanted])
 
 
 def load(with_kernels: bool) -> types.ModuleType:

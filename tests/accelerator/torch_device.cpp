@@ -141,6 +141,14 @@ DeviceAllocator device_allocator;
 PinnedAllocator pinned_allocator;
 REGISTER_ALLOCATOR(kType, &device_allocator);
 
+std::atomic<bool> may_wait{true};
+
+// What an operation does that needs a value from the device.
+void wait_for(hostgpu::Stream& stream) {
+  TORCH_CHECK(may_wait, "called a synchronizing operation");
+  stream.synchronize();
+}
+
 void enqueue_copy(hostgpu::Stream& stream, void* to, const void* from, size_t bytes) {
   if (bytes > 0) stream.run([=] { std::memcpy(to, from, bytes); });
 }
@@ -268,7 +276,7 @@ void copy_to_device(const at::Tensor& from, const at::Tensor& to, bool non_block
       if (bytes > 0) std::memcpy(target, staged.const_data_ptr(), bytes);
     });
   }
-  if (!non_blocking) stream.synchronize();
+  if (!non_blocking) wait_for(stream);
 }
 
 void copy_to_host(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
@@ -287,7 +295,7 @@ void copy_to_host(const at::Tensor& from, const at::Tensor& to, bool non_blockin
   const bool is_pinned = to.numel() > 0 && hostgpu::is_pinned(to.const_data_ptr());
   if (is_pinned) hostgpu::record_pinned(to.const_data_ptr(), stream);
   enqueue_copy(stream, to.mutable_data_ptr(), on_stream(from).const_data_ptr(), to.nbytes());
-  if (!non_blocking || !is_pinned) stream.synchronize();
+  if (!non_blocking || !is_pinned) wait_for(stream);
 }
 
 // Between two devices, after what either has been given and before what it is given next.
@@ -420,7 +428,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     // An output whose size does not fit yet is resized by the CPU kernel, which cannot reach the tensor itself.
     for (size_t i = 0; i < arguments.size(); ++i) {
       if (schema.arguments()[i].is_out() && arguments[i].isTensor() && arguments[i].toTensor().numel() == 0) {
-        stream.synchronize();
+        wait_for(stream);
         op.callBoxed(inputs);
         for (size_t k = 0; k < written.size(); ++k) {
           copy_from_and_resize(inputs[k].toTensor(), written[k].toTensor());
@@ -452,7 +460,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     stack->insert(stack->end(), outputs->begin(), outputs->end());
     return;
   }
-  stream.synchronize();
+
+  wait_for(stream);
   op.callBoxed(inputs);
   for (const c10::IValue& result : inputs) {
     stack->push_back(with_tensors(result, [&](const at::Tensor& tensor) {
@@ -510,7 +519,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("has_context", [](int device) { return has_context[device].load(); });
   module.def("set_delay", &hostgpu::set_delay, "Let every task start up to so many microseconds late.");
   module.def("take_error", &hostgpu::take_error, "What the device found out since the last call, or nothing.");
-  module.def("synchronize", &hostgpu::synchronize_device, py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "synchronize",
+      [](int device) { hostgpu::synchronize_device(device < 0 ? current_device : device); },
+      py::arg("device") = -1, py::call_guard<py::gil_scoped_release>());
+  module.def("set_sync_debug_mode", [](const std::string& mode) { may_wait = mode != "error"; });
+  module.def("tasks", &hostgpu::tasks);
   module.def("allocations", &hostgpu::allocations);
   module.def("bytes_in_use", &hostgpu::bytes_in_use);
   module.def(
