@@ -13,12 +13,8 @@ os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # Inductor compiles no probes of t
 import pytest
 import torch
 
-from accelerator.load import load_if_asked
-
-load_if_asked()
-
-from fastema import backends  # noqa: E402
-from fastema.segmentation.torchvision_shim import import_torchvision  # noqa: E402
+from fastema import backends
+from fastema.segmentation.torchvision_shim import import_torchvision
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

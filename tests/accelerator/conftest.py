@@ -1,4 +1,4 @@
-"""These run on the test accelerator, in a process of its own: test_accelerator.py starts that."""
+"""What is called test_on_* runs on the test accelerator, in processes of its own that test_accelerator.py starts."""
 
 from __future__ import annotations
 

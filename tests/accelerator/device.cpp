@@ -73,6 +73,29 @@ double milliseconds(Moment& from, Moment& to) {
   return std::chrono::duration<double, std::milli>(to.at() - from.at()).count();
 }
 
+namespace {
+
+template <class Word, class Step>
+void each_word(size_t bytes, Step step) {
+  for (size_t i = 0; i < bytes / sizeof(Word); ++i) step(i);
+}
+
+}  // namespace
+
+void copy_bytes(void* to, const void* from, size_t bytes) {
+  const bool is_aligned = (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 8 == 0;
+  if (is_aligned) {
+    each_word<uint64_t>(bytes,
+                        [&](size_t i) { static_cast<uint64_t*>(to)[i] = static_cast<const uint64_t*>(from)[i]; });
+  } else {
+    each_word<char>(bytes, [&](size_t i) { static_cast<char*>(to)[i] = static_cast<const char*>(from)[i]; });
+  }
+}
+
+void fill_bytes(void* at, unsigned char value, size_t bytes) {
+  each_word<unsigned char>(bytes, [&](size_t i) { static_cast<unsigned char*>(at)[i] = value; });
+}
+
 // ---- streams ----
 
 namespace {
@@ -297,7 +320,7 @@ class Allocator {
 
  private:
   void poison(const Block& block) {
-    block.home->run([at = memory(block.pages), extent = block.extent] { std::memset(at, kPoison, extent); });
+    block.home->run([at = memory(block.pages), extent = block.extent] { fill_bytes(at, kPoison, extent); });
   }
   void give_back(Block block) {
     poison(block);

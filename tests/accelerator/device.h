@@ -25,6 +25,10 @@ T* memory(T* address) {
   return address == nullptr ? nullptr : reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(address) + kOffset);
 }
 
+// What memcpy and memset do, in loops of ours: ThreadSanitizer does not look into those that it was not compiled into.
+void copy_bytes(void* to, const void* from, size_t bytes);
+void fill_bytes(void* at, unsigned char value, size_t bytes);
+
 // A moment in the work of a stream: reached when all that was enqueued before it is done.
 class Moment;
 

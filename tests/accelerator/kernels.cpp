@@ -71,10 +71,10 @@ thread_local bool failed = false;
 }  // namespace
 
 #define FASTEMA_CURRENT_DEVICE() c10::impl::VirtualGuardImpl(c10::DeviceType::PrivateUse1).getDevice().index()
-#define FASTEMA_LAUNCH(kernel, blocks, threads, stream, ...)                                                       \
-  do {                                                                                                             \
-    failed = static_cast<hostgpu::Stream*>(static_cast<void*>(stream))->device() != FASTEMA_CURRENT_DEVICE();      \
-    if (!failed) ++launches, enqueue(kernel, blocks, threads, stream, __VA_ARGS__);                                \
+#define FASTEMA_LAUNCH(kernel, blocks, threads, stream, ...)                                                  \
+  do {                                                                                                        \
+    failed = static_cast<hostgpu::Stream*>(static_cast<void*>(stream))->device() != FASTEMA_CURRENT_DEVICE(); \
+    if (!failed) ++launches, enqueue(kernel, blocks, threads, stream, __VA_ARGS__);                           \
   } while (false)
 #define FASTEMA_LAUNCH_FAILED() std::exchange(failed, false)
 #include "../../csrc/cuda_kernels.cu"

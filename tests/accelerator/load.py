@@ -19,8 +19,15 @@ from torch.utils import cpp_extension
 NAME = "hostgpu"
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-FLAGS = ["-O1", "-g1", "-Wno-unknown-pragmas", "-Wno-sign-compare"]
-KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
+FLAGS = [
+    "-O1",
+    "-g1",
+    "-fno-tree-loop-distribute-patterns",
+    "-fno-strict-aliasing",
+    "-Wno-unknown-pragmas",
+    "-Wno-sign-compare",
+]
+KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 EXTENSION = ["bindings.cpp", "cpu_kernels.cpp", "plan.cpp", "sharing.cpp", "storage_exchange.cpp", "watch.cpp"]
 
 
@@ -30,14 +37,28 @@ def _built(name: str, sources: list[Path], flags: list[str]) -> Any:
     sanitize = [f"-fsanitize={kind}", "-fno-omit-frame-pointer"] if kind else []
     folder = ROOT / "build" / f"accelerator{f'-{kind}' if kind else ''}" / name
     folder.mkdir(parents=True, exist_ok=True)
+    preload = os.environ.pop("LD_PRELOAD", None)  # the sanitizer's runtime is not for the compiler
+    try:
+        return _compiled(name, sources, [*FLAGS, *flags, *sanitize], sanitize, folder)
+    finally:
+        if preload is not None:
+            os.environ["LD_PRELOAD"] = preload
+
+
+def _compiled(name: str, sources: list[Path], flags: list[str], link_flags: list[str], folder: Path) -> Any:
     return cpp_extension.load(
         name,
         [str(source) for source in sources],
-        extra_cflags=[*FLAGS, *flags, *sanitize],
-        extra_ldflags=sanitize,
+        extra_cflags=flags,
+        extra_ldflags=link_flags,
         extra_include_paths=[str(HERE), str(ROOT / "csrc"), str(ROOT / "tests/csrc/cuda_on_host/include")],
         build_directory=str(folder),
     )
+
+
+def _current_device(device: torch.device | int) -> Any:
+    """Return a block with this current device, as `torch.cuda.device`."""
+    return torch.accelerator.device_index(device if isinstance(device, int) else device.index)
 
 
 def load_if_asked() -> None:
@@ -56,6 +77,7 @@ def load(with_kernels: bool) -> types.ModuleType:
     module.__dict__.update(
         is_available=lambda: True,
         is_initialized=lambda: True,
+        device=_current_device,
         _is_in_bad_fork=lambda: False,
         manual_seed_all=lambda seed: None,  # its random numbers are the CPU's
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],

@@ -143,14 +143,16 @@ REGISTER_ALLOCATOR(kType, &device_allocator);
 
 std::atomic<bool> may_wait{true};
 
+void check_may_wait() { TORCH_CHECK(may_wait, "called a synchronizing operation"); }
+
 // What an operation does that needs a value from the device.
 void wait_for(hostgpu::Stream& stream) {
-  TORCH_CHECK(may_wait, "called a synchronizing operation");
+  check_may_wait();
   stream.synchronize();
 }
 
 void enqueue_copy(hostgpu::Stream& stream, void* to, const void* from, size_t bytes) {
-  if (bytes > 0) stream.run([=] { std::memcpy(to, from, bytes); });
+  if (bytes > 0) stream.run([=] { hostgpu::copy_bytes(to, from, bytes); });
 }
 
 void resize_storage(const c10::Storage& storage, size_t bytes) {
@@ -208,8 +210,8 @@ at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::op
 }
 
 void make_room(const at::Tensor& tensor) {
-  const size_t needed = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(),
-                                                         tensor.dtype().itemsize(), tensor.storage_offset());
+  const size_t needed = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.dtype().itemsize(),
+                                                         tensor.storage_offset());
   if (tensor.numel() > 0 && needed > tensor.storage().nbytes()) resize_storage(tensor.storage(), needed);
 }
 
@@ -241,7 +243,8 @@ bool is_on_device(const at::Tensor& tensor) { return tensor.device().type() == k
 // early is poisoned under it.
 at::Tensor on_stream(const at::Tensor& tensor) {
   auto* data = static_cast<char*>(hostgpu::memory(tensor.storage().mutable_data()));
-  if (tensor.numel() == 0) return at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kCPU));
+  if (tensor.numel() == 0)
+    return at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kCPU));
   data += tensor.storage_offset() * static_cast<int64_t>(tensor.element_size());
   return at::from_blob(data, tensor.sizes(), tensor.strides(), tensor.options().device(at::kCPU));
 }
@@ -273,7 +276,7 @@ void copy_to_device(const at::Tensor& from, const at::Tensor& to, bool non_block
     enqueue_copy(stream, target, source.const_data_ptr(), to.nbytes());
   } else {  // the caller may write to `from` as soon as this returns
     stream.run([staged = source.clone(), target, bytes = to.nbytes()] {
-      if (bytes > 0) std::memcpy(target, staged.const_data_ptr(), bytes);
+      hostgpu::copy_bytes(target, staged.const_data_ptr(), bytes);
     });
   }
   if (!non_blocking) wait_for(stream);
@@ -293,6 +296,7 @@ void copy_to_host(const at::Tensor& from, const at::Tensor& to, bool non_blockin
     return;
   }
   const bool is_pinned = to.numel() > 0 && hostgpu::is_pinned(to.const_data_ptr());
+  if (!non_blocking || !is_pinned) check_may_wait();  // nothing is enqueued into memory that an error would free
   if (is_pinned) hostgpu::record_pinned(to.const_data_ptr(), stream);
   enqueue_copy(stream, to.mutable_data_ptr(), on_stream(from).const_data_ptr(), to.nbytes());
   if (!non_blocking || !is_pinned) wait_for(stream);
@@ -378,16 +382,42 @@ std::vector<at::Tensor> tensors_in(const std::vector<c10::IValue>& values) {
   return found;
 }
 
-// Makes outputs of the shapes that the Meta kernel tells; nothing where there is none, or where values decide.
-std::optional<std::vector<c10::IValue>> outputs_of(const c10::OperatorHandle& op,
-                                                   const std::vector<c10::IValue>& arguments, at::Device device) {
-  for (const c10::Argument& result : op.schema().returns()) {
-    if (result.type()->kind() != c10::TypeKind::TensorType) return std::nullopt;
-  }
+torch::jit::Stack shapes_of(const std::vector<c10::IValue>& arguments) {
   torch::jit::Stack shapes;
   for (const c10::IValue& argument : arguments) {
     shapes.push_back(argument.isDevice() ? c10::IValue(at::Device(at::kMeta)) : with_tensors(argument, as_shape));
   }
+  return shapes;
+}
+
+// `abs` and others give an empty output, for the kernel to resize: the CPU's could not, on a stream.
+void resize_outputs(const c10::OperatorHandle& op, const std::vector<c10::IValue>& arguments) {
+  const auto is_empty_output = [&](size_t i) {
+    return op.schema().arguments()[i].is_out() && arguments[i].isTensor() && arguments[i].toTensor().numel() == 0;
+  };
+  std::vector<size_t> outputs;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (is_empty_output(i)) outputs.push_back(i);
+  }
+  if (outputs.empty()) return;
+  const torch::jit::Stack shapes = shapes_of(arguments);
+  torch::jit::Stack stack = shapes;
+  op.callBoxed(stack);
+  for (const size_t i : outputs) arguments[i].toTensor().resize_(shapes[i].toTensor().sizes());
+}
+
+// Makes outputs of the shapes that the Meta kernel tells; nothing where there is none, or where values decide.
+std::optional<std::vector<c10::IValue>> outputs_of(const c10::OperatorHandle& op,
+                                                   const std::vector<c10::IValue>& arguments, at::Device device) {
+  // Of 16-bit inputs the CPU's batch_norm gives statistics of another dtype than the Meta kernel tells.
+  if (op.schema().name().find("native_batch_norm") != std::string::npos &&
+      tensors_in(arguments).front().element_size() == 2) {
+    return std::nullopt;
+  }
+  for (const c10::Argument& result : op.schema().returns()) {
+    if (result.type()->kind() != c10::TypeKind::TensorType) return std::nullopt;
+  }
+  torch::jit::Stack shapes = shapes_of(arguments);
   try {
     op.callBoxed(shapes);
   } catch (const std::exception&) {
@@ -409,6 +439,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   const c10::DeviceGuard guard(device);
   hostgpu::Stream& stream = current(device.index());
+  resize_outputs(op, arguments);
   torch::jit::Stack inputs;
   for (const c10::IValue& argument : arguments) {
     inputs.push_back(argument.isDevice() ? c10::IValue(at::Device(at::kCPU)) : with_tensors(argument, as_argument));
@@ -425,18 +456,6 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   stack->erase(first, stack->end());
   if (written.size() == schema.returns().size()) {
-    // An output whose size does not fit yet is resized by the CPU kernel, which cannot reach the tensor itself.
-    for (size_t i = 0; i < arguments.size(); ++i) {
-      if (schema.arguments()[i].is_out() && arguments[i].isTensor() && arguments[i].toTensor().numel() == 0) {
-        wait_for(stream);
-        op.callBoxed(inputs);
-        for (size_t k = 0; k < written.size(); ++k) {
-          copy_from_and_resize(inputs[k].toTensor(), written[k].toTensor());
-        }
-        stack->insert(stack->end(), written.begin(), written.end());
-        return;
-      }
-    }
     stream.run([op, inputs]() mutable {
       const at::AutoDispatchBelowADInplaceOrView below;
       op.callBoxed(inputs);
@@ -454,7 +473,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       op.callBoxed(inputs);
       const std::vector<at::Tensor> results = tensors_in(inputs);
       for (size_t i = 0; i < targets.size(); ++i) {
-        if (targets[i].defined()) targets[i].copy_(results[i]);
+        // In eval mode the CPU's batch_norm returns no statistics, where the Meta kernel has some.
+        if (targets[i].defined() && targets[i].sizes() == results[i].sizes()) targets[i].copy_(results[i]);
       }
     });
     stack->insert(stack->end(), outputs->begin(), outputs->end());
@@ -464,9 +484,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   wait_for(stream);
   op.callBoxed(inputs);
   for (const c10::IValue& result : inputs) {
-    stack->push_back(with_tensors(result, [&](const at::Tensor& tensor) {
-      return tensor.defined() ? tensor.to(device) : tensor;
-    }));
+    stack->push_back(
+        with_tensors(result, [&](const at::Tensor& tensor) { return tensor.defined() ? tensor.to(device) : tensor; }));
   }
 }
 
@@ -479,8 +498,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("empty_strided", &empty_strided);
   library.impl("resize_", &resize_);
   library.impl("set_.source_Storage_storage_offset", &set_storage);
-  library.impl("set_.source_Storage",
-               static_cast<at::Tensor& (*)(at::Tensor&, at::Storage)>(&at::native::set_));
+  library.impl("set_.source_Storage", static_cast<at::Tensor& (*)(at::Tensor&, at::Storage)>(&at::native::set_));
   library.impl("set_.source_Tensor", &at::native::set_tensor_);
   library.impl("as_strided", &at::native::as_strided_tensorimpl);
   library.impl("view", &at::native::view);
@@ -520,8 +538,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("set_delay", &hostgpu::set_delay, "Let every task start up to so many microseconds late.");
   module.def("take_error", &hostgpu::take_error, "What the device found out since the last call, or nothing.");
   module.def(
-      "synchronize",
-      [](int device) { hostgpu::synchronize_device(device < 0 ? current_device : device); },
+      "synchronize", [](int device) { hostgpu::synchronize_device(device < 0 ? current_device : device); },
       py::arg("device") = -1, py::call_guard<py::gil_scoped_release>());
   module.def("set_sync_debug_mode", [](const std::string& mode) { may_wait = mode != "error"; });
   module.def("tasks", &hostgpu::tasks);

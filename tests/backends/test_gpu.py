@@ -90,8 +90,8 @@ def test_matrix_is_bit_equal_to_the_cpu(
     ]
     plan = backends.BACKENDS[gpu_backend].Plan(gpu_shadows, gpu_lives, [False] * len(lives), [])
     plan.update(weights, skip_nonfinite)
-    for cpu, gpu in zip(chain(*cpu_shadows), chain(*gpu_shadows), strict=True):
-        torch.testing.assert_close(gpu.cpu(), cpu, rtol=0, atol=0, equal_nan=True)
+    for cpu, on_gpu in zip(chain(*cpu_shadows), chain(*gpu_shadows), strict=True):
+        torch.testing.assert_close(on_gpu.cpu(), cpu, rtol=0, atol=0, equal_nan=True)
     assert plan.nonfinite_count() == (sum(int((~live.isfinite()).sum()) for live in lives) if skip_nonfinite else 0)
 
 
