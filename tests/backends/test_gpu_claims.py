@@ -396,8 +396,7 @@ for arguments in ({}, {"backend": sys.argv[2]}, {"device": "cpu"}, {"capturable"
         with ema.swapped(in_place=True):
             pass
 others = [index for index in range(gpu.device_count()) if index != device.index]
-has_context = torch._C._cuda_hasPrimaryContext if IS_CUDA else gpu.has_context
-print("contexts", [index for index in others if has_context(index)])
+print("contexts", [i for i in others if (torch._C._cuda_hasPrimaryContext(i) if IS_CUDA else gpu.has_context(i))])
 print("current", gpu.current_device() if gpu.is_available() else 0)
 """
 
