@@ -63,11 +63,20 @@ def on_stream(stream: torch.Stream) -> Iterator[None]:
         set_stream(before)
 
 
+def new_stream(device: torch.device) -> torch.Stream:
+    """Return a stream of the device's own class where it has one, as `current_stream()` does."""
+    return getattr(torch.get_device_module(device), "Stream", torch.Stream)(device)
+
+
 def new_event(device: torch.device) -> torch.Event:
-    """Return an event that a thread can wait for asleep, where the device lets it choose."""
+    """Return an event for such streams, that a thread can wait for asleep where the device lets it choose.
+
+    Stream and event come from one module: those of torch.cuda hold what torch.Stream and torch.Event do not.
+    """
     if device.type == "cuda":  # elsewhere torch does not offer it
         return torch.cuda.Event(blocking=True)
-    return torch.Event(device)
+    own = getattr(torch.get_device_module(device), "Event", None)
+    return torch.Event(device) if own is None else own()
 
 
 def is_capturing() -> bool:
@@ -84,7 +93,7 @@ def can_copy_to_pinned(device: torch.device) -> bool:
     if not has_streams(device) or not is_available(device.type):
         return False
     try:
-        torch.Stream(device)
+        new_stream(device)
         return torch.empty(1, device="cpu", pin_memory=True).is_pinned()
     except (RuntimeError, NotImplementedError):  # a device that offers neither
         return False

@@ -546,6 +546,18 @@ def test_the_event_that_a_thread_waits_for_lets_it_sleep(monkeypatch: pytest.Mon
     assert offload.streams.new_event(torch.device("cuda", 1)) is True
 
 
+def test_stream_and_event_are_of_one_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.cuda.Event needs of a stream, a torch.Stream does not hold."""
+    for kind in ("cuda", "xpu"):
+        for name in ("Stream", "Event"):
+            monkeypatch.setattr(
+                torch.get_device_module(kind), name, lambda *_, kind=kind, name=name, **__: f"{kind} {name}"
+            )
+        device = torch.device(kind, 0)
+        assert offload.streams.new_stream(device) == f"{kind} Stream"
+        assert offload.streams.new_event(device) == f"{kind} Event"
+
+
 def test_the_thread_waits_with_its_device_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread starts on device 0: waiting there for another device's event makes a context on both."""
     happened: list[str] = []
