@@ -53,6 +53,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 
   module.doc() = "fastema's kernels; use fastema.FastEMA.";
   module.def("has_cuda", &fastema::has_cuda, "Whether the CUDA kernels were compiled in.");
+  module.def("gpu_type", [] { return c10::DeviceTypeName(fastema::kGpu, true); }, "The kind of device they run on.");
   module.def("probe_cuda", &fastema::probe_cuda, py::arg("index"), py::call_guard<py::gil_scoped_release>(),
              "Why the CUDA kernels cannot run on this device, or None.");
   module.def("advance_clock", &fastema::advance_clock, py::call_guard<py::gil_scoped_release>(),

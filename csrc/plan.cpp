@@ -141,7 +141,7 @@ bool has_cuda() {
 
 std::optional<std::string> probe_cuda(int index) {
 #ifdef FASTEMA_WITH_CUDA
-  const c10::DeviceGuard guard(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index)));
+  const c10::DeviceGuard guard(at::Device(kGpu, static_cast<c10::DeviceIndex>(index)));
   const CudaError error = probe(index);
   return error == nullptr ? std::nullopt : std::optional<std::string>(error);
 #else
@@ -158,7 +158,7 @@ Plan::Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor>
     throw std::invalid_argument("lows must be empty, or have an entry for every shadow");
   }
   if (!lives_.empty()) device_ = lives_.front().device();
-  if (!device_.is_cpu() && !device_.is_cuda()) {
+  if (!device_.is_cpu() && device_.type() != kGpu) {
     throw std::invalid_argument("the native backend runs on CPU and CUDA, the tensors are on " + device_.str());
   }
   std::vector<Chunk> chunks;
@@ -179,7 +179,7 @@ Plan::Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor>
   work_ = CpuChunks(std::move(chunks), static_cast<int>(shadows_.size()));
   view_versions_.reserve(views.size());
   for (const at::Tensor& view : views) view_versions_.push_back(view.unsafeGetTensorImpl()->version_counter());
-  if (device_.is_cuda()) {
+  if (!device_.is_cpu()) {
     const int64_t bytes = static_cast<int64_t>(work_.chunks.size() * sizeof(Chunk));
     const at::Tensor table = at::from_blob(work_.chunks.data(), {bytes}, at::TensorOptions().dtype(at::kByte));
     device_chunks_ = table.to(device_);
@@ -269,7 +269,7 @@ void advance_clock(const at::Tensor& table, int64_t update_every, const std::opt
   const auto data = [&](const at::Tensor& tensor, at::ScalarType type, int64_t count, const char* name) {
     return const_cast<void*>(scalars(tensor, type, count, device, name));
   };
-  if (!device.is_cuda() || table.dim() != 2 || table.size(0) < 1 || update_every < 1) {
+  if (device.type() != kGpu || table.dim() != 2 || table.size(0) < 1 || update_every < 1) {
     throw std::invalid_argument("the clock needs a table [rows, shadows] on a CUDA device and update_every >= 1");
   }
 #ifdef FASTEMA_WITH_CUDA

@@ -15,6 +15,12 @@ namespace fastema {
 
 using OptionalTensors = std::vector<std::vector<std::optional<at::Tensor>>>;
 
+#ifdef FASTEMA_GPU  // tests/accelerator runs the kernels on a device of its own
+constexpr at::DeviceType kGpu = FASTEMA_GPU;
+#else
+constexpr at::DeviceType kGpu = at::kCUDA;
+#endif
+
 class Plan {
  public:
   // One segment per index i, under K shadows: shadows[k][i] and lives[i] are 1-D, contiguous, of equal length and on

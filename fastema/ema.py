@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastema import backends
 from fastema.backends.atomic import Step, run_atomically
+from fastema.backends.streams import is_capturing
 from fastema.core import compile as compiled
 from fastema.core import state, swap
 from fastema.core.checks import checked_count, checked_device, checked_shadow_dtype
@@ -322,7 +323,7 @@ class FastEMA:
             ValueError: `in_place` where it could not be undone exactly; no such average.
         """
         self._refuse_while_applied("apply_shadow()")
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             raise RuntimeError(
                 "apply_shadow() during CUDA graph capture would bake the exchanged addresses into it: swap outside"
             )

@@ -46,6 +46,7 @@ from torch.optim import swa_utils as _torch_swa_utils
 from torch.optim.swa_utils import SWALR
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
+from fastema.backends.streams import is_capturing
 from fastema.core.compile import refuse_freezing
 from fastema.core.paired_modules import PairedModules, Update, UseTorchFallback, tensors_by_name
 from fastema.core.swap import Swap
@@ -303,7 +304,7 @@ class AveragedModel(_TorchAveragedModel):
             ValueError: this model cannot be swapped with the average; says why. Nothing is changed.
         """
         self._refuse_while_swapped("swapped()")
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             raise RuntimeError("swapped() during CUDA graph capture would bake the exchanged addresses into it")
         refuse_freezing(model.parameters(), model.modules())
         pairs = self._pairs_for_swap(model)

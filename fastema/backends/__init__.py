@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-from torch import Tensor, float32, get_device_module
+from torch import Tensor, accelerator, float32
 from torch import device as Device  # not `import torch`: the submodule of that name would take its place
 
 from fastema.backends import native, triton
 from fastema.backends import torch as plain_torch
+from fastema.backends.streams import with_index
 
-_GPUS = ("cuda", "xpu")
 BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "torch": plain_torch}
 
 
@@ -50,12 +50,11 @@ def report() -> list[BackendReport]:
 
 
 def _devices() -> list[Device]:
-    """Return every device; where there is no GPU, "cuda" stands for the one that is missing."""
-    found = [Device("cpu")]
-    for kind in _GPUS:
-        gpu = get_device_module(kind)
-        found += [Device(kind, index) for index in range(gpu.device_count() if gpu.is_available() else 0)]
-    return found if len(found) > 1 else [*found, Device("cuda")]
+    """Return every device; where there is no accelerator, "cuda" stands for the one that is missing."""
+    kind = accelerator.current_accelerator() if accelerator.is_available() else None
+    if kind is None:
+        return [Device("cpu"), Device("cuda")]
+    return [Device("cpu"), *(Device(kind.type, index) for index in range(accelerator.device_count()))]
 
 
 def default_name() -> str:
@@ -71,9 +70,7 @@ def select(name: str, device: Device | str) -> ModuleType:
     Raises:
         ValueError: an unknown name, or a backend asked for by name that cannot run there.
     """
-    device = Device(device)
-    if device.index is None and device.type in _GPUS and get_device_module(device).is_available():
-        device = Device(device.type, get_device_module(device).current_device())
+    device = with_index(Device(device))
     if name != "auto":
         return _select_by_name(name, device)
     reasons: list[str] = []

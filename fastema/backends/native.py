@@ -14,6 +14,8 @@ from typing import Any
 
 import torch  # its libraries must be loaded before fastema._C
 
+from fastema.backends.streams import is_available
+
 NAME = "native"
 
 _C: Any
@@ -44,11 +46,11 @@ def why_unusable(device_type: str) -> str | None:
         return f"fastema._C is not available ({reason}); reinstall with --no-build-isolation and a C++ compiler"
     if device_type == "cpu":
         return None
-    if device_type != "cuda":
+    if device_type != _C.gpu_type():
         return f"there are no kernels for {device_type}"
     if not _C.has_cuda():
         return f"fastema._C was built without CUDA ({_build_record().get('cuda') or 'no record'})"
-    if not torch.cuda.is_available():
+    if not is_available(device_type):
         return "built, but torch sees no CUDA device"
     return None
 
@@ -56,7 +58,7 @@ def why_unusable(device_type: str) -> str | None:
 @cache
 def probe(device: torch.device) -> str | None:
     """Return why the kernels cannot run on this very device, or None: no machine code for it, or too old a driver."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return None
     try:
         reason = _C.probe_cuda(device.index)
@@ -73,13 +75,13 @@ def probe(device: torch.device) -> str | None:
 
 def clock_launch(device: torch.device) -> Callable[..., None] | None:
     """Return the kernel that does a step of a DeviceSchedule in one launch, or None where it cannot run."""
-    if device.type != "cuda" or why_unusable("cuda") is not None or probe(device) is not None:
+    if device.type == "cpu" or why_unusable(device.type) is not None or probe(device) is not None:
         return None
     return _C.advance_clock
 
 
 def describe(device_type: str) -> str:
     """Describe what runs on this kind of device."""
-    if device_type == "cuda":
+    if device_type != "cpu":
         return "CUDA kernels, swap by pointer"
     return f"C++ kernels ({_C.cpu_isa()}, {torch.get_num_threads()} threads), swap by pointer"

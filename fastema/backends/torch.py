@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastema.backends import contract, planes
 from fastema.backends.atomic import Step, run_atomically
-from fastema.backends.streams import Streams
+from fastema.backends.streams import Streams, has_streams, is_available
 
 NAME = "torch"
 
@@ -24,7 +24,7 @@ _BATCH, _GPU_BATCH = 1 << 18, 1 << 22
 
 def why_unusable(device_type: str) -> str | None:
     """Return why the backend cannot run on this kind of device, or None."""
-    if device_type in ("cuda", "xpu") and not torch.get_device_module(device_type).is_available():
+    if not is_available(device_type):
         return f"torch sees no {device_type.upper()} device"
     return None
 
@@ -72,7 +72,7 @@ class Plan:
         self._streams = [
             Streams(device, (tensor for tensor in tensors if tensor.device == device))
             for device in {tensor.device for tensor in tensors}
-            if device.type != "cpu"
+            if has_streams(device)
         ]
 
     @torch.no_grad()

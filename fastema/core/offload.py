@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastema.backends import contract
+from fastema.backends import contract, streams
 
 _ALIGNMENT = 64  # bytes: a cache line, and a multiple of every element
 _BLOCK = 64 << 20  # torch rounds pinned memory up to a power of two: one block of all the weights may waste half of it
@@ -48,51 +48,51 @@ class Transfer(Protocol):
 
 def transfer_between(live: torch.device, shadow: torch.device) -> Transfer | None:
     """Return what copies weights to a shadow on another device without a wait; None: there is nothing."""
-    return CudaTransfer(live) if live.type == "cuda" and shadow.type == "cpu" else None
+    return StreamTransfer(live) if shadow.type == "cpu" and streams.can_copy_to_pinned(live) else None
 
 
 @dataclass(frozen=True)
-class CudaCopy:
+class StreamCopy:
     """A copy whose end an event marks."""
 
     device: torch.device
-    copied: torch.cuda.Event
+    copied: torch.Event
 
     def order_writes(self) -> None:
-        with torch.cuda.device(self.device):
+        with streams.being_current(self.device):
             _refuse_capture("the step after an update()")
-            torch.cuda.current_stream().wait_event(self.copied)
+            streams.current_stream(self.device).wait_event(self.copied)
 
     def wait(self) -> None:
-        with torch.cuda.device(self.device):  # a thread starts on device 0, and waiting makes a context there
+        with streams.being_current(self.device):  # a thread starts on device 0, and waiting makes a context there
             self.copied.synchronize()
 
 
-class CudaTransfer:
+class StreamTransfer:
     """Transfer on a stream of its own, ordered by events alone: the host never waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = streams.new_stream(device)
 
     def host_memory(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
-    def start(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> CudaCopy:
-        with torch.cuda.device(self._device):
+    def start(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> StreamCopy:
+        with streams.being_current(self._device):
             _refuse_capture("update()")
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+            self._stream.wait_stream(streams.current_stream(self._device))
+            with streams.on_stream(self._stream):
                 for host, device in pairs:
                     host.copy_(device, non_blocking=True)
-                # blocking: the thread that waits sleeps instead of spinning through the rest of the step
-                copied = torch.cuda.Event(blocking=True)
+                # the thread that waits sleeps instead of spinning through the rest of the step
+                copied = streams.new_event(self._device)
                 copied.record(self._stream)
-        return CudaCopy(self._device, copied)
+        return StreamCopy(self._device, copied)
 
 
 def _refuse_capture(what: str) -> None:
-    if torch.cuda.is_current_stream_capturing():
+    if streams.is_capturing():
         raise RuntimeError(
             f"{what} during CUDA graph capture, with a shadow in host memory: a replay would run no average. Capture "
             "the step of an optimizer that is not attached, and call update() after each replay"

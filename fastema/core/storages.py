@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastema.backends.streams import current_stream, has_streams
 from fastema.core.policy import Managed
 
 _UNIT = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
@@ -318,8 +319,8 @@ class SwapBuffer:
         # numpy() marks a storage as fixed: an array taken in the block still reads the scratch memory.
         if self.casts and self.storage.resizable() and self.live.resizable():
             scratch = self.casts[0][0]
-            if scratch.device.type != "cpu":  # what reads it was enqueued before on this stream, not the allocating one
-                scratch.record_stream(torch.get_device_module(scratch.device).current_stream(scratch.device))
+            if has_streams(scratch.device):  # what reads it was enqueued before on this stream, not the allocating one
+                scratch.record_stream(current_stream(scratch.device))
             self.storage.resize_(0)
 
     def view_of(self, tensor: Tensor) -> Tensor:

@@ -121,7 +121,9 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, torch.device], 
         monkeypatch.setattr(backend, "describe", lambda device_type: "kernels")
     monkeypatch.setattr(plain_torch, "why_unusable", lambda device_type: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(backends, "_warned", set())
     return reasons
@@ -259,6 +261,7 @@ def test_memory_is_recorded_once_on_every_stream_that_uses_it(monkeypatch: pytes
     for gpu.stream in ("first", "second", "first", "second"):
         streams.note_current()
     assert memory.streams == ["first", "second"]
+    monkeypatch.undo()
     on_cpu = Streams(torch.device("cpu"), [memory])  # type: ignore[list-item]
     on_cpu.note_current()
     assert memory.streams == ["first", "second"]

@@ -1,4 +1,4 @@
-"""Tests that need a GPU. `make gpu-test` runs these; elsewhere they are skipped."""
+"""Tests that need a GPU: `make gpu-test` runs these; so does tests/accelerator, on a device that is made up."""
 
 from __future__ import annotations
 
@@ -11,23 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from cases import DTYPE_PAIRS, SIZES, values
+from cases.gpu import (
+    BACKENDS,
+    DEVICE,
+    allocations,
+    enqueued_by,
+    gpu,
+    needs_cuda,
+    needs_gpu,
+    new_stream,
+    no_waiting,
+    on,
+    sleep,
+)
 from fastema import FastEMA, backends
 from fastema.backends import native
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no CUDA device: run `make gpu-test` on a machine with one"
-    ),
-]
-GPU_BACKENDS = ["native", "triton"]
+pytestmark = needs_gpu
 
 
-@pytest.fixture(params=GPU_BACKENDS)
+@pytest.fixture(params=BACKENDS)
 def gpu_backend(request: pytest.FixtureRequest) -> str:
-    """A backend with kernels of its own on the GPU."""
+    """A backend that runs on the GPU."""
     module = backends.BACKENDS[request.param]
-    reason = module.why_unusable("cuda")
+    reason = module.why_unusable(DEVICE)
     if reason is not None:
         pytest.skip(reason)
     return request.param
@@ -55,7 +62,7 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def flat(tensor: Tensor, offset: int) -> Tensor:
     """The same values on the GPU, `offset` elements into a larger buffer: no longer 16-byte aligned."""
-    room = torch.zeros(tensor.numel() + offset, dtype=tensor.dtype, device="cuda")
+    room = torch.zeros(tensor.numel() + offset, dtype=tensor.dtype, device=DEVICE)
     room[offset:].copy_(tensor)
     return room[offset:]
 
@@ -83,15 +90,15 @@ def test_matrix_is_bit_equal_to_the_cpu(
     ]
     plan = backends.BACKENDS[gpu_backend].Plan(gpu_shadows, gpu_lives, [False] * len(lives), [])
     plan.update(weights, skip_nonfinite)
-    for cpu, gpu in zip(chain(*cpu_shadows), chain(*gpu_shadows), strict=True):
-        torch.testing.assert_close(gpu.cpu(), cpu, rtol=0, atol=0, equal_nan=True)
+    for cpu, on_gpu in zip(chain(*cpu_shadows), chain(*gpu_shadows), strict=True):
+        torch.testing.assert_close(on_gpu.cpu(), cpu, rtol=0, atol=0, equal_nan=True)
     assert plan.nonfinite_count() == (sum(int((~live.isfinite()).sum()) for live in lives) if skip_nonfinite else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_training_is_that_of_the_cpu(gpu_backend: str, dtype: torch.dtype) -> None:
     on_cpu = make_model(dtype)
-    on_gpu = copy.deepcopy(on_cpu).cuda()
+    on_gpu = copy.deepcopy(on_cpu).to(DEVICE)
     emas = [
         FastEMA(on_cpu, decay=[0.9, 0.99], decay_type="constant"),
         FastEMA(on_gpu, decay=[0.9, 0.99], decay_type="constant", backend=gpu_backend),
@@ -110,50 +117,44 @@ def test_a_training_is_that_of_the_cpu(gpu_backend: str, dtype: torch.dtype) -> 
 
 
 def test_an_update_is_one_launch_without_allocation_copy_or_wait(gpu_backend: str) -> None:
-    model = make_model().cuda()
-    model.half_part = nn.Linear(5, 5).cuda().bfloat16()
+    if gpu_backend == "torch":
+        pytest.skip("it has no kernels of its own")
+    model = make_model().to(DEVICE)
+    model.half_part = nn.Linear(5, 5).to(DEVICE).bfloat16()
     ema = FastEMA(model, backend=gpu_backend)
     ema.update()
-    torch.cuda.synchronize()
-    allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            ema.update()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations
-    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    gpu.synchronize()
+    before = allocations()
+    with no_waiting():
+        on_device = enqueued_by(ema.update)
+    assert allocations() == before
     assert not any("memcpy" in name.lower() or "memset" in name.lower() for name in on_device), on_device
-    most = 1 if gpu_backend == "native" else 3  # Triton: one for each dtype pair, f32, f32 <- bf16 and copies
+    most = 3 if gpu_backend == "triton" else 1  # Triton: one for each dtype pair, f32, f32 <- bf16 and copies
     assert 1 <= len(on_device) <= most, on_device
 
 
 def test_a_capturable_update_is_two_launches() -> None:
-    reason = native.why_unusable("cuda")
+    reason = native.why_unusable(DEVICE)
     if reason is not None:
         pytest.skip(reason)
-    ema = FastEMA(make_model().cuda(), capturable=True, backend="native")
-    found_inf = torch.zeros((), device="cuda")
+    ema = FastEMA(make_model().to(DEVICE), capturable=True, backend="native")
+    found_inf = torch.zeros((), device=DEVICE)
     ema.update(found_inf=found_inf)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        ema.update(found_inf=found_inf)
-        torch.cuda.synchronize()
-    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = enqueued_by(lambda: ema.update(found_inf=found_inf))
     assert len(on_device) == 2, on_device
 
 
+@needs_cuda
 @pytest.mark.parametrize("decay_type", ["constant", "threshold", "warmup", "exp"])
 def test_a_captured_step_replays_with_the_right_decay(gpu_backend: str, decay_type: str) -> None:
     arguments: dict[str, Any] = {"decay": 0.99, "decay_type": decay_type, "total_steps": 20, "backend": gpu_backend}
-    model = make_model().cuda()
+    model = make_model().to(DEVICE)
     parameters = list(model.parameters())
     eager_model = copy.deepcopy(model)
     captured = FastEMA(model, capturable=True, **arguments)
     eager = FastEMA(eager_model, **arguments)
-    change = torch.zeros((), device="cuda")
-    found_inf = torch.zeros((), device="cuda")
+    change = torch.zeros((), device=DEVICE)
+    found_inf = torch.zeros((), device=DEVICE)
 
     def step() -> None:
         torch._foreach_add_(parameters, change)
@@ -185,7 +186,7 @@ def test_a_captured_step_replays_with_the_right_decay(gpu_backend: str, decay_ty
 
 
 def test_an_exchange_in_place_keeps_addresses_and_bits(gpu_backend: str) -> None:
-    model = make_model().cuda()
+    model = make_model().to(DEVICE)
     ema = FastEMA(model, decay=0.5, decay_type="constant", backend=gpu_backend)
     move(model, 1)
     ema.update()
@@ -198,12 +199,12 @@ def test_an_exchange_in_place_keeps_addresses_and_bits(gpu_backend: str) -> None
 
 
 def test_it_runs_on_the_current_stream(gpu_backend: str) -> None:
-    model = nn.Linear(4096, 4096).cuda()
+    model = nn.Linear(4096, 4096).to(DEVICE)
     ema = FastEMA(model, decay=0.0, decay_type="constant", backend=gpu_backend)
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side), torch.no_grad():
-        torch.cuda._sleep(100_000_000)  # the default stream would overtake this
+    gpu.synchronize()
+    side = new_stream()
+    with on(side), torch.no_grad():
+        sleep()  # the default stream would overtake this
         model.weight.fill_(3.0)
         ema.update()
     side.synchronize()
@@ -211,22 +212,23 @@ def test_it_runs_on_the_current_stream(gpu_backend: str) -> None:
 
 
 def test_found_inf_on_the_device_skips(gpu_backend: str) -> None:
-    model = nn.Linear(3, 3).cuda()
+    model = nn.Linear(3, 3).to(DEVICE)
     ema = FastEMA(model, decay=0.5, decay_type="constant", backend=gpu_backend)
     before = copy.deepcopy(ema.shadow_state_dict())
     move(model, 1)
-    ema.update(found_inf=torch.ones(1, device="cuda"))
+    ema.update(found_inf=torch.ones(1, device=DEVICE))
     assert equal(before, ema.shadow_state_dict())
-    ema.update(found_inf=torch.zeros(1, device="cuda"))
+    ema.update(found_inf=torch.zeros(1, device=DEVICE))
     assert not equal(before, ema.shadow_state_dict())
 
 
+@needs_cuda
 def test_more_elements_than_an_int_counts(gpu_backend: str) -> None:
     count = 2**31 + 1021
     free, _ = torch.cuda.mem_get_info()
     if free < 10 * count:
         pytest.skip(f"needs {10 * count >> 30} GiB of free GPU memory, there are {free >> 30}")
-    live = torch.ones(count, dtype=torch.bfloat16, device="cuda")
+    live = torch.ones(count, dtype=torch.bfloat16, device=DEVICE)
     ema = FastEMA([("w", live)], decay=0.75, decay_type="constant", backend=gpu_backend)
     live.fill_(2.0)
     live[-1] = 4.0
@@ -238,9 +240,9 @@ def test_more_elements_than_an_int_counts(gpu_backend: str) -> None:
 
 
 def test_a_model_over_two_devices(gpu_backend: str) -> None:
-    if torch.cuda.device_count() < 2:
+    if gpu.device_count() < 2:
         pytest.skip("one CUDA device")
-    model = nn.Sequential(nn.Linear(3, 3).to("cuda:0"), nn.Linear(3, 3).to("cuda:1"))
+    model = nn.Sequential(nn.Linear(3, 3).to(f"{DEVICE}:0"), nn.Linear(3, 3).to(f"{DEVICE}:1"))
     ema = FastEMA(model, decay=0.5, decay_type="constant", backend=gpu_backend)
     move(model, 1)
     ema.update()
@@ -249,7 +251,7 @@ def test_a_model_over_two_devices(gpu_backend: str) -> None:
 
 
 def test_a_shadow_in_host_memory(gpu_backend: str) -> None:
-    model = make_model().cuda()
+    model = make_model().to(DEVICE)
     ema = FastEMA(model, decay=0.5, decay_type="constant", device="cpu", backend=gpu_backend)
     move(model, 1)
     ema.update()

@@ -1,4 +1,5 @@
 """README's claims about GPUs, each with a test that fails if it does not hold. `make gpu-test` runs those on "cuda".
+tests/accelerator runs them on a device that is made up.
 
 Where a claim makes sense on a CPU, the same body runs there too, so that a mistake in the test is found without a GPU;
 streams are nothing there, and a captured graph is a function that reads the weights at the addresses they had.
@@ -23,20 +24,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from cases.gpu import BACKENDS, DEVICE, current_stream, gpu, needs_cuda, needs_gpu, new_stream, on, sleep
 from fastema import FastEMA, backends
 
-NO_GPU = "no CUDA device: run `make gpu-test` on a machine with one"
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)]
-BOTH = ["cpu", pytest.param("cuda", marks=on_gpu)]
-LONG = 500_000_000  # cycles: a quarter of a second, in which the host runs far ahead
+BOTH = ["cpu", pytest.param(DEVICE, marks=needs_gpu)]
+ON_CUDA = ["cpu", pytest.param(DEVICE, marks=[*needs_gpu, needs_cuda])]
 
 
-def backends_on(device: str) -> list[Any]:
-    names = ["native", "torch"] if device == "cpu" else ["native", "triton"]
-    return [pytest.param(device, name, marks=on_gpu if device == "cuda" else []) for name in names]
+def backends_on(device: str, *marks: Any) -> list[Any]:
+    names = ["native", "torch"] if device == "cpu" else BACKENDS
+    return [pytest.param(device, name, marks=[*marks, *(needs_gpu if device == DEVICE else [])]) for name in names]
 
 
-KERNELS = backends_on("cpu") + backends_on("cuda")
+KERNELS = backends_on("cpu") + backends_on(DEVICE)
+KERNELS_ON_CUDA = backends_on("cpu") + backends_on(DEVICE, needs_cuda)
 
 
 def needs(backend: str, device: str) -> None:
@@ -70,30 +71,30 @@ class Side:
     """A second stream; on a CPU everything is in order anyway."""
 
     def __init__(self, device: str) -> None:
-        self._stream = torch.cuda.Stream() if device == "cuda" else None
+        self._stream = None if device == "cpu" else new_stream()
 
     def entered(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        return nullcontext() if self._stream is None else on(self._stream)
 
     def follows_main(self) -> None:
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
+            self._stream.wait_stream(current_stream())
 
     def precedes_main(self) -> None:
         if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            current_stream().wait_stream(self._stream)
 
     def is_late(self) -> None:
         """Make what is enqueued from now on run after what the host does next."""
         if self._stream is not None:
-            with torch.cuda.stream(self._stream):
-                torch.cuda._sleep(LONG)
+            with on(self._stream):
+                sleep()
 
 
 # ---- gradient scaler and autocast ----
 
 
-@pytest.mark.parametrize("device", BOTH)
+@pytest.mark.parametrize("device", ON_CUDA)
 def test_a_step_that_a_real_scaler_skips_inside_a_fused_optimizer_is_not_averaged(device: str) -> None:
     """A fused optimizer steps always, and skips in its kernel: the hook runs, and found_inf alone tells."""
     model = make_model(device)
@@ -117,7 +118,7 @@ def test_a_step_that_a_real_scaler_skips_inside_a_fused_optimizer_is_not_average
     assert ema.num_updates == 4
 
 
-@pytest.mark.parametrize("device", BOTH)
+@pytest.mark.parametrize("device", ON_CUDA)
 def test_autocast_sees_the_averaged_weights(device: str) -> None:
     """Autocast keeps the casts of weights until its outermost block ends; a swap within it must not be served those."""
     model = make_model(device)
@@ -171,7 +172,7 @@ def recorded_forward(model: nn.Module, features: Tensor) -> Callable[[], Tensor]
     return replay
 
 
-@pytest.mark.parametrize(("device", "backend"), KERNELS)
+@pytest.mark.parametrize(("device", "backend"), KERNELS_ON_CUDA)
 def test_a_graph_of_the_forward_replays_with_the_average_inside_swapped_in_place(device: str, backend: str) -> None:
     needs(backend, device)
     model = make_model(device)
@@ -191,7 +192,7 @@ def test_a_graph_of_the_forward_replays_with_the_average_inside_swapped_in_place
     assert not torch.allclose(live, averaged)
 
 
-@pytest.mark.parametrize(("device", "backend"), KERNELS)
+@pytest.mark.parametrize(("device", "backend"), KERNELS_ON_CUDA)
 def test_the_first_update_of_all_may_be_inside_a_capture(device: str, backend: str) -> None:
     """Whatever compiles or loads at a first launch did so when FastEMA was built."""
     needs(backend, device)
@@ -218,7 +219,7 @@ def test_the_first_update_of_all_may_be_inside_a_capture(device: str, backend: s
     assert all(equal(averages(ema, which), averages(expected, which)) for which in range(3))
 
 
-@pytest.mark.parametrize(("device", "backend"), KERNELS)
+@pytest.mark.parametrize(("device", "backend"), KERNELS_ON_CUDA)
 def test_what_was_captured_may_be_replayed_after_a_rebuild(device: str, backend: str) -> None:
     """It averages tensors that the model no longer has, into memory that nobody else was given."""
     needs(backend, device)
@@ -246,7 +247,7 @@ def test_what_was_captured_may_be_replayed_after_a_rebuild(device: str, backend:
     assert equal(averages(ema), average)
 
 
-@pytest.mark.parametrize("device", BOTH)
+@pytest.mark.parametrize("device", ON_CUDA)
 def test_a_swap_under_reduce_overhead(device: str) -> None:
     model = make_model(device).eval()
     compiled: Any = (
@@ -270,7 +271,7 @@ def test_a_swap_under_reduce_overhead(device: str) -> None:
                 torch.testing.assert_close(compiled(features).clone(), live)
 
 
-@pytest.mark.parametrize(("device", "backend"), KERNELS)
+@pytest.mark.parametrize(("device", "backend"), KERNELS_ON_CUDA)
 def test_update_in_a_compiled_step(device: str, backend: str) -> None:
     needs(backend, device)
     torch._dynamo.reset()
@@ -304,6 +305,8 @@ def test_update_in_a_compiled_step(device: str, backend: str) -> None:
 def test_built_on_one_stream_updated_on_another_and_dropped(device: str, backend: str, capturable: bool) -> None:
     """The late update writes into its own memory, although the allocator of the first stream was free to reuse it."""
     needs(backend, device)
+    if capturable and backend == "torch" and device != "cpu":
+        pytest.skip("capturable=True needs kernels on a GPU")
     model = make_model(device, width=512)
     ema = FastEMA(model, decay=0.5, backend=backend, capturable=capturable)
     side = Side(device)
@@ -372,6 +375,10 @@ def test_scratch_of_a_swap_is_not_reused_while_a_forward_reads_it(device: str) -
 # Only `device` is used; at the end no other GPU may hold a context, which costs some 500 MB of its memory.
 _ONE_DEVICE = """
 import sys, torch
+sys.path.insert(0, "tests")
+from accelerator.load import load_if_asked
+load_if_asked()
+from cases.gpu import IS_CUDA, gpu
 from fastema import FastEMA
 device = torch.device(sys.argv[1])
 model = torch.nn.Linear(64, 64, device=device)
@@ -388,20 +395,20 @@ for arguments in ({}, {"backend": sys.argv[2]}, {"device": "cpu"}, {"capturable"
     if arguments.get("device") is None:
         with ema.swapped(in_place=True):
             pass
-others = [index for index in range(torch.cuda.device_count()) if index != device.index]
-print("contexts", [index for index in others if torch._C._cuda_hasPrimaryContext(index)])
-print("current", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+others = [index for index in range(gpu.device_count()) if index != device.index]
+print("contexts", [i for i in others if (torch._C._cuda_hasPrimaryContext(i) if IS_CUDA else gpu.has_context(i))])
+print("current", gpu.current_device() if gpu.is_available() else 0)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "backend"),
-    [("cpu", "native"), *(pytest.param("cuda:1", name, marks=on_gpu) for name in ("native", "triton"))],
+    [("cpu", "native"), *(pytest.param(f"{DEVICE}:1", name, marks=needs_gpu) for name in BACKENDS)],
 )
 def test_no_other_gpu_is_touched(device: str, backend: str) -> None:
-    if device != "cpu" and torch.cuda.device_count() < 2:
-        pytest.skip("one CUDA device")
+    if device != "cpu" and gpu.device_count() < 2:
+        pytest.skip("one GPU")
     needs(backend, device.partition(":")[0])
     result = subprocess.run(
         [sys.executable, "-c", _ONE_DEVICE, device, backend],
@@ -466,7 +473,9 @@ def one_rank(backend: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("device", "collectives"), [("cpu", "gloo"), pytest.param("cuda", "nccl", marks=on_gpu)])
+@pytest.mark.parametrize(
+    ("device", "collectives"), [("cpu", "gloo"), pytest.param("cuda", "nccl", marks=[*needs_gpu, needs_cuda])]
+)
 def test_fsdp2_on_one_card(device: str, collectives: str) -> None:
     twin = make_model(device)
     model = copy.deepcopy(twin)

@@ -38,15 +38,16 @@ LAYOUTS: dict[str, Callable[[torch.dtype], Tensor]] = {
 
 def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Normal numbers over four orders of magnitude, positive and negative."""
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
-    scale = torch.randint(-2, 3, shape, generator=generator).double()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    scale = torch.randint(-2, 3, shape, generator=generator, device="cpu").double()
     numbers = numbers * 10.0**scale
     if dtype.is_complex:
-        return torch.complex(numbers, torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+        imaginary = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return torch.complex(numbers, imaginary).to(torch.get_default_device(), dtype)
     if dtype == torch.bool:
-        return numbers > 0
-    return numbers.to(dtype)
+        return (numbers > 0).to(torch.get_default_device())
+    return numbers.to(torch.get_default_device(), dtype)
 
 
 def with_offset(tensor: Tensor, offset: int) -> Tensor:
@@ -99,7 +100,7 @@ def raw(tensor: Tensor) -> bytes:
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.numel() == 0:
         return b""
-    return tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+    return tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).cpu().numpy().tobytes()
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:

@@ -25,7 +25,7 @@ def exact(tensor: Tensor) -> Array:
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj().to(torch.complex128))
-    return tensor.resolve_neg().double().numpy().astype(np.longdouble)
+    return tensor.resolve_neg().cpu().double().numpy().astype(np.longdouble)
 
 
 def averaged(shadow: Array, live: Array, weight: float, skip_nonfinite: bool = True) -> Array:

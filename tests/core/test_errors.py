@@ -419,7 +419,8 @@ def test_copy_to_another_kind_of_model() -> None:
 def test_an_exchange_during_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured, the exchanged addresses would be in the graph for ever. Simulated: the check comes first."""
     model, ema = worked()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with nothing_changes(model, ema), pytest.raises(RuntimeError, match="during CUDA graph capture"):
         ema.apply_shadow()

@@ -531,82 +531,31 @@ def test_weights_on_the_cpu_are_averaged_directly() -> None:
     assert offload.transfer_between(meta, cpu) is None
 
 
-class FakeCuda:
-    """Notes what is asked of `torch.cuda`, in order."""
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-        self.capturing = False
-        fake = self
-
-        class Event:
-            def __init__(self, blocking: bool = False) -> None:
-                assert blocking, "a thread that spins takes a core from the training"
-
-            def record(self, stream: Any) -> None:
-                fake.seen.append(f"{stream} records")
-
-            def synchronize(self) -> None:
-                fake.seen.append("the thread waits")
-
-        class Stream:
-            def __init__(self, device: Any = None, name: str = "side") -> None:
-                self.name = name
-
-            def __repr__(self) -> str:
-                return self.name
-
-            def wait_stream(self, other: Any) -> None:
-                fake.seen.append(f"{self} waits for {other}")
-
-            def wait_event(self, event: Any) -> None:
-                fake.seen.append(f"{self} waits")
-
-        @contextmanager
-        def stream(which: Any) -> Iterator[None]:
-            fake.seen.append(f"on {which}:")
-            yield
-            fake.seen.append(f"off {which}")
-
-        self.Event, self.Stream, self.stream = Event, Stream, stream
-
-    @contextmanager
-    def device(self, device: Any) -> Iterator[None]:
-        yield
-
-    def current_stream(self, device: Any = None) -> Any:
-        return self.Stream(name="training")
-
-    def is_current_stream_capturing(self) -> bool:
-        return self.capturing
-
-
-def test_streams_and_events_are_used_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeCuda()
-    transfer = offload.CudaTransfer.__new__(offload.CudaTransfer)
-    monkeypatch.setattr(torch, "cuda", fake)
-    transfer.__init__(torch.device("cuda:0"))  # type: ignore[misc]
-    host, device = torch.zeros(3), torch.ones(3)
-    copied = transfer.start([(host, device)])
-    copied.order_writes()
-    copied.wait()
-    assert fake.seen == [
-        "side waits for training",
-        "on side:",
-        "side records",
-        "off side",
-        "training waits",
-        "the thread waits",
-    ]
-    assert torch.equal(host, device)
-    fake.capturing = True
+def test_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload.streams, "is_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="a replay would run no average"):
-        transfer.start([(host, device)])
-    with pytest.raises(RuntimeError, match="not attached"):
-        copied.order_writes()
+        offload._refuse_capture("update()")
 
 
-# ---- the CUDA copy, as far as it goes without a device ----
+# ---- the copy on a stream, as far as it goes without a device; tests/accelerator has the rest ----
+
+
+def test_the_event_that_a_thread_waits_for_lets_it_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that spins takes a core from the training."""
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking=False: blocking)
+    assert offload.streams.new_event(torch.device("cuda", 1)) is True
+
+
+def test_stream_and_event_are_of_one_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.cuda.Event needs of a stream, a torch.Stream does not hold."""
+    for kind in ("cuda", "xpu"):
+        for name in ("Stream", "Event"):
+            monkeypatch.setattr(
+                torch.get_device_module(kind), name, lambda *_, kind=kind, name=name, **__: f"{kind} {name}"
+            )
+        device = torch.device(kind, 0)
+        assert offload.streams.new_stream(device) == f"{kind} Stream"
+        assert offload.streams.new_event(device) == f"{kind} Event"
 
 
 def test_the_thread_waits_with_its_device_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -628,5 +577,5 @@ def test_the_thread_waits_with_its_device_set(monkeypatch: pytest.MonkeyPatch) -
             happened.append("wait")
 
     monkeypatch.setattr(torch.cuda, "device", Guard)
-    offload.CudaCopy(torch.device("cuda", 1), Event()).wait()  # type: ignore[arg-type]
+    offload.StreamCopy(torch.device("cuda", 1), Event()).wait()  # type: ignore[arg-type]
     assert happened == ["set cuda:1", "wait", "reset"]

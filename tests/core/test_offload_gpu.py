@@ -1,4 +1,4 @@
-"""A shadow in host memory of weights on a GPU, with real streams: `make gpu-test`. Elsewhere these are skipped."""
+"""A shadow in host memory of weights on a GPU, with streams: `make gpu-test`, and tests/accelerator without a GPU."""
 
 from __future__ import annotations
 
@@ -9,29 +9,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cases.gpu import DEVICE, current_stream, gpu, needs_cuda, needs_gpu, no_waiting, on, sleep
 from fastema import FastEMA
 from fastema.backends import native
 
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no CUDA device: run `make gpu-test` on a machine with one"
-    ),
+    *needs_gpu,
     pytest.mark.skipif(native.why_unusable("cpu") is not None, reason="fastema._C is not available"),
 ]
-LONG = 1_000_000_000  # cycles: about half a second
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(2)
     layers = [nn.Linear(64, 257), nn.BatchNorm1d(257), nn.ReLU(), nn.Linear(257, 65)]
-    return nn.Sequential(*layers).cuda().to(dtype)
+    return nn.Sequential(*layers).to(DEVICE).to(dtype)
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     dtype = next(model.parameters()).dtype
     optimizer.zero_grad()
-    model(torch.randn(32, 64, device="cuda", dtype=dtype)).float().square().mean().backward()
+    model(torch.randn(32, 64, device=DEVICE, dtype=dtype)).float().square().mean().backward()
     optimizer.step()
 
 
@@ -39,7 +36,7 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name].cpu(), second[name].cpu()) for name in first)
 
 
-def side_stream(ema: FastEMA) -> torch.cuda.Stream:
+def side_stream(ema: FastEMA) -> Any:
     (plan,) = ema._shadow.offloaded
     return plan._transfer._stream  # type: ignore[attr-defined]
 
@@ -85,9 +82,9 @@ def test_fifty_steps_without_a_wait_in_between(attached: bool) -> None:
             on_gpu.update()
             on_host.update()
     assert equal(on_host.shadow_state_dict(), on_gpu.shadow_state_dict())
-    live = copy.deepcopy(model.state_dict())
+    live, average = copy.deepcopy(model.state_dict()), on_gpu.shadow_state_dict()
     with on_host.swapped():
-        assert equal(model.state_dict(), on_gpu.shadow_state_dict())
+        assert equal(model.state_dict(), average)
     assert equal(model.state_dict(), live)
 
 
@@ -96,14 +93,11 @@ def test_an_update_does_not_wait_for_the_device() -> None:
     ema = FastEMA(model, device="cpu")
     ema.update()
     ema.synchronize()
-    end = torch.cuda.Event()
-    torch.cuda._sleep(LONG)
-    end.record()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ema.update(found_inf=torch.zeros((), device="cuda"))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    end = torch.Event(DEVICE)
+    sleep()
+    end.record(current_stream())
+    with no_waiting():
+        ema.update(found_inf=torch.zeros((), device=DEVICE))
     assert not end.query()
     ema.synchronize()
     assert end.query()
@@ -113,9 +107,9 @@ def test_what_is_being_copied_is_not_overwritten() -> None:
     model = make_model()
     ema = FastEMA(model, decay=0.0, decay_type="constant", device="cpu")
     expected = copy.deepcopy(model.state_dict())
-    torch.cuda.synchronize()
-    with torch.cuda.stream(side_stream(ema)):
-        torch.cuda._sleep(LONG)  # the copy comes late
+    gpu.synchronize()
+    with on(side_stream(ema)):
+        sleep()  # the copy comes late
     ema.update()
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -124,19 +118,19 @@ def test_what_is_being_copied_is_not_overwritten() -> None:
 
 
 def test_an_attached_step_alone_waits_for_the_copy() -> None:
-    model = nn.Linear(64, 64).cuda()
+    model = nn.Linear(64, 64).to(DEVICE)
     ema = FastEMA(model, decay=0.0, decay_type="constant", device="cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ema.attach(optimizer)
-    features = torch.randn(8, 64, device="cuda")
+    features = torch.randn(8, 64, device=DEVICE)
     model(features).sum().backward()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(side_stream(ema)):
-        torch.cuda._sleep(LONG)
+    gpu.synchronize()
+    with on(side_stream(ema)):
+        sleep()
     optimizer.step()
     stepped = [parameter.detach().clone() for parameter in model.parameters()]
     model(features).sum().backward()
-    torch.cuda.current_stream().synchronize()
+    current_stream().synchronize()
     late = ema._shadow.offloaded[0]._late_copy
     assert late is not None and not late.copied.query(), "forward and backward ran beside the copy"  # type: ignore[attr-defined]
     ema._shadow.order_writes()  # as the hook before the next step does
@@ -155,7 +149,7 @@ def test_found_inf_on_the_device_skips() -> None:
     before = copy.deepcopy(ema.shadow_state_dict())
     with torch.no_grad():
         model[0].weight.add_(1.0)
-    found_inf = torch.ones(1, device="cuda")
+    found_inf = torch.ones(1, device=DEVICE)
     ema.update(found_inf=found_inf)
     found_inf.zero_()
     assert equal(before, ema.shadow_state_dict())
@@ -164,13 +158,14 @@ def test_found_inf_on_the_device_skips() -> None:
     assert not equal(before, ema.shadow_state_dict())
 
 
+@needs_cuda
 def test_a_captured_update_is_refused() -> None:
     model = make_model()
     ema = FastEMA(model, device="cpu")
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
+    gpu.synchronize()
     with torch.cuda.graph(graph):
-        torch.zeros(1, device="cuda")
+        torch.zeros(1, device=DEVICE)
         with pytest.raises(RuntimeError, match="a replay would run no average"):
             ema.update()
     assert ema.num_updates == 0

@@ -31,3 +31,9 @@ assert '$build' in fastema.__file__, fastema.__file__
 sys.exit(pytest.main(['-q', '-k', 'not torch and not fork', '-p', 'no:cacheprovider', '-o', 'pythonpath=',
                       '--durations=5', *(f'tests/core/test_{name}.py' for name in '$tests'.split())]))
 "
+
+if [ "$kinds" = thread ]; then # the host side of a GPU, on a device whose streams are threads: a missing wait is a report
+  LD_PRELOAD=$runtime FASTEMA_SANITIZE=thread FASTEMA_TEST_ACCELERATOR=kernels PYTHONPATH=tests OMP_NUM_THREADS=1 \
+    .venv/bin/python -m pytest -q -p accelerator.plugin -p no:cacheprovider --durations=5 \
+    tests/accelerator/test_on_races.py tests/accelerator/test_on_fastema.py
+fi

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,20 +11,16 @@ from torch import nn
 from torch.optim import swa_utils as theirs
 
 from cases import bits, train
+from cases.gpu import DEVICE, needs_gpu, no_waiting
 from fastema import swa_utils as ours
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no CUDA device: run `make gpu-test` on a machine with one"
-    ),
-]
+pytestmark = needs_gpu
 FUNCTIONS = ["get_ema_multi_avg_fn", "get_swa_multi_avg_fn"]
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 17, 3), nn.BatchNorm2d(17), nn.Linear(33, 129), nn.Linear(1, 1)).to("cuda", dtype)
+    return nn.Sequential(nn.Conv2d(3, 17, 3), nn.BatchNorm2d(17), nn.Linear(33, 129), nn.Linear(1, 1)).to(DEVICE, dtype)
 
 
 def step(model: nn.Module, seed: int) -> None:
@@ -40,16 +34,7 @@ def host_bits(model: nn.Module) -> dict[str, bytes]:
     return bits(copy.deepcopy(model).cpu())
 
 
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("device", [None, "cuda"])
+@pytest.mark.parametrize("device", [None, DEVICE])
 @pytest.mark.parametrize("name", [*FUNCTIONS, None])
 def test_the_bits_of_torch(name: str | None, device: Any) -> None:
     model = make_model()
@@ -66,7 +51,7 @@ def test_the_bits_of_torch(name: str | None, device: Any) -> None:
     assert pair[1].n_averaged == 10
 
 
-@pytest.mark.parametrize("device", [None, "cuda"])
+@pytest.mark.parametrize("device", [None, DEVICE])
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_an_update_does_not_wait(name: str, use_buffers: bool, device: Any) -> None:
