@@ -1,6 +1,6 @@
 """Run tests on the test accelerator, in processes of their own: torch knows one accelerator, and never forgets it.
 
-    python -m pytest tests/accelerator                                       all of it
+    FASTEMA_ALL_ARCHITECTURES=1 python -m pytest tests/accelerator           all of it
     PYTHONPATH=tests FASTEMA_TEST_ACCELERATOR=kernels \\
         python -m pytest -p accelerator.plugin tests/accelerator/test_on_fastema.py    one file of it
 """
@@ -52,6 +52,9 @@ NOT_THERE = {
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(
+        os.environ.get("FASTEMA_ALL_ARCHITECTURES") != "1", reason="takes minutes: set FASTEMA_ALL_ARCHITECTURES=1"
+    ),
     pytest.mark.skipif(native.why_unusable("cpu") is not None, reason="there is no C++ compiler"),
     pytest.mark.skipif(sys.platform != "linux", reason="its memory is mapped as Linux does it"),
     # The handle of a stream, and the interfaces that a device implements, are those of torch 2.11 and later.
