@@ -133,6 +133,21 @@ def settle_epochs(
     return _of_each(decay, lambda each: updates(each) / rate)
 
 
+def scaled_decay(decay: float, batch_ratio: float) -> float:
+    """Return the decay that looks back over as many images with a batch `batch_ratio` times as large.
+
+    Source: Busbridge et al., "How to Scale Your EMA", arXiv 2307.13813.
+
+    Example:
+        >>> round(scaled_decay(0.999, 4), 6)
+        0.996006
+    """
+    checked_decays(decay)
+    if not 0 < batch_ratio < math.inf:
+        raise ValueError(f"batch_ratio must be a positive number, got {batch_ratio}")
+    return decay if batch_ratio == 1 else decay**batch_ratio
+
+
 def updates_per_epoch(
     images: int,
     batch_size: int = 1,
