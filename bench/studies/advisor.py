@@ -144,11 +144,11 @@ def outlook_figures(results: Sequence[DecayResult]) -> list[dict[str, Any]]:
             base, average = float(result.of(0.0, "constant")[i]), float(result.of(*_advised(result.length, *kind))[i])
             by_case.setdefault(case, []).append((base, average))
     figures = []
-    for case, pairs in sorted(by_case.items()):
-        right = [1 / NEAR < average / base < NEAR if case == "little" else average < base for base, average in pairs]
+    for name, pairs in sorted(by_case.items()):
+        right = [1 / NEAR < average / base < NEAR if name == "little" else average < base for base, average in pairs]
         figures.append(
             {
-                "case": case,
+                "case": name,
                 "runs": len(pairs),
                 "right": fmean(right),
                 "ahead": fmean(average < base for base, average in pairs),
@@ -163,7 +163,7 @@ def outlook_figures(results: Sequence[DecayResult]) -> list[dict[str, Any]]:
 # --- when to start ----------------------------------------------------------------------------------------------------
 
 EPOCHS_SEEN = 12
-EPOCHS_AFTER = 20
+EPOCHS_AFTER = 10
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,9 @@ def train(plan: Plan, seed: int, settings: argparse.Namespace, folder: Path) -> 
     for each in weights:
         net.load_state_dict(each, strict=False)
         tests.append(evaluate(net, test, trainer.device))
-    by_epoch = [[record.iou, *record.average_ious, iou] for record, iou in zip(trainer.history, power_ious, strict=True)]
+    by_epoch = [
+        [record.iou, *record.average_ious, iou] for record, iou in zip(trainer.history, power_ious, strict=True)
+    ]
     return {
         "plan": plan.name,
         "seed": seed,

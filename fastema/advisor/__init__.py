@@ -8,6 +8,7 @@ from fastema.advisor.outlook import Outlook, expect
 from fastema.advisor.patterns import StartAdvice, should_start
 from fastema.advisor.recommendation import Recommendation, recommend_decay
 from fastema.advisor.windows import (
+    distinct_decays,
     initial_share,
     lag,
     reflects_epoch,
@@ -23,6 +24,7 @@ __all__ = [
     "Recommendation",
     "StartAdvice",
     "diagnose",
+    "distinct_decays",
     "expect",
     "initial_share",
     "lag",

@@ -28,6 +28,8 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 # The end's share of the highest rate from which on there is much to smooth, and below which there is little.
 _MUCH = 0.5
 _LITTLE = 0.05
+# In fewer updates the model still learns so fast that its older weights may cost more than their noise.
+_SHORT = 500
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ def expect(
             "The learning rate falls to almost 0, which smooths the weights as an average would. At the end expect no "
             "difference; before that, while the rate is high, the average is steadier."
         )
+    if updates < _SHORT:
+        text += f" In fewer than {_SHORT} updates the model still learns fast, and the average may be behind."
     return Outlook(case, now, ratio, age, age / updates, text)
 
 

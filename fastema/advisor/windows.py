@@ -148,6 +148,26 @@ def scaled_decay(decay: float, batch_ratio: float) -> float:
     return decay if batch_ratio == 1 else decay**batch_ratio
 
 
+def distinct_decays(
+    decays: Sequence[float], decay_type: str, steps: int, **decay_args: Any
+) -> dict[float, tuple[float, ...]]:
+    """Return the decays whose averages differ after `steps`, each with those that give the same average.
+
+    The threshold schedule limits all decays alike at first: 0.99 and 0.999 are one average up to step 890.
+
+    Example:
+        >>> distinct_decays([0.99, 0.999], "threshold", 890)
+        {0.99: (0.999,)}
+        >>> distinct_decays([0.99, 0.999], "threshold", 891)
+        {0.99: (), 0.999: ()}
+    """
+    now = decays if decay_type != "threshold" else Decays(decays, decay_type, steps, 0, decay_args).at(steps)
+    groups: dict[float, list[float]] = {}
+    for decay, last in zip(decays, now, strict=True):
+        groups.setdefault(last, []).append(decay)
+    return {first: tuple(same) for first, *same in groups.values()}
+
+
 def updates_per_epoch(
     images: int,
     batch_size: int = 1,

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastema.advisor import Finding, diagnose, lag, settle_epochs, window
+from fastema.advisor import Finding, diagnose, expect, lag, settle_epochs, window
 from fastema.schedules import gamma_of
 from fastema.segmentation.console import say
 from fastema.segmentation.distributed.process_group import Processes
@@ -24,6 +24,14 @@ from fastema.segmentation.train.stages import Stage
 _EPOCHS_FOR_A_FINDING = 3
 # Chosen for a smaller share of the images on every level, an expert hardly learns.
 _IDLE = 0.01
+# The advisor's names of our learning-rate schedules.
+_LR_SCHEDULES = {
+    "cosine": "cosine",
+    "cosine_restart": "restarts",
+    "onecycle": "cosine",
+    "wsd": "wsd",
+    "none": "constant",
+}
 # Share of the training time spent waiting for images that is reported.
 _LONG_WAIT = 0.2
 
@@ -56,8 +64,16 @@ class Messages:
         self.say(f"       weights: {options.resume_from or weights}; {place}")
 
     def averages(self, averages: Averages, updates_per_epoch: int) -> None:
-        """Print which averages start, and what to expect of each."""
+        """Print which averages start, and what to expect of them."""
         options, several = self._options, len(averages.names) > 1
+        self._windows(averages, updates_per_epoch, several)
+        outlook = expect(
+            max(1, averages.total_steps), _LR_SCHEDULES[options.scheduler], options.min_lr / options.second_lr
+        )
+        self.say(f"EMA: {outlook.text}")
+
+    def _windows(self, averages: Averages, updates_per_epoch: int, several: bool) -> None:
+        options = self._options
         if options.ema_profiles:
             self.say(f"EMA: {', '.join(averages.names)}, power profiles, backend {averages.ema.backend_name}")
             for name, sigma in zip(averages.names, options.ema_profiles, strict=True):
@@ -68,7 +84,14 @@ class Messages:
             return
         decays = f"{'decays' if several else 'decay'} {', '.join(averages.names)}"
         self.say(f"EMA: {decays}, {options.ema_decay_type}, backend {averages.ema.backend_name}")
-        for name, decay in zip(averages.names, options.decays, strict=True):
+        for decay, same in averages.decays.items():
+            if same:
+                names = ", ".join(f"{each:g}" for each in same)
+                self.say(
+                    f"EMA: {names} left out: in a run of {averages.total_steps:,} updates the threshold schedule makes "
+                    f"it the same average as {decay:g}"
+                )
+        for name, decay in zip(averages.names, averages.decays, strict=True):
             expected = describe_window(decay, options.ema_decay_type, updates_per_epoch, averages.total_steps)
             self.say(f"{f'EMA {name}' if several else 'EMA'}: {expected}")
 
@@ -107,7 +130,7 @@ class Messages:
         finding = latest_finding(
             [record.iou for record in history],
             [record.ema_iou for record in history],
-            self._options.decays[0],
+            next(iter(averages.decays)),
             self._options.ema_decay_type,
             updates_per_epoch,
             averages.total_steps,

@@ -56,7 +56,7 @@ def train(
     def run(base: list[float], ema: list[float], **changes: Any) -> tuple[Any, str]:
         def validate(self: Trainer) -> tuple[list[float], list[list[float]]]:
             epoch = self.epoch
-            return [base[epoch]] * 2, [] if self.ema is None else [[ema[epoch]] * 2]
+            return [base[epoch]] * 2, [[ema[epoch]] * 2] * (0 if self.averages is None else len(self.averages.names))
 
         monkeypatch.setattr(Trainer, "_validate", validate)
         chosen = {"epochs": len(base), "use_ema": True, **changes}
@@ -77,8 +77,45 @@ def test_a_run_says_the_outlook_and_each_change_once(train: Callable[..., tuple[
 
 
 @needs_train
+@pytest.mark.parametrize(
+    ("scheduler", "expected"), [("none", "stays high to the end"), ("cosine", "falls to almost 0"), ("wsd", "almost 0")]
+)
+def test_a_run_says_what_to_expect(train: Callable[..., tuple[Any, str]], scheduler: str, expected: str) -> None:
+    _, text = train([0.3, 0.4], [0.3, 0.4], scheduler=scheduler)
+    assert expected in text[: text.index("Epoch 1: Loss")]
+
+
+@needs_train
+def test_decays_that_cannot_differ_are_one_average(train: Callable[..., tuple[Any, str]], tmp_path: Path) -> None:
+    trainer, text = train([0.3, 0.4], [0.3, 0.4], ema_decays=(0.99, 0.9, 0.999))
+    total = trainer.stages.total_steps
+    assert trainer.averages.names == ["0.99"]
+    assert f"EMA: 0.9, 0.999 left out: in a run of {total} updates" in text
+    assert "ema_iou_0.999" not in (tmp_path / "run" / "history.csv").read_text()
+
+
+@needs_train
+def test_a_longer_run_goes_on_with_each_from_the_one_average(
+    train: Callable[..., tuple[Any, str]], tmp_path: Path
+) -> None:
+    before, _ = train([0.3], [0.3], ema_decays=(0.5, 0.999))
+    assert before.averages.names == ["0.5"]
+    after, text = train([0.3] * 4, [0.3] * 4, ema_decays=(0.5, 0.999), resume_from=tmp_path / "run" / "last.pth")
+    assert after.averages.names == ["0.5", "0.999"]
+    assert "has no EMA of decay" not in text
+    assert after.ema.num_updates == after.stages.total_steps
+
+
+@needs_train
+def test_auto_starts_at_once_where_the_start_is_forgotten(train: Callable[..., tuple[Any, str]]) -> None:
+    trainer, text = train([0.30, 0.40], [0.3, 0.4], ema_start="auto")
+    assert text.count("EMA: starts now (--ema-start auto)") == 1
+    assert trainer.ema.num_updates == trainer.stages.total_steps
+
+
+@needs_train
 def test_auto_starts_when_it_pays(train: Callable[..., tuple[Any, str]]) -> None:
-    trainer, text = train([0.30, 0.40, 0.50, 0.55], [0.0, 0.0, 0.0, 0.56], ema_start="auto")
+    trainer, text = train([0.30, 0.40, 0.50, 0.55], [0.0, 0.0, 0.0, 0.56], ema_start="auto", ema_decay_type="constant")
     assert "EMA: waits until" in text
     assert "EMA: starts after epoch 3, improving" in text
     assert [record.ema_iou for record in trainer.history] == [None, None, None, pytest.approx(0.56)]
@@ -87,7 +124,7 @@ def test_auto_starts_when_it_pays(train: Callable[..., tuple[Any, str]]) -> None
 
 @needs_train
 def test_auto_never_starts_a_run_that_collapses(train: Callable[..., tuple[Any, str]], tmp_path: Path) -> None:
-    trainer, text = train([0.5480, 0.1136, 0.11], [0.0] * 3, ema_start="auto")
+    trainer, text = train([0.5480, 0.1136, 0.11], [0.0] * 3, ema_start="auto", ema_decay_type="constant")
     assert trainer.ema is None
     assert text.count("EMA: not started, collapse") == 1
     assert not (tmp_path / "run" / "best_ema.pth").exists()
@@ -96,10 +133,11 @@ def test_auto_never_starts_a_run_that_collapses(train: Callable[..., tuple[Any, 
 @needs_train
 def test_auto_goes_on_after_a_resume(train: Callable[..., tuple[Any, str]], tmp_path: Path) -> None:
     last = tmp_path / "run" / "last.pth"
-    train([0.30, 0.40], [0.0] * 2, ema_start="auto")
-    resumed, text = train([0.30, 0.40, 0.50, 0.60], [0.0] * 4, ema_start="auto", resume_from=last)
+    waits = {"ema_start": "auto", "ema_decay_type": "constant"}
+    train([0.30, 0.40], [0.0] * 2, **waits)
+    resumed, text = train([0.30, 0.40, 0.50, 0.60], [0.0] * 4, **waits, resume_from=last)
     assert "EMA: starts after epoch 3" in text
-    again, text = train([0.30, 0.40, 0.50, 0.60, 0.65], [0.0] * 5, ema_start="auto", resume_from=last)
+    again, text = train([0.30, 0.40, 0.50, 0.60, 0.65], [0.0] * 5, **waits, resume_from=last)
     assert "starts after" not in text
     assert again.ema.num_updates == 2 * resumed.ema.num_updates  # the average went on
 
