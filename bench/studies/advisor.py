@@ -154,7 +154,8 @@ def outlook_figures(results: Sequence[DecayResult]) -> list[dict[str, Any]]:
                 "ahead": fmean(average < base for base, average in pairs),
                 "ahead_by_2_percent": fmean(average * NEAR <= base for base, average in pairs),
                 "behind_by_2_percent": fmean(average >= base * NEAR for base, average in pairs),
-                "median_excess_ratio": median((average - FLOOR) / (base - FLOOR) for base, average in pairs),
+                # An excess that float32 rounds to 0 has no ratio.
+                "median_excess_ratio": median((a - FLOOR) / (base - FLOOR) for base, a in pairs if base > FLOOR),
             }
         )
     return figures
