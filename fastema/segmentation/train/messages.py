@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from fastema.advisor import Finding, diagnose, expect, lag, settle_epochs, window
+from fastema.core.decays import Decays
 from fastema.schedules import gamma_of
 from fastema.segmentation.console import say
 from fastema.segmentation.distributed.process_group import Processes
@@ -144,9 +145,10 @@ def describe_window(decay: float, decay_type: str, updates_per_epoch: int, total
     if decay == 1.0:
         return "decay 1 never moves from the weights it starts with"
     settle = settle_epochs(decay, updates_per_epoch, decay_type=decay_type, total_steps=total_steps)
-    # A schedule drops the starting weights at once, but still has to fill its window.
-    wait = math.ceil(max(settle, lag(decay, updates_per_epoch)))
-    text = f"looks back over up to {window(decay):,.0f} updates, {lag(decay, updates_per_epoch):.3g} epochs"
+    # A schedule drops the starting weights at once, but still has to fill the widest window that it gets to.
+    last = max(Decays(decay, decay_type, total_steps, 0, {}).at(step)[0] for step in (1, max(1, total_steps)))
+    wait = math.ceil(max(settle, lag(last, updates_per_epoch)))
+    text = f"looks back over up to {window(last):,.0f} updates, {lag(last, updates_per_epoch):.3g} epochs"
     return f"{text}; judge it after {wait} {'epoch' if wait == 1 else 'epochs'}"
 
 

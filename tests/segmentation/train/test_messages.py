@@ -19,6 +19,8 @@ def test_the_outlook() -> None:
         == "looks back over up to 1,000 updates, 2.5 epochs; judge it after 8 epochs"
     )
     assert describe_window(0.999, "threshold", 400, 40_000).endswith("judge it after 3 epochs")
+    short = describe_window(0.999, "threshold", 100, 500)  # which never gets to its target
+    assert short == "looks back over up to 57 updates, 0.567 epochs; judge it after 1 epoch"
     assert describe_window(0.9, "linear", 400, 40_000).endswith("judge it after 1 epoch")
     assert "never moves" in describe_window(1.0, "constant", 400, 40_000)
     assert describe_window(0.0, "constant", 400, 40_000).endswith("judge it after 1 epoch")
