@@ -33,7 +33,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastema.advisor import expect
 
-RESULTS = Path(__file__).parent.parent / "results"
+ROOT = Path(__file__).parents[2]
 
 DECAYS = (0.99, 0.999)
 SIGMA_REL = 0.05
@@ -245,9 +245,10 @@ def main() -> int:
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--num-experts", type=int, default=0)
     parser.add_argument("--img-size", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--json", type=Path, default=RESULTS / "nuclei.json", help="the figures; the plot goes beside")
+    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/nuclei.json", help="write the figures")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs/img/nuclei.svg", help="draw the curves")
     settings = parser.parse_args()
     runs = train_all(settings)
     rows = summary(runs)
@@ -261,7 +262,7 @@ def main() -> int:
         "runs": runs,
     }
     settings.json.write_text(json.dumps(record, indent=1) + "\n")
-    draw(settings.json.with_suffix(".svg"), runs)
+    draw(settings.plot, runs)
     print(table(rows))
     return 0
 

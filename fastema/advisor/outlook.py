@@ -86,11 +86,11 @@ def expect(
         case: Case = "much"
         text = (
             "The learning rate stays high to the end, so the last weights jump about the best ones. Their average is "
-            "steadier, and usually better."
+            "steadier, and usually better once the model no longer improves fast."
         )
     elif now > _LITTLE:
         case = "some"
-        text = "The learning rate falls, but not to 0: the average has some noise left to smooth. Expect a small gain."
+        text = "The learning rate falls, but not to 0, so some noise is left to smooth. Expect a small gain or none."
     else:
         case = "little"
         text = (

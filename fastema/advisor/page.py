@@ -134,7 +134,7 @@ def plot(advice: Advice, path: Path) -> None:
 
 _USE = {
     "much": "Yes.",
-    "some": "Yes, for a small gain.",
+    "some": "Yes, for a small gain at best.",
     "little": "You may: it costs little, but the last weights will be as good without it.",
 }
 
