@@ -372,7 +372,7 @@ def print_figures(found: dict[str, Any]) -> None:
         ],
     )
     print_table(
-        "What expect() says before the run, against the end. Right: ahead (much), not 2 % behind (some), within 2 % (little)",
+        "What expect() says, against the end. Right: ahead (much), not 2 % behind (some), within 2 % (little)",
         ("case", "runs", "right", "ahead", "2 % ahead", "2 % behind", "excess / excess of no average (median)"),
         [
             (
