@@ -25,6 +25,12 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "restarts": lambda done: LR_SCHEDULES["cosine"](_share_of_cycle(done)),
 }
 
+_USE: dict[Case, str] = {
+    "much": "Yes.",
+    "some": "Yes, for a small gain at best.",
+    "little": "You may: it costs little, but the last weights will be as good without it.",
+}
+
 # The end's share of the highest rate from which on there is much to smooth, and below which there is little.
 _MUCH = 0.5
 _LITTLE = 0.05
@@ -38,6 +44,7 @@ class Outlook:
 
     Attributes:
         case: "much", "some" or "little" to gain.
+        use: whether to use an average.
         final_rate: the learning rate at the end, as a share of the highest.
         ratio: the learning rate at the average's mean age, divided by the one at the end; infinite if that is 0.
         mean_age: of the averaged weights, in updates before the end.
@@ -46,6 +53,7 @@ class Outlook:
     """
 
     case: Case
+    use: str
     final_rate: float
     ratio: float
     mean_age: float
@@ -99,7 +107,7 @@ def expect(
         )
     if updates < _SHORT:
         text += f" In fewer than {_SHORT} updates the model still learns fast, and the average may be behind."
-    return Outlook(case, now, ratio, age, age / updates, text)
+    return Outlook(case, _USE[case], now, ratio, age, age / updates, text)
 
 
 def rate_at(lr_schedule: str, done: float, final_lr: float = 0.0) -> float:

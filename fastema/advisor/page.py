@@ -132,13 +132,6 @@ def plot(advice: Advice, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-_USE = {
-    "much": "Yes.",
-    "some": "Yes, for a small gain at best.",
-    "little": "You may: it costs little, but the last weights will be as good without it.",
-}
-
-
 def _recommended(advice: Recommendation) -> list[tuple[str, str]]:
     """Return headings and their texts."""
     outlook = advice.outlook
@@ -152,7 +145,7 @@ def _recommended(advice: Recommendation) -> list[tuple[str, str]]:
     else:
         rate = f"the learning rate is {outlook.ratio:.3g} times as high there as at the end"
     return [
-        ("Use it?", _USE[outlook.case]),
+        ("Use it?", outlook.use),
         ("Settings", f'decay {advice.decay:.6g}, decay_type "{advice.decay_type}", from the first step'),
         ("Look", f"from epoch {epoch} on, at the model and at the average; keep the better one"),
         ("Expect", outlook.text),

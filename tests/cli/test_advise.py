@@ -76,6 +76,7 @@ def test_json_before_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["updates_per_epoch"] == 760
     assert found["recommendation"]["decay"] == 0.999
     assert found["recommendation"]["outlook"]["case"] == "much"
+    assert found["recommendation"]["outlook"]["use"] == "Yes."
     assert found["recommendation"]["outlook"]["ratio"] == 1
     assert json_of(capsys, *RUN, "--decay", "1")["window"]["updates"] is None  # infinite
     found = json_of(capsys, *RUN, "--lr-schedule", "wsd", "--recipe-decay", "0.9999", "--recipe-batch-size", "2")
