@@ -136,7 +136,8 @@ class Messages:
             updates_per_epoch,
             averages.total_steps,
         )
-        if finding is not None and self.changed("advice", finding.kind):
+        # Each kind once: near the noise, findings alternate from epoch to epoch.
+        if finding is not None and self.changed(f"finding {finding.kind}", True):
             self.say(f"EMA: {finding.text} {finding.next_step}")
 
 

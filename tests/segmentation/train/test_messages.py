@@ -79,6 +79,19 @@ def test_a_run_says_the_outlook_and_each_change_once(train: Callable[..., tuple[
 
 
 @needs_train
+def test_findings_that_alternate_are_said_once(train: Callable[..., tuple[Any, str]]) -> None:
+    base = [0.30, 0.50, 0.60, 0.66, 0.70, 0.72, 0.735, 0.745]
+    gaps = [0.0, 0.02, 0.01, 0.09, 0.08, 0.0, 0.0, 0.09]
+    ema = [value + gap for value, gap in zip(base, gaps, strict=True)]
+    kinds = [latest_finding(base[:n], ema[:n], 0.9, "threshold", 3, 24) for n in range(3, 9)]
+    changes = [kind.kind for kind in kinds if kind is not None]
+    assert len(changes) > len(set(changes)) > 1, changes
+    _, text = train(base, ema, ema_decay=0.9)
+    lines = [line for line in text.splitlines() if line.startswith("EMA: ") and "median of the last" in line]
+    assert len(lines) == len(set(changes))
+
+
+@needs_train
 @pytest.mark.parametrize(
     ("scheduler", "expected"), [("none", "stays high to the end"), ("cosine", "falls to almost 0"), ("wsd", "almost 0")]
 )
