@@ -9,7 +9,7 @@ average.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Literal
@@ -64,6 +64,14 @@ def should_start(history: Sequence[float], mode: str = "max") -> StartAdvice:
         >>> advice.action, advice.pattern
         ('start', 'improving')
     """
+    advice = find_pattern(history, mode)
+    if advice.action == "start" or advice.pattern == "collapse":
+        return advice
+    return replace(advice, next_step=f"{advice.next_step} {_ANYWAY}")
+
+
+def find_pattern(history: Sequence[float], mode: str = "max") -> StartAdvice:
+    """Return the advice of `should_start`, without what it says of an average that runs all the same."""
     values = oriented(history, mode)
     sign = 1.0 if mode == "max" else -1.0
     fall = _collapse(values)
@@ -114,7 +122,7 @@ def _judged(shape: Shape, sign: float) -> StartAdvice:
             "fix first",
             "unstable",
             f"it jumps about and loses ground: {drift}",
-            f"Lower the learning rate, warm it up or clip gradients until the metric holds a level. {_ANYWAY}",
+            "Lower the learning rate, warm it up or clip gradients until the metric holds a level.",
             evidence,
         )
     if shape.quiet:
@@ -122,7 +130,7 @@ def _judged(shape: Shape, sign: float) -> StartAdvice:
             "wait",
             "plateau",
             f"it stands still at {sign * shape.level:.4g}: {drift}",
-            f"There is nothing to smooth: change the learning rate or the data. {_ANYWAY}",
+            "There is nothing to smooth: change the learning rate or the data.",
             evidence,
         )
     return StartAdvice(
