@@ -14,7 +14,7 @@ help:  ## lists these targets
 
 demo: .venv/.ready  ## trains a small segmentation model at a high, constant rate: it jumps, its EMA does not (three minutes)
 	$(BIN)/fastema train --dataset-path synthetic --checkpoint-dir runs/demo --backbone tf_efficientnet_lite0 \
-		--num-experts 0 --img-size 64 --batch-size 4 --val-fraction 0.2 --epochs 7 --lr 0.02 --scheduler none \
+		--num-experts 0 --img-size 64 --batch-size 2 --val-fraction 0.2 --epochs 4 --lr 0.04 --scheduler none \
 		--use-ema $(ARGS)
 
 test: .venv/.ready  ## the whole test suite, under five minutes on two cores; JOBS=8 for eight

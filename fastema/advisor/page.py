@@ -61,6 +61,7 @@ def plain(advice: Advice) -> dict[str, Any]:
 def print_page(advice: Advice) -> None:
     """Print the page."""
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
@@ -69,9 +70,10 @@ def print_page(advice: Advice) -> None:
         console.print(Text(text, style=style), soft_wrap=not console.is_terminal)
 
     if advice.recommendation is not None:
+        table = Table.grid(padding=(0, 2))
         for heading, text in _recommended(advice.recommendation):
-            line = Text(f"{heading:<10}", style="bold")
-            console.print(line.append(text, style=""), soft_wrap=not console.is_terminal)
+            table.add_row(Text(heading, style="bold"), Text(text))
+        console.print(table)
     if advice.window is not None:
         say(_reach(advice.window))
     if advice.source is not None:
