@@ -16,6 +16,8 @@ demo: .venv/.ready  ## trains a small segmentation model at a high, constant rat
 	$(BIN)/fastema train --dataset-path synthetic --checkpoint-dir runs/demo --backbone tf_efficientnet_lite0 \
 		--num-experts 0 --img-size 64 --batch-size 2 --val-fraction 0.2 --epochs 4 --lr 0.04 --scheduler none \
 		--use-ema $(ARGS)
+	@echo "Had the rate fallen to 0, base and EMA would end level (docs/should-i-use-ema.md):" \
+		"make demo ARGS='--scheduler cosine --min-lr 0'"
 
 test: .venv/.ready  ## the whole test suite, under five minutes on two cores; JOBS=8 for eight
 	$(PYTEST)

@@ -101,6 +101,8 @@ def train(plan: Plan, seed: int, settings: argparse.Namespace, folder: Path) -> 
     assert trainer.averages is not None
     net, ema = trainer.net, trainer.averages.ema
     power = FastEMA(net, decay_type="power", sigma_rel=SIGMA_REL)
+    # Where the threshold schedule makes both decays one average, the trainer keeps that one.
+    own = (0, len(trainer.averages.names) - 1)
     steps_per_epoch = trainer.stages.at(1).steps_per_epoch
     power_ious: list[float] = []
 
@@ -114,14 +116,15 @@ def train(plan: Plan, seed: int, settings: argparse.Namespace, folder: Path) -> 
     started = time.process_time()
     trainer.fit()
     seconds = time.process_time() - started
-    weights = [net.state_dict(), *(ema.shadow_state_dict(which) for which in range(2)), power.shadow_state_dict()]
+    weights = [net.state_dict(), *(ema.shadow_state_dict(which) for which in own), power.shadow_state_dict()]
     weights = [{name: value.clone() for name, value in each.items()} for each in weights]
     tests = []
     for each in weights:
         net.load_state_dict(each, strict=False)
         tests.append(evaluate(net, test, trainer.device))
     by_epoch = [
-        [record.iou, *record.average_ious, iou] for record, iou in zip(trainer.history, power_ious, strict=True)
+        [record.iou, *(record.average_ious[which] for which in own), iou]
+        for record, iou in zip(trainer.history, power_ious, strict=True)
     ]
     return {
         "plan": plan.name,
