@@ -22,7 +22,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from io import StringIO
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -170,7 +169,6 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         gains = {name: [run["test"][name] - run["test"]["base"] for run in own] for name in NAMES[1:]}
         recommended = gains[f"EMA {DECAYS[-1]:g}"]
         right = [abs(gain) < LEVEL if outlook.case == "little" else gain > 0 for gain in recommended]
-        jumps = [[fmean(abs(b - a) for a, b in pairwise(run["validation"][name][2:])) for run in own] for name in NAMES]
         rows.append(
             {
                 "plan": plan.name,
@@ -179,7 +177,6 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": [run["seed"] for run in own],
                 "test": {name: fmean(run["test"][name] for run in own) for name in NAMES},
                 "gains": gains,
-                "mean_jump": {name: fmean(each) for name, each in zip(NAMES, jumps, strict=True)},
                 "advice": outlook.case,
                 "advice_right": right,
             }
