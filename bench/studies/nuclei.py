@@ -255,7 +255,7 @@ def main() -> int:
     names = ("seeds", "backbone", "num_experts", "img_size", "epochs", "lr")
     given = {name: getattr(settings, name) for name in names}
     record = {
-        "command": "python -m bench.studies.nuclei --data DIR",
+        "command": f"python -m bench.studies.nuclei --data DIR --seeds {' '.join(map(str, settings.seeds))}",
         "settings": given,
         "machine": f"{platform.machine()}, torch {runs[0]['torch']}",
         "summary": rows,
