@@ -19,14 +19,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.harness.console import print_table
-from bench.studies.advisor_problems import FLOOR, SETS, Family, Simulation, rates_at
-from fastema.advisor import recommend_decay, should_start
+from bench.studies.advisor_problems import FLOOR, SETS, Family, Simulation
+from fastema.advisor import StartAdvice, expect, recommend_decay, should_start
+from fastema.advisor.outlook import rate_at
+from fastema.advisor.recommendation import DECAY, SCHEDULE
 from fastema.schedules import EMA_DECAY_FUNCTIONS
 
 GRID = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
@@ -42,12 +45,15 @@ UPDATES_PER_EPOCH = 50
 class DecayResult:
     """One family at one length: losses at the end, [candidates, problems]; decay 0 is no average.
 
+    `rates` has the learning-rate schedule and final share of each problem.
+
     Problems of which a replica diverged are left out: no decay is the best there.
     """
 
     family: str
     length: int
     candidates: tuple[tuple[float, str], ...]
+    rates: tuple[tuple[str, float], ...]
     losses: Tensor
     diverged: int
 
@@ -56,27 +62,33 @@ class DecayResult:
 
 
 def run_decays(
-    family: Family, length: int, rates: Sequence[str], seed: int, problems: int, extra: Sequence[tuple[float, str]] = ()
+    family: Family, length: int, rates: Sequence[tuple[str, float]], seed: int, problems: int
 ) -> DecayResult:
     """Simulate one family at one length with every decay at once."""
     generator = torch.Generator().manual_seed(seed)
     simulation = Simulation(family, generator, problems, replicas=4)
     kinds = [rates[i % len(rates)] for i in range(problems)]
     grid = [(decay, schedule) for schedule in SCHEDULES for decay in GRID]
-    advised = recommend_decay(max(1, length // UPDATES_PER_EPOCH), UPDATES_PER_EPOCH)
-    candidates = list(dict.fromkeys([*grid, (advised.decay, advised.decay_type), *extra, (0.0, "constant")]))
+    candidates = list(dict.fromkeys([*grid, *(_advised(length, *kind) for kind in rates), (0.0, "constant")]))
     targets = torch.tensor([decay for decay, _ in candidates], dtype=torch.float64)
     warm = torch.tensor([schedule == "threshold" for _, schedule in candidates])
     threshold = EMA_DECAY_FUNCTIONS["threshold"]()
     averages = simulation.weights.expand(len(candidates), *simulation.weights.shape).clone()
     for step in range(1, length + 1):
-        simulation.step(torch.tensor(rates_at(kinds, step / length)))
+        now = {kind: rate_at(kind[0], step / length, kind[1]) for kind in rates}
+        simulation.step(torch.tensor([now[kind] for kind in kinds]))
         limit = threshold(1.0, step, length)
         decays = torch.where(warm, targets.clamp(max=limit), targets)
         averages.lerp_(simulation.weights, (1 - decays).float()[:, None, None, None, None])
     losses = simulation.loss(averages).mean(-1)
     finite = losses.isfinite().all(0)
-    return DecayResult(family.name, length, tuple(candidates), losses[:, finite], int((~finite).sum()))
+    kept = tuple(kind for kind, keep in zip(kinds, finite.tolist(), strict=True) if keep)
+    return DecayResult(family.name, length, tuple(candidates), kept, losses[:, finite], int((~finite).sum()))
+
+
+def _advised(length: int, lr_schedule: str, final_lr: float) -> tuple[float, str]:
+    advice = recommend_decay(max(1, length // UPDATES_PER_EPOCH), UPDATES_PER_EPOCH, lr_schedule, final_lr)
+    return advice.decay, advice.decay_type
 
 
 def decay_figures(results: Sequence[DecayResult]) -> list[dict[str, Any]]:
@@ -117,10 +129,43 @@ def decay_figures(results: Sequence[DecayResult]) -> list[dict[str, Any]]:
     return figures
 
 
+# --- what to expect ---------------------------------------------------------------------------------------------------
+
+
+def outlook_figures(results: Sequence[DecayResult]) -> list[dict[str, Any]]:
+    """Compare what `expect()` says before a run with the loss at its end, for the recommended average.
+
+    "much" is right if the average is ahead, "some" if it is not 2 % behind, "little" if the two are within 2 %.
+    """
+    by_case: dict[str, list[tuple[float, float]]] = {}
+    for result in results:
+        for i, kind in enumerate(result.rates):
+            case = expect(result.length, *kind).case
+            base, average = float(result.of(0.0, "constant")[i]), float(result.of(*_advised(result.length, *kind))[i])
+            by_case.setdefault(case, []).append((base, average))
+    figures = []
+    for name, pairs in sorted(by_case.items()):
+        lowest, highest = {"much": (0.0, 1.0), "some": (0.0, NEAR), "little": (1 / NEAR, NEAR)}[name]
+        right = [lowest < average / base < highest for base, average in pairs]
+        figures.append(
+            {
+                "case": name,
+                "runs": len(pairs),
+                "right": fmean(right),
+                "ahead": fmean(average < base for base, average in pairs),
+                "ahead_by_2_percent": fmean(average * NEAR <= base for base, average in pairs),
+                "behind_by_2_percent": fmean(average >= base * NEAR for base, average in pairs),
+                # An excess that float32 rounds to 0 has no ratio.
+                "median_excess_ratio": median((a - FLOOR) / (base - FLOOR) for base, a in pairs if base > FLOOR),
+            }
+        )
+    return figures
+
+
 # --- when to start ----------------------------------------------------------------------------------------------------
 
 EPOCHS_SEEN = 12
-EPOCHS_AFTER = 20
+EPOCHS_AFTER = 10
 
 
 @dataclass(frozen=True)
@@ -145,16 +190,26 @@ SITUATIONS = (
 
 @dataclass(frozen=True)
 class Asked:
-    """One answer of should_start, and the effect of a start at that moment."""
+    """A run in which should_start was asked after every epoch, until it said start.
 
-    action: str
+    Attributes:
+        pattern: what it saw after EPOCHS_SEEN epochs.
+        action: what it advised then.
+        started: the epoch after which the average was started; None: never.
+        followed: the loss at the end of the better of model and average.
+        from_first: the same with an average from the first step.
+    """
+
     pattern: str
-    paid: bool
-    hurt: bool
+    action: str
+    started: int | None
+    followed: float
+    from_first: float
 
     @property
-    def right(self) -> bool:
-        return (self.action == "start") == self.paid
+    def regret(self) -> float:
+        """How much more loss than with an average from the first step, as a share of that."""
+        return self.followed / self.from_first - 1
 
 
 @dataclass(frozen=True)
@@ -167,45 +222,54 @@ class StartResult:
 
 
 def run_starts(family: Family, situation: Situation, seed: int, problems: int) -> StartResult:
-    """Ask the advisor after some epochs, start the average in any case, and compare.
-
-    A start paid if at the end the average is at least 2 % better than the model beside it, and better than the model
-    was when the average was started: an average of a diverging training may beat its model and is of no use. It hurt if
-    the average is at least 2 % worse than the model beside it.
-    """
+    """Run two averages beside a training: from the first step, and from when the advisor says start."""
     generator = torch.Generator().manual_seed(seed)
     simulation = Simulation(family, generator, problems, 1, situation.rate, situation.batch)
     simulation.weights = simulation.weights * situation.scale_of_start
     full = torch.ones(problems)
     for _ in range(situation.done_before):
         simulation.step(full)
-    history = []
-    for epoch in range(EPOCHS_SEEN):
-        # From the third epoch before the question on, the learning rate is so high that least squares diverge.
-        apart = situation.name == "falls apart" and epoch >= EPOCHS_SEEN - 3
-        for _ in range(UPDATES_PER_EPOCH):
-            simulation.step(_breaking(simulation) if apart else full)
-        history.append(_bounded(simulation.loss()[:, 0]))
-    advices = [should_start([float(loss[i]) for loss in history], mode="min") for i in range(problems)]
-
-    advised = recommend_decay(EPOCHS_AFTER, UPDATES_PER_EPOCH)
-    schedule = EMA_DECAY_FUNCTIONS[advised.decay_type]()
-    average = simulation.weights.clone()
+    threshold = EMA_DECAY_FUNCTIONS[SCHEDULE]()
+    averages = simulation.weights.expand(2, *simulation.weights.shape).clone()  # from the first step; as advised
+    history: list[Tensor] = []
+    started: list[int | None] = [None] * problems
+    advices: list[StartAdvice] = []
     ends = []
-    for step in range(1, EPOCHS_AFTER * UPDATES_PER_EPOCH + 1):
-        simulation.step(_breaking(simulation) if situation.name == "falls apart" else full)
-        average.lerp_(simulation.weights, 1 - schedule(advised.decay, step, None))
-        # The model's loss is noisy from step to step, so its end is the mean of the last epoch.
-        if step > (EPOCHS_AFTER - 1) * UPDATES_PER_EPOCH:
-            ends.append(torch.stack([_bounded(simulation.loss()[:, 0]), _bounded(simulation.loss(average)[:, 0])]))
-    model, averaged = torch.stack(ends).mean(0)
-    then = torch.stack(history[-3:]).mean(0)
-    paid = (averaged * NEAR <= model) & (averaged <= then)
-    hurt = averaged >= NEAR * model
+    for epoch in range(1, EPOCHS_SEEN + EPOCHS_AFTER + 1):
+        # From the third epoch before the question on, the learning rate is so high that least squares diverge.
+        apart = situation.name == "falls apart" and epoch > EPOCHS_SEEN - 3
+        for step in range((epoch - 1) * UPDATES_PER_EPOCH + 1, epoch * UPDATES_PER_EPOCH + 1):
+            simulation.step(_breaking(simulation) if apart else full)
+            # Before its start the second average is the model itself.
+            own = [0.0 if at is None else threshold(DECAY, step - at * UPDATES_PER_EPOCH, None) for at in started]
+            decays = torch.tensor([[threshold(DECAY, step, None)] * problems, own])
+            averages.lerp_(simulation.weights, (1 - decays)[..., None, None, None])
+            # The model's loss is noisy from step to step, so its end is the mean of the last epoch.
+            if epoch == EPOCHS_SEEN + EPOCHS_AFTER:
+                ends.append(_bounded(torch.stack([simulation.loss(each)[:, 0] for each in averages])))
+                ends[-1] = torch.cat([_bounded(simulation.loss()[:, 0])[None], ends[-1]])
+        history.append(_bounded(simulation.loss()[:, 0]))
+        answers = [should_start([float(loss[i]) for loss in history], mode="min") for i in range(problems)]
+        if epoch == EPOCHS_SEEN:
+            advices = answers
+        started = [
+            epoch if at is None and answer.action == "start" else at
+            for at, answer in zip(started, answers, strict=True)
+        ]
+    model, first, advised = torch.stack(ends).mean(0)
     return StartResult(
         family.name,
         situation.name,
-        tuple(Asked(advice.action, advice.pattern, bool(paid[i]), bool(hurt[i])) for i, advice in enumerate(advices)),
+        tuple(
+            Asked(
+                advice.pattern,
+                advice.action,
+                started[i],
+                float(torch.minimum(model, advised)[i]),
+                float(torch.minimum(model, first)[i]),
+            )
+            for i, advice in enumerate(advices)
+        ),
     )
 
 
@@ -248,21 +312,22 @@ def run(name: str, problems: int = 24, lengths: Sequence[int] | None = None) -> 
         "set": name,
         "decays": decay_figures(decays),
         "by_length": by_length,
+        "outlook": outlook_figures(decays),
         "starts": situations,
         "starts_in_all": start_figures([each for result in starts for each in result.asked]),
     }
 
 
 def start_figures(asked: Sequence[Asked]) -> dict[str, Any]:
-    """Compute how often the advice was right, and the cost of following it."""
-    started = [each for each in asked if each.action == "start"]
+    """Compute what following should_start cost, against an average from the first step."""
     patterns = sorted({each.pattern for each in asked})
+    regrets = [each.regret for each in asked]
     return {
         "runs": len(asked),
-        "right": sum(each.right for each in asked) / len(asked),
-        "paid": sum(each.paid for each in asked) / len(asked),
-        "missed": sum(each.paid and each.action != "start" for each in asked) / len(asked),
-        "hurt_when_advised": sum(each.hurt for each in started) / len(started) if started else None,
+        "started": sum(each.started is not None for each in asked) / len(asked),
+        "mean_regret": fmean(regrets),
+        "worst_regret": max(regrets),
+        "best_regret": min(regrets),
         "patterns": {pattern: sum(each.pattern == pattern for each in asked) for pattern in patterns},
     }
 
@@ -306,23 +371,34 @@ def print_figures(found: dict[str, Any]) -> None:
             for row in found["by_length"]
         ],
     )
-    everything = found["starts_in_all"]
     print_table(
-        f"should_start: right in {percent(everything['right'])} of {everything['runs']} runs "
-        f"(always starting would be in {percent(everything['paid'])}).\n"
-        "paid: a start brought 2 % or more. missed: it would have, but was advised against. hurt: of the advised ones",
-        ("situation", "runs", "paid", "right", "missed", "hurt", "patterns seen"),
+        "What expect() says, against the end. Right: ahead (much), not 2 % behind (some), within 2 % (little)",
+        ("case", "runs", "right", "ahead", "2 % ahead", "2 % behind", "excess / excess of no average (median)"),
+        [
+            (
+                row["case"],
+                str(row["runs"]),
+                percent(row["right"]),
+                percent(row["ahead"]),
+                percent(row["ahead_by_2_percent"]),
+                percent(row["behind_by_2_percent"]),
+                f"{row['median_excess_ratio']:.2f}",
+            )
+            for row in found["outlook"]
+        ],
+    )
+    print_table(
+        "should_start, asked after every epoch: more loss at the end than with an average from the first step",
+        ("situation", "runs", "started", "mean", "worst", "best", f"patterns after epoch {EPOCHS_SEEN}"),
         [
             (
                 row["situation"],
                 str(row["runs"]),
-                percent(row["paid"]),
-                percent(row["right"]),
-                percent(row["missed"]),
-                percent(row["hurt_when_advised"]),
+                percent(row["started"]),
+                *(f"{100 * row[name]:+.2f} %" for name in ("mean_regret", "worst_regret", "best_regret")),
                 ", ".join(f"{name} {count}" for name, count in row["patterns"].items()),
             )
-            for row in found["starts"]
+            for row in [*found["starts"], {"situation": "all", **found["starts_in_all"]}]
         ],
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,44 +67,67 @@ def _double_well() -> Family:
     )
 
 
+def _neuron() -> Family:
+    """Return (tanh x - tanh 1)² / 2: flat far from the optimum, so that a bad start is left slowly."""
+    return Family(
+        "tanh neurons, non-convex",
+        1,
+        lambda w: w[..., 0, :].tanh() - math.tanh(1.0),
+        lambda w: 1 - w.tanh() ** 2,
+        lambda z: z,
+        (10, 100),
+    )
+
+
+def _flat() -> Family:
+    """Return |x - 1|⁴ / 2: no curvature at the optimum, which is neared ever more slowly."""
+    return Family(
+        "flat optimum",
+        1,
+        lambda w: (w[..., 0, :] - 1) * (w[..., 0, :] - 1).abs(),
+        lambda w: 2 * (w - 1).abs(),
+        lambda z: 0.5 * z,
+        (10, 100),
+    )
+
+
 @dataclass(frozen=True)
 class ProblemSet:
-    """The simulated families, run lengths in updates and learning-rate schedules."""
+    """The simulated families, run lengths in updates, and learning-rate schedules with their final shares."""
 
     seed: int
     families: tuple[Family, ...]
     lengths: tuple[int, ...]
-    rates: tuple[str, ...]
+    rates: tuple[tuple[str, float], ...]
 
+
+RATES = (("constant", 1.0), ("cosine", 0.0), ("cosine", 0.2), ("linear", 0.0), ("wsd", 0.0), ("restarts", 0.0))
 
 SETS = {
     "tune": ProblemSet(
         1,
-        (linear("least squares", (10, 100)), _product("two factors, non-convex", 2)),
-        (500, 3_000, 12_000, 30_000),
-        ("constant", "cosine"),
-    ),
-    "report": ProblemSet(
-        2,
         (
+            linear("least squares", (10, 100)),
             linear("least squares, ill-conditioned, heavy tails", (100, 1000), heavy_tails=True),
             _double_well(),
+            _product("two factors, non-convex", 2),
             _product("three factors, non-convex", 3),
         ),
-        (800, 5_000, 16_000, 40_000, 64_000),
-        ("constant", "cosine", "steps"),
+        (500, 3_000, 12_000, 40_000),
+        RATES,
+    ),
+    "report": ProblemSet(
+        3,
+        (
+            linear("least squares, very ill-conditioned", (1000, 10_000)),
+            _neuron(),
+            _flat(),
+            _product("four factors, non-convex", 4),
+        ),
+        (800, 5_000, 16_000, 64_000),
+        RATES,
     ),
 }
-
-
-def rates_at(kind: Sequence[str], done: float) -> list[float]:
-    """Return factors of the highest learning rate when a share `done` of the run is over."""
-    values = {
-        "constant": 1.0,
-        "cosine": 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2,
-        "steps": 0.1 ** ((done >= 0.5) + (done >= 0.75)),
-    }
-    return [values[each] for each in kind]
 
 
 class Simulation:

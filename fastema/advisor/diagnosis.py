@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from fastema.advisor.patterns import should_start
+from fastema.advisor.patterns import find_pattern
 from fastema.advisor.statistics import Shape, noise_of, oriented, shape_of, slope_of
 from fastema.advisor.windows import SETTLED, checked_rate, initial_share, settle_epochs, window
 from fastema.core.checks import checked_count, checked_decay
@@ -148,7 +148,7 @@ class _Run:
 
 
 def _unstable(run: _Run, base: Sequence[float], mode: str) -> Finding | None:
-    start = should_start(base, mode)
+    start = find_pattern(base, mode)
     if start.action != "fix first" or (start.pattern != "collapse" and run.gap > run.tolerance):
         return None
     last = run.gaps[-1] if start.pattern == "collapse" else run.gap

@@ -61,6 +61,7 @@ def plain(advice: Advice) -> dict[str, Any]:
 def print_page(advice: Advice) -> None:
     """Print the page."""
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
@@ -69,9 +70,10 @@ def print_page(advice: Advice) -> None:
         console.print(Text(text, style=style), soft_wrap=not console.is_terminal)
 
     if advice.recommendation is not None:
-        say(_recommended(advice.recommendation), "bold")
-        for reason in advice.recommendation.reasons:
-            say(f"  {reason}")
+        table = Table.grid(padding=(0, 2))
+        for heading, text in _recommended(advice.recommendation):
+            table.add_row(Text(heading, style="bold"), Text(text))
+        console.print(table)
     if advice.window is not None:
         say(_reach(advice.window))
     if advice.source is not None:
@@ -132,15 +134,26 @@ def plot(advice: Advice, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _recommended(advice: Recommendation) -> str:
-    if advice.start_epoch is None:
-        start = "start when the metric is steady"
+def _recommended(advice: Recommendation) -> list[tuple[str, str]]:
+    """Return headings and their texts."""
+    outlook = advice.outlook
+    epoch = max(1, math.ceil(advice.wait_epochs))
+    lag = outlook.mean_age * advice.lag / advice.window
+    age = f"{outlook.mean_age:,.0f} updates ({lag:.3g} epochs, {outlook.share_of_run:.1%} of the run)"
+    if math.isinf(outlook.ratio):
+        rate = "the learning rate falls to 0 from there"
+    elif outlook.ratio == 1:
+        rate = "the learning rate is the same there as at the end"
     else:
-        start = "from the start" if advice.start_epoch == 0 else f"after epoch {advice.start_epoch}"
-    return (
-        f"Decay {advice.decay:g}, {advice.decay_type} schedule, {start}; "
-        f"judge it after {_epochs(max(1, math.ceil(advice.wait_epochs)))}"
-    )
+        rate = f"the learning rate is {outlook.ratio:.3g} times as high there as at the end"
+    return [
+        ("Use it?", outlook.use),
+        ("Settings", f'decay {advice.decay:.6g}, decay_type "{advice.decay_type}", from the first step'),
+        ("Look", f"from epoch {epoch} on, at the model and at the average; keep the better one"),
+        ("Expect", outlook.text),
+        ("Why", f"At the end the average's weights are {age} old on average; {rate}."),
+        *(("", reason) for reason in advice.reasons),
+    ]
 
 
 def _reach(window: Window) -> str:

@@ -1,13 +1,15 @@
 """Advice whether to start an average now, from a few patterns in the base model's history.
 
 An average brings something where weights move about a level (oscillation) or on their way (improving). It brings
-nothing where they stand still, and it keeps what has gone wrong where training falls apart.
+nothing where they stand still, and it keeps what has gone wrong where training falls apart. But a schedule that forgets
+the start, such as "threshold", loses nothing by an early one: there the verdicts say what ails the training, not the
+average.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Literal
@@ -22,6 +24,7 @@ _FALLS = -2.0
 # With a handful of values a falling zigzag gets no benefit of the doubt: nothing yet shows that it has a floor.
 _FEW = 6
 _FALLS_OF_FEW = -0.7
+_ANYWAY = "With the threshold schedule an average may run from the first step all the same: it forgets its start."
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,14 @@ def should_start(history: Sequence[float], mode: str = "max") -> StartAdvice:
         >>> advice.action, advice.pattern
         ('start', 'improving')
     """
+    advice = find_pattern(history, mode)
+    if advice.action == "start" or advice.pattern == "collapse":
+        return advice
+    return replace(advice, next_step=f"{advice.next_step} {_ANYWAY}")
+
+
+def find_pattern(history: Sequence[float], mode: str = "max") -> StartAdvice:
+    """Return the advice of `should_start`, without what it says of an average that runs all the same."""
     values = oriented(history, mode)
     sign = 1.0 if mode == "max" else -1.0
     fall = _collapse(values)
@@ -76,10 +87,10 @@ def should_start(history: Sequence[float], mode: str = "max") -> StartAdvice:
         )
     if len(values) < 3:
         return StartAdvice(
-            "wait",
+            "start",
             "too short",
-            f"{len(values)} {'epoch' if len(values) == 1 else 'epochs'}: noise cannot be told from a trend yet",
-            "Ask again after the third epoch.",
+            f"{len(values)} {'epoch' if len(values) == 1 else 'epochs'}: nothing speaks against it",
+            "Start now, with the threshold schedule: it forgets its start, so that an early one costs nothing.",
             {"epochs": len(values)},
         )
     return _judged(shape_of(values), sign)
@@ -111,7 +122,7 @@ def _judged(shape: Shape, sign: float) -> StartAdvice:
             "fix first",
             "unstable",
             f"it jumps about and loses ground: {drift}",
-            "Lower the learning rate, warm it up or clip gradients until the metric holds a level, then start.",
+            "Lower the learning rate, warm it up or clip gradients until the metric holds a level.",
             evidence,
         )
     if shape.quiet:
@@ -119,7 +130,7 @@ def _judged(shape: Shape, sign: float) -> StartAdvice:
             "wait",
             "plateau",
             f"it stands still at {sign * shape.level:.4g}: {drift}",
-            "There is nothing to smooth: change the learning rate or the data until the metric moves, then start.",
+            "There is nothing to smooth: change the learning rate or the data.",
             evidence,
         )
     return StartAdvice(

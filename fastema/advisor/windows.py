@@ -133,6 +133,41 @@ def settle_epochs(
     return _of_each(decay, lambda each: updates(each) / rate)
 
 
+def scaled_decay(decay: float, batch_ratio: float) -> float:
+    """Return the decay that looks back over as many images with a batch `batch_ratio` times as large.
+
+    Source: Busbridge et al., "How to Scale Your EMA", arXiv 2307.13813.
+
+    Example:
+        >>> round(scaled_decay(0.999, 4), 6)
+        0.996006
+    """
+    checked_decays(decay)
+    if not 0 < batch_ratio < math.inf:
+        raise ValueError(f"batch_ratio must be a positive number, got {batch_ratio}")
+    return decay if batch_ratio == 1 else decay**batch_ratio
+
+
+def distinct_decays(
+    decays: Sequence[float], decay_type: str, steps: int, **decay_args: Any
+) -> dict[float, tuple[float, ...]]:
+    """Return the decays whose averages differ after `steps`, each with those that give the same average.
+
+    The threshold schedule limits all decays alike at first: 0.99 and 0.999 are one average up to step 890.
+
+    Example:
+        >>> distinct_decays([0.99, 0.999], "threshold", 890)
+        {0.99: (0.999,)}
+        >>> distinct_decays([0.99, 0.999], "threshold", 891)
+        {0.99: (), 0.999: ()}
+    """
+    now = decays if decay_type != "threshold" else Decays(decays, decay_type, steps, 0, decay_args).at(steps)
+    groups: dict[float, list[float]] = {}
+    for decay, last in zip(decays, now, strict=True):
+        groups.setdefault(last, []).append(decay)
+    return {first: tuple(same) for first, *same in groups.values()}
+
+
 def updates_per_epoch(
     images: int,
     batch_size: int = 1,

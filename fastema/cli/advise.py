@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastema.advisor.history_files import History
     from fastema.advisor.page import Advice
 
+LR_SCHEDULES = ("constant", "cosine", "linear", "wsd", "restarts")  # those of fastema.advisor, whose import takes torch
 
 HELP = "which decay, when to start, and why an average is worse"
 DESCRIPTION = "Advises on the EMA of a run: from its length, from its history, or from both."
@@ -34,10 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--updates-per-epoch", type=float, metavar="N", help="optimizer steps an epoch, if you know them"
     )
     length.add_argument(
-        "--stability",
-        default="stable",
-        choices=("unstable", "stable", "very stable"),
-        help="how steady the training is (default: stable)",
+        "--lr-schedule",
+        default="constant",
+        choices=LR_SCHEDULES,
+        help="the learning rate: constant, cosine, linear, wsd (linear in the last fifth), or cosine with restarts "
+        "(default: constant)",
+    )
+    length.add_argument(
+        "--final-lr", type=float, default=0.0, metavar="F", help="where it ends, as a share of the highest (default: 0)"
+    )
+    length.add_argument("--recipe-decay", type=float, metavar="D", help="the decay of the recipe that you follow")
+    length.add_argument(
+        "--recipe-batch-size", type=int, metavar="N", help="images an optimizer step in that recipe, if yours differ"
     )
 
     history = parser.add_argument_group("the history: start now, and why is the average worse")
@@ -101,10 +110,15 @@ def _advice(arguments: argparse.Namespace) -> Advice:
             raise ValueError(
                 "--epochs needs --images (with --batch-size and --accumulation-steps) or --updates-per-epoch"
             )
-        recommendation = recommend_decay(arguments.epochs, rate, arguments.stability)
+        recommendation = recommend_decay(
+            arguments.epochs,
+            rate,
+            arguments.lr_schedule,
+            arguments.final_lr,
+            arguments.recipe_decay,
+            _batch_ratio(arguments),
+        )
     decay, decay_type = arguments.decay, arguments.decay_type
-    if decay is None and recommendation is not None and arguments.history is None:
-        decay, decay_type = recommendation.decay, recommendation.decay_type
     reach = None
     if decay is not None:
         reach = Window(decay, decay_type, window(decay))
@@ -170,6 +184,18 @@ def _rate(arguments: argparse.Namespace) -> float | None:
     return updates_per_epoch(
         arguments.images, arguments.batch_size, arguments.accumulation_steps, drop_last=arguments.drop_last
     )
+
+
+def _batch_ratio(arguments: argparse.Namespace) -> float:
+    from fastema.core.checks import checked_count
+
+    recipe = arguments.recipe_batch_size
+    if recipe is None:
+        return 1.0
+    checked_count("--recipe-batch-size", recipe, at_least=1)
+    if arguments.recipe_decay is None:
+        raise ValueError("--recipe-batch-size says for which batch --recipe-decay was chosen: give both")
+    return float(arguments.batch_size * arguments.accumulation_steps / recipe)
 
 
 def _total_steps(arguments: argparse.Namespace, rate: float) -> int | None:

@@ -19,7 +19,7 @@ SMALLEST_IMAGE = 64
 SYNTHETIC = "synthetic"  # --dataset-path of the generated data set
 HELD_OUT = "validation"  # --split of what a run held out
 
-SCHEDULERS = ("cosine", "cosine_restart", "onecycle", "none")
+SCHEDULERS = ("cosine", "cosine_restart", "onecycle", "wsd", "none")
 PRECISIONS = ("none", "bf16", "fp16")
 EMA_STARTS = ("now", "auto")
 
@@ -112,7 +112,7 @@ class TrainOptions:
     scheduler: str = _flag(
         "optimisation",
         "over each stage anew: half a cosine; a cosine with warm restarts (3 cycles, each twice as long); "
-        "one-cycle; or constant",
+        "one-cycle; constant with a linear decay in the last fifth (wsd); or constant",
         "cosine",
         choices=SCHEDULERS,
     )

@@ -15,15 +15,19 @@ import fastema.advisor
 from fastema import FastEMA
 from fastema.advisor import (
     diagnose,
+    distinct_decays,
+    expect,
     initial_share,
     lag,
     recommend_decay,
     reflects_epoch,
+    scaled_decay,
     settle_epochs,
     should_start,
     updates_per_epoch,
     window,
 )
+from fastema.advisor.outlook import mean_age, rate_at
 
 UNSTABLE = [0.6234, 0.5987, 0.6123, 0.5856]
 COLLAPSE = [0.5480, 0.1136]
@@ -120,32 +124,24 @@ def test_an_impossible_number_of_updates_is_refused(rate: float) -> None:
 # --- recommend_decay --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("epochs", "stability", "decay"),
-    [
-        (20, "stable", 0.99),
-        (40, "stable", 0.99),
-        (59, "stable", 0.99),
-        (60, "stable", 0.999),
-        (100, "stable", 0.999),
-        (149, "very stable", 0.999),
-        (150, "very stable", 0.9999),
-        (300, "very stable", 0.9999),
-        (300, "stable", 0.999),
-        (40, "unstable", 0.99),
-        (100, "unstable", 0.99),
-        (300, "unstable", 0.99),
-    ],
-)
-def test_the_guides_decays(epochs: int, stability: str, decay: float) -> None:
-    assert recommend_decay(epochs, 400, stability).decay == decay
+@pytest.mark.parametrize("epochs", [1, 20, 60, 300])
+@pytest.mark.parametrize("lr_schedule", ["constant", "cosine", "linear", "wsd", "restarts"])
+def test_the_rule_of_thumb_is_recommended(epochs: int, lr_schedule: str) -> None:
+    advice = recommend_decay(epochs, 400, lr_schedule)
+    assert (advice.decay, advice.decay_type) == (0.999, "threshold")
+    assert "rule of thumb" in " ".join(advice.reasons)
 
 
-def test_the_number_of_updates_counts_not_the_epochs() -> None:
-    assert recommend_decay(10, 4000).decay == recommend_decay(100, 400).decay == 0.999
-    assert recommend_decay(100, 10).decay < 0.99
-    decays = [recommend_decay(1, updates, "very stable").decay for updates in (10, 100, 1000, 8000, 30_000, 90_000)]
-    assert decays == sorted(decays)
+def test_the_decay_of_a_recipe_follows_the_batch() -> None:
+    assert recommend_decay(300, 400, recipe_decay=0.9999).decay == 0.9999
+    larger = recommend_decay(300, 400, recipe_decay=0.9999, batch_ratio=16)
+    assert larger.decay == pytest.approx(0.9999**16)
+    assert "to the power of 16" in " ".join(larger.reasons)
+    assert scaled_decay(0.9, 2) == pytest.approx(0.81)
+    # Two updates with a batch of one against one with a batch of two: the same weight for what is older.
+    assert scaled_decay(0.99, 2) == pytest.approx(0.99 * 0.99)
+    with pytest.raises(ValueError, match="batch_ratio must be a positive number, got 0"):
+        scaled_decay(0.9, 0)
 
 
 def test_a_recommendation_gives_its_reasons_and_when_to_judge() -> None:
@@ -154,16 +150,13 @@ def test_a_recommendation_gives_its_reasons_and_when_to_judge() -> None:
     assert advice.lag == pytest.approx(1000 / 760)
     assert initial_share(advice.decay, math.ceil(advice.wait_epochs * 760), advice.decay_type) <= 0.05
     assert "91,200 updates" in " ".join(advice.reasons)
-    assert advice.start_epoch == 0
-    assert recommend_decay(120, 760, "unstable").start_epoch is None  # not before should_start says so
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 7, 30, 500])
 @pytest.mark.parametrize("rate", [1, 3, 50, 3000])
 def test_every_run_can_judge_its_average_before_it_ends(epochs: int, rate: int) -> None:
     advice = recommend_decay(epochs, rate)
-    assert 0 <= advice.decay < 1
-    assert advice.wait_epochs <= max(epochs, 1) or epochs * rate < 20
+    assert advice.wait_epochs <= epochs or epochs * rate < 20
 
 
 def test_recommendations_refuse_nonsense() -> None:
@@ -171,8 +164,86 @@ def test_recommendations_refuse_nonsense() -> None:
         recommend_decay(0, 400)
     with pytest.raises(ValueError, match="updates_per_epoch must be a positive number, got -3"):
         recommend_decay(3, -3)
-    with pytest.raises(ValueError, match="stability must be one of 'unstable', 'stable', 'very stable', got 'wobbly'"):
+    with pytest.raises(ValueError, match=r"lr_schedule must be one of 'constant', 'cosine', .*, got 'wobbly'"):
         recommend_decay(3, 3, "wobbly")
+    with pytest.raises(ValueError, match="final_lr must be a share of the highest rate, from 0 to 1, got 2"):
+        recommend_decay(3, 3, "cosine", final_lr=2)
+    with pytest.raises(ValueError, match="decay must be in"):
+        recommend_decay(3, 3, recipe_decay=1.5)
+
+
+@pytest.mark.parametrize(
+    ("decays", "steps", "distinct"),
+    [
+        ([0.99, 0.999], 890, [0.99]),
+        ([0.999, 0.99], 890, [0.999]),
+        ([0.99, 0.999], 891, [0.99, 0.999]),
+        ([0.9, 0.99, 0.999], 300, [0.9, 0.99]),
+    ],
+)
+def test_decays_that_the_threshold_schedule_makes_one(decays: list[float], steps: int, distinct: list[float]) -> None:
+    assert list(distinct_decays(decays, "threshold", steps)) == distinct
+    assert list(distinct_decays(decays, "constant", steps)) == decays
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    ema = FastEMA([("w", parameter)], decays, decay_type="threshold")
+    for step in range(steps):
+        with torch.no_grad():
+            parameter.fill_(step % 7)
+        ema.update()
+    values = [ema.shadow_state_dict(which)["w"].item() for which in range(len(decays))]
+    assert len(set(values)) == len(distinct)
+
+
+# --- expect -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lr_schedule", "final_lr", "case"),
+    [
+        ("constant", 0.0, "much"),
+        ("cosine", 0.0, "little"),
+        ("cosine", 0.2, "some"),
+        ("cosine", 0.6, "much"),
+        ("linear", 0.0, "little"),
+        ("wsd", 0.01, "little"),
+        ("restarts", 0.0, "little"),
+    ],
+)
+def test_the_case_follows_from_the_rate_at_the_end(lr_schedule: str, final_lr: float, case: str) -> None:
+    assert expect(10_000, lr_schedule, final_lr).case == case
+
+
+def test_the_ratio_is_that_of_the_rates() -> None:
+    found = expect(8_000, "linear", final_lr=0.1)
+    assert found.mean_age == pytest.approx(800, abs=1)
+    assert found.share_of_run == pytest.approx(0.1, abs=1e-3)
+    assert found.ratio == pytest.approx(0.19 / 0.1, rel=1e-2)
+    assert expect(8_000, "constant").ratio == 1
+    assert expect(8_000, "cosine").ratio == math.inf
+    # A tenth of the run is half of the last fifth.
+    assert rate_at("wsd", 0.9) == pytest.approx(0.5)
+    assert [rate_at("restarts", done) for done in (0, 1 / 7, 3 / 7)] == pytest.approx([1, 1, 1])
+    assert rate_at("restarts", 1.0, final_lr=0.25) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("decay", "decay_type", "updates"),
+    [(0.9, "constant", 30), (0.9, "threshold", 200), (0.999, "threshold", 300), (0.9, "exp", 40), (0.0, "constant", 3)],
+)
+def test_the_mean_age_is_what_fastema_averages(decay: float, decay_type: str, updates: int) -> None:
+    """Weights that count the updates: the average lags behind the count by the mean age."""
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    ema = FastEMA([("w", parameter)], decay, decay_type=decay_type, total_steps=updates)
+    for _ in range(updates):
+        with torch.no_grad():
+            parameter.add_(1)
+        ema.update()
+    assert mean_age(updates, decay, decay_type) == pytest.approx(updates - ema.shadow_state_dict()["w"].item())
+
+
+def test_a_short_run_is_warned_of() -> None:
+    assert "may be behind" in expect(499).text
+    assert "may be behind" not in expect(500).text
 
 
 # --- should_start -----------------------------------------------------------------------------------------------------
@@ -194,8 +265,8 @@ def test_recommendations_refuse_nonsense() -> None:
         (OSCILLATION[::-1], "start", "oscillation"),
         ([0.71, 0.68, 0.71, 0.68], "start", "oscillation"),
         ([0.30, 0.45, 0.55, 0.62, 0.66, *OSCILLATION, *OSCILLATION], "start", "oscillation"),
-        ([0.5], "wait", "too short"),
-        ([0.5, 0.52], "wait", "too short"),
+        ([0.5], "start", "too short"),
+        ([0.5, 0.52], "start", "too short"),
         ([0.50, 0.52, 0.53, 0.11, 0.54, 0.55, 0.56, 0.57, 0.58], "start", "improving"),  # a spike, and over
     ],
 )
@@ -222,6 +293,12 @@ def test_scale_and_direction_do_not_matter(pattern: str, scale: float, offset: f
     history = [scale * value + offset for value in HISTORIES[pattern]]
     assert should_start(history).pattern == pattern
     assert should_start([-value for value in history], mode="min").pattern == pattern
+
+
+@pytest.mark.parametrize("history", [[0.5], PLATEAU, UNSTABLE, COLLAPSE])
+def test_an_early_start_is_said_to_cost_nothing(history: list[float]) -> None:
+    said = "threshold schedule" in should_start(history).next_step
+    assert said == (should_start(history).pattern != "collapse")
 
 
 def test_short_histories_are_free_of_the_unit_and_direction() -> None:

@@ -57,16 +57,39 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_page_before_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["advise", *RUN]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "Decay 0.999, threshold schedule, from the start; judge it after 2 epochs" in text
+    assert "Use it? Yes." in text
+    assert 'Settings decay 0.999, decay_type "threshold", from the first step' in text
+    assert "Look from epoch 2 on" in text
+    assert "Expect The learning rate stays high to the end" in text
+    assert "999 updates (1.31 epochs, 1.1% of the run) old" in text
     assert "91,200 updates (120 epochs of 760)" in text
-    assert "looks back over 1,000 updates, 1.32 epochs" in text
+    assert "looks back" not in text  # said of a decay that is given
+    assert cli.main(["advise", *RUN, "--lr-schedule", "cosine", "--decay", "0.99"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Use it? You may" in text
+    assert "the learning rate falls to 0 from there" in text
+    assert "Decay 0.99 (constant) looks back over 100 updates" in text
 
 
 def test_json_before_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     found = json_of(capsys, *RUN)
     assert found["updates_per_epoch"] == 760
     assert found["recommendation"]["decay"] == 0.999
+    assert found["recommendation"]["outlook"]["case"] == "much"
+    assert found["recommendation"]["outlook"]["use"] == "Yes."
+    assert found["recommendation"]["outlook"]["ratio"] == 1
     assert json_of(capsys, *RUN, "--decay", "1")["window"]["updates"] is None  # infinite
+    found = json_of(capsys, *RUN, "--lr-schedule", "wsd", "--recipe-decay", "0.9999", "--recipe-batch-size", "2")
+    assert found["recommendation"]["decay"] == pytest.approx(0.9999**2)
+    assert found["recommendation"]["outlook"]["case"] == "little"
+    assert found["recommendation"]["outlook"]["ratio"] is None  # infinite
+
+
+def test_the_schedules_are_the_advisors() -> None:
+    from fastema.advisor.outlook import LR_SCHEDULES
+    from fastema.cli import advise
+
+    assert tuple(LR_SCHEDULES) == advise.LR_SCHEDULES
 
 
 @needs_train
@@ -253,6 +276,7 @@ def test_a_tensorboard_log_without_its_package_or_without_scalars(
 def test_too_little_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "give --history FILE, or --epochs" in error_of(capsys)
     assert "--epochs needs --images" in error_of(capsys, "--json", "--epochs", "3")
+    assert "give both" in error_of(capsys, "--json", *RUN, "--recipe-batch-size", "2")
     assert "--plot draws a history" in error_of(capsys, "--epochs", "3", "--images", "9", "--plot", "x.png")
     assert "no optimizer step" in error_of(
         capsys, "--json", "--epochs", "3", "--images", "9", "--batch-size", "10", "--drop-last"

@@ -181,7 +181,7 @@ def test_a_schedule_is_tried_before_the_training(tmp_path: Path, content: Any, s
         ({"accumulation_steps": 0}, "--accumulation-steps must be at least 1, got 0"),
         ({"num_experts": -1}, "--num-experts must be 0 or more, got -1"),
         ({"num_experts": 3, "top_k": 4}, "--top-k must be from 1 to 3 experts, got 4"),
-        ({"scheduler": "step"}, "--scheduler must be cosine, cosine_restart, onecycle or none, got step"),
+        ({"scheduler": "step"}, "--scheduler must be cosine, cosine_restart, onecycle, wsd or none, got step"),
         ({"scheduler": "onecycle", "warmup_epochs": 1}, "onecycle has a warm-up of its own: leave out --warmup-epochs"),
         ({"stage1_epochs": 30, "progressive_unfreeze": True}, "but all 30 epochs are stage 1"),
         ({"use_ema": True, "ema_start_epoch": 31}, "--ema-start-epoch must be at most --epochs 30, got 31"),

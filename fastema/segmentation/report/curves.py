@@ -35,6 +35,7 @@ def write_curves(path: Path, history: Sequence[EpochRecord]) -> None:
     loss, iou, rate, reach = figure.subplots(2, 2, sharex=True).flat
     _draw(loss, "training loss", epochs, [("loss", _PLAIN, [record.loss for record in history])])
     _draw(iou, "validation IoU", epochs, _ious(history))
+    _draw_noise(iou, history)
     _draw(rate, "learning rate", epochs, [("learning rate", _PLAIN, [record.lr for record in history])])
     rate.set_ylim(bottom=0)
     rate.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -87,6 +88,18 @@ def _draw(axes: Axes, title: str, epochs: Sequence[int], lines: Sequence[_Line])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_noise(axes: Axes, history: Sequence[EpochRecord]) -> None:
+    """Shade two standard errors of the difference around the EMA: a base inside it differs by noise."""
+    noisy = [(each.epoch, each.ema_iou, 2 * each.ema_error) for each in history if each.ema_iou and each.ema_error]
+    if noisy:
+        epochs, ious, errors = zip(*noisy, strict=True)
+        low, high = ([iou + sign * error for iou, error in zip(ious, errors, strict=True)] for sign in (-1, 1))
+        axes.fill_between(
+            epochs, low, high, color=_EMA, alpha=0.15, linewidth=0, label="EMA ± noise (2 standard errors)"
+        )
+        axes.legend(fontsize=8, frameon=False)
 
 
 def _scale_windows(axes: Axes, values: Sequence[float]) -> None:

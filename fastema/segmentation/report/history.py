@@ -24,6 +24,7 @@ class EpochRecord:
         loss: mean over the training images.
         iou: mean over the validation images, with the trained weights.
         ema_iou: with the averaged weights; None without an EMA.
+        ema_error: standard error of `ema_iou - iou` over the images; None without an EMA, or with a single image.
         lr: learning rate of the decoder in the last step.
         ema_decay: of the last update; None without an EMA.
         seconds: of the epoch, validation included.
@@ -46,6 +47,7 @@ class EpochRecord:
     other_ema_ious: dict[str, float] = field(default_factory=dict)
     other_ema_decays: dict[str, float] = field(default_factory=dict)
     expert_usage: Sequence[Sequence[float]] = ()
+    ema_error: float | None = None
 
     @property
     def average_ious(self) -> list[float]:
@@ -72,6 +74,7 @@ class EpochRecord:
             "lr": self.lr,
             "ema_decay": self.ema_decay,
             **{f"ema_decay_{name}": decay for name, decay in self.other_ema_decays.items()},
+            "ema_error": self.ema_error,
             "seconds": round(self.seconds, 3),
             "stage": self.stage,
             "data_wait": round(self.data_wait, 4),

@@ -43,10 +43,9 @@ class Comparison:
 
     @property
     def uncertainty(self) -> float:
-        """The standard error of the difference, paired."""
-        if len(self.base) < 2:
-            return math.inf
-        return stdev(e - b for e, b in zip(self.ema, self.base, strict=True)) / math.sqrt(len(self.base))
+        """The standard error of the difference."""
+        error = paired_error(self.base, self.ema)
+        return math.inf if error is None else error
 
     def verdict(self) -> str:
         """Say which is better after the last epoch, with a likely reason if the EMA is not."""
@@ -81,6 +80,13 @@ class Comparison:
             f"The EMA looks back over {self.window:,.0f} updates ({epochs}); if the base is still improving fast, "
             "that lag is the likely reason."
         )
+
+
+def paired_error(base: Sequence[float], ema: Sequence[float]) -> float | None:
+    """Return the standard error of the mean difference over the same images; None for a single image."""
+    if len(base) < 2:
+        return None
+    return stdev(e - b for e, b in zip(ema, base, strict=True)) / math.sqrt(len(base))
 
 
 def print_summary(

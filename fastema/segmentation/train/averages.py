@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastema import FastEMA
+from fastema.advisor import distinct_decays, settle_epochs
 from fastema.segmentation.distributed.parallel import ParallelModel
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import TrainOptions
@@ -34,6 +35,20 @@ class SavedAverage:
         return self.weights
 
 
+def forgets_start(options: TrainOptions, steps_per_epoch: int, total_steps: int) -> bool:
+    """Return whether the averages forget the weights they start from within an epoch."""
+    if options.ema_profiles:
+        return True
+    decay_type, decay_args = options.ema_decay_type, dict[str, Any](options.ema_decay_args or {})
+    try:
+        settled = settle_epochs(
+            options.decays, steps_per_epoch, decay_type=decay_type, total_steps=total_steps, **decay_args
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the EMA cannot be set up: {error}") from error
+    return max(settled) <= 1
+
+
 class Averages:
     """The averages of a network, updated after every step that its optimizer makes.
 
@@ -46,6 +61,8 @@ class Averages:
         timers: get the time of every update.
 
     Attributes:
+        decays: of the averages that can differ in this run, each with those that are left out for it.
+        names: of the averages, the main one first.
         after_update: called after every update.
     """
 
@@ -61,15 +78,20 @@ class Averages:
         self.start_epoch = start_epoch
         self.total_steps = total_steps
         self.names = options.average_names
+        self.decays: dict[float, tuple[float, ...]] = {}
         self.after_update: Callable[[], None] | None = None
         decay_type, decay_args = options.ema_decay_type, dict[str, Any](options.ema_decay_args or {})
-        if options.ema_profiles:
-            decay_type, decay_args = "power", {"sigma_rel": list(options.ema_profiles)}
-        own_decays = not options.ema_profiles and len(options.decays) > 1
+        decays: list[float] = [options.ema_decay]
         try:
+            if options.ema_profiles:
+                decay_type, decay_args = "power", {"sigma_rel": list(options.ema_profiles)}
+            else:
+                self.decays = distinct_decays(options.decays, decay_type, max(1, total_steps), **decay_args)
+                decays = list(self.decays)
+                self.names = [f"{decay:g}" for decay in decays]
             self.ema = FastEMA(
                 net,
-                options.decays if own_decays else options.decays[0],
+                decays if len(decays) > 1 else decays[0],
                 decay_type=decay_type,
                 total_steps=total_steps,
                 **decay_args,
@@ -114,7 +136,7 @@ class Averages:
         """Load the averages of a checkpoint.
 
         As many as before continue in their order with the new decays. Otherwise each takes the saved one of the same
-        decay, or starts from the weights where there is none.
+        decay, or one that was the same so far, or starts from the weights where there is none.
 
         Returns:
             The names of those that start from the weights.
@@ -124,6 +146,7 @@ class Averages:
         fresh: list[str] = []
         if len(mine) != len(saved):
             by_decay = dict(zip(_as_list(state.get("decay")), saved, strict=False))
+            by_decay |= self._same_so_far(by_decay, state)
             fresh = [name for name, decay in self._named_decays() if decay not in by_decay]
             saved = [by_decay.get(decay, start) for (_, decay), start in zip(self._named_decays(), mine, strict=True)]
         shadow = saved if isinstance(own["shadow"], list) else saved[0]
@@ -135,6 +158,14 @@ class Averages:
         except ValueError as error:
             raise UserError(f"the EMA cannot be set up: {error}") from error
         return fresh
+
+    def _same_so_far(self, by_decay: dict[float, Any], state: dict[str, Any]) -> dict[float, Any]:
+        """Return own decays with the saved average of another decay that was the same in all updates so far."""
+        if state.get("decay_type") != "threshold":
+            return {}
+        own = [decay for _, decay in self._named_decays() if decay not in by_decay]
+        groups = distinct_decays([*by_decay, *own], "threshold", max(1, int(state["step"])))
+        return {same: by_decay[first] for first, others in groups.items() for same in others if first in by_decay}
 
     def _named_decays(self) -> Iterator[tuple[str, float]]:
         decays = self.ema.decay

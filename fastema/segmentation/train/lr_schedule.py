@@ -13,6 +13,8 @@ CYCLES, CYCLE_GROWTH = 3, 2
 # Smith's one-cycle policy, with the numbers of torch's OneCycleLR.
 ONECYCLE_RISE = 0.3
 ONECYCLE_START = 25.0
+# Warm-up, stable, decay (Hu et al. 2024): the decay takes this share of the stage.
+WSD_DECAY = 0.2
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,11 @@ class LRSchedule:
     - cosine: half a cosine down to `lowest` (Loshchilov and Hutter, 2017, without restarts).
     - cosine_restart: SGDR, the same paper's warm restarts.
     - onecycle: Smith, 2018: up for 30 % of the steps, then down to `lowest`.
+    - wsd: `highest`, and in the last fifth of the steps a straight line down to `lowest`.
     - none: `highest` throughout.
 
     Attributes:
-        kind: one of the four.
+        kind: one of the five.
         highest: peak.
         lowest: floor; "none" ignores it.
         warmup_steps: optimizer steps until `highest`.
@@ -50,6 +53,10 @@ class LRSchedule:
             return _cosine(self.highest, self.lowest, done / max(1, steps - 1))
         if self.kind == "cosine_restart":
             return _cosine(self.highest, self.lowest, _share_of_cycle(done, first_cycle(steps)))
+        if self.kind == "wsd":
+            decay_steps = max(1, round(WSD_DECAY * self.total_steps))
+            left = max(0, self.total_steps - step)
+            return self.lowest + (self.highest - self.lowest) * min(1.0, left / decay_steps)
         if self.kind == "onecycle":
             return self._onecycle(done, steps)
         raise ValueError(f"unknown schedule {self.kind!r}")

@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastema.advisor import Finding, diagnose, lag, settle_epochs, window
+from fastema.advisor import Finding, diagnose, expect, lag, settle_epochs, window
+from fastema.core.decays import Decays
 from fastema.schedules import gamma_of
 from fastema.segmentation.console import say
 from fastema.segmentation.distributed.process_group import Processes
@@ -24,6 +25,14 @@ from fastema.segmentation.train.stages import Stage
 _EPOCHS_FOR_A_FINDING = 3
 # Chosen for a smaller share of the images on every level, an expert hardly learns.
 _IDLE = 0.01
+# The advisor's names of our learning-rate schedules.
+_LR_SCHEDULES = {
+    "cosine": "cosine",
+    "cosine_restart": "restarts",
+    "onecycle": "cosine",
+    "wsd": "wsd",
+    "none": "constant",
+}
 # Share of the training time spent waiting for images that is reported.
 _LONG_WAIT = 0.2
 
@@ -56,8 +65,16 @@ class Messages:
         self.say(f"       weights: {options.resume_from or weights}; {place}")
 
     def averages(self, averages: Averages, updates_per_epoch: int) -> None:
-        """Print which averages start, and what to expect of each."""
+        """Print which averages start, and what to expect of them."""
         options, several = self._options, len(averages.names) > 1
+        self._windows(averages, updates_per_epoch, several)
+        outlook = expect(
+            max(1, averages.total_steps), _LR_SCHEDULES[options.scheduler], options.min_lr / options.second_lr
+        )
+        self.say(f"EMA: {outlook.text}")
+
+    def _windows(self, averages: Averages, updates_per_epoch: int, several: bool) -> None:
+        options = self._options
         if options.ema_profiles:
             self.say(f"EMA: {', '.join(averages.names)}, power profiles, backend {averages.ema.backend_name}")
             for name, sigma in zip(averages.names, options.ema_profiles, strict=True):
@@ -68,7 +85,14 @@ class Messages:
             return
         decays = f"{'decays' if several else 'decay'} {', '.join(averages.names)}"
         self.say(f"EMA: {decays}, {options.ema_decay_type}, backend {averages.ema.backend_name}")
-        for name, decay in zip(averages.names, options.decays, strict=True):
+        for decay, same in averages.decays.items():
+            if same:
+                names = ", ".join(f"{each:g}" for each in same)
+                self.say(
+                    f"EMA: {names} left out: in a run of {averages.total_steps:,} updates the threshold schedule makes "
+                    f"it the same average as {decay:g}"
+                )
+        for name, decay in zip(averages.names, averages.decays, strict=True):
             expected = describe_window(decay, options.ema_decay_type, updates_per_epoch, averages.total_steps)
             self.say(f"{f'EMA {name}' if several else 'EMA'}: {expected}")
 
@@ -107,12 +131,13 @@ class Messages:
         finding = latest_finding(
             [record.iou for record in history],
             [record.ema_iou for record in history],
-            self._options.decays[0],
+            next(iter(averages.decays)),
             self._options.ema_decay_type,
             updates_per_epoch,
             averages.total_steps,
         )
-        if finding is not None and self.changed("advice", finding.kind):
+        # Each kind once: near the noise, findings alternate from epoch to epoch.
+        if finding is not None and self.changed(f"finding {finding.kind}", True):
             self.say(f"EMA: {finding.text} {finding.next_step}")
 
 
@@ -121,9 +146,10 @@ def describe_window(decay: float, decay_type: str, updates_per_epoch: int, total
     if decay == 1.0:
         return "decay 1 never moves from the weights it starts with"
     settle = settle_epochs(decay, updates_per_epoch, decay_type=decay_type, total_steps=total_steps)
-    # A schedule drops the starting weights at once, but still has to fill its window.
-    wait = math.ceil(max(settle, lag(decay, updates_per_epoch)))
-    text = f"looks back over up to {window(decay):,.0f} updates, {lag(decay, updates_per_epoch):.3g} epochs"
+    # A schedule drops the starting weights at once, but still has to fill the widest window that it gets to.
+    last = max(Decays(decay, decay_type, total_steps, 0, {}).at(step)[0] for step in (1, max(1, total_steps)))
+    wait = math.ceil(max(settle, lag(last, updates_per_epoch)))
+    text = f"looks back over up to {window(last):,.0f} updates, {lag(last, updates_per_epoch):.3g} epochs"
     return f"{text}; judge it after {wait} {'epoch' if wait == 1 else 'epochs'}"
 
 

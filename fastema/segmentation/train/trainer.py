@@ -42,10 +42,10 @@ from fastema.segmentation.out_of_memory import explain_out_of_memory
 from fastema.segmentation.report.curves import write_curves
 from fastema.segmentation.report.history import EpochRecord, append_csv
 from fastema.segmentation.report.prediction_grid import Example, write_predictions
-from fastema.segmentation.report.summary import Comparison, print_summary
+from fastema.segmentation.report.summary import Comparison, paired_error, print_summary
 from fastema.segmentation.report.tensorboard import TensorBoardLog
 from fastema.segmentation.report.timers import Timers
-from fastema.segmentation.train.averages import Averages, SavedAverage
+from fastema.segmentation.train.averages import Averages, SavedAverage, forgets_start
 from fastema.segmentation.train.checkpoints import (
     BEST,
     BEST_EMA,
@@ -231,7 +231,9 @@ class Trainer:
         options = self.options
         if self.averages is not None or not options.use_ema or self.epoch >= options.epochs:
             return
-        if options.ema_start == "auto":
+        if options.ema_start == "auto" and self._forgets_start():
+            self._messages.say("EMA: starts now (--ema-start auto), since it forgets its start within an epoch")
+        elif options.ema_start == "auto":
             if self._messages.changed("wait", True):
                 self._messages.say("EMA: waits until the base IoU says that it pays (--ema-start auto)")
             if not self._advisor_says_start():
@@ -243,6 +245,10 @@ class Trainer:
         elif origin is not None:
             self._messages.say(f"{origin} has no EMA: it starts here, from the weights of epoch {self.epoch}")
         self._build_averages(self.epoch + 1)
+
+    def _forgets_start(self) -> bool:
+        stage = self.stages.at(self.epoch + 1)
+        return forgets_start(self.options, stage.steps_per_epoch, self.stages.total_steps)
 
     def _require_steps(self) -> None:
         options = self.options
@@ -266,7 +272,8 @@ class Trainer:
         if not self.history:
             return False
         advice = should_start([record.iou for record in self.history])
-        if advice.action == "start":
+        # After one or two epochs the advice is to start averages that forget their start, and these do not.
+        if advice.action == "start" and advice.pattern != "too short":
             self._messages.say(f"EMA: starts after epoch {self.epoch}, {advice.pattern}: {advice.reason}")
             return True
         if self._messages.changed("advice", advice.pattern):
@@ -346,6 +353,7 @@ class Trainer:
                 loss=result.loss,
                 iou=fmean(base),
                 ema_iou=scores[0] if scores else None,
+                ema_error=paired_error(base, averaged[0]) if averaged else None,
                 lr=self.optimizer.adamw.param_groups[0]["lr"],
                 ema_decay=decays[0] if decays else None,
                 seconds=seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,6 +67,15 @@ def test_one_cycle_starts_at_the_floor_where_a_25th_is_below_it() -> None:
     schedule = LRSchedule("onecycle", HIGHEST, HIGHEST / 2, 0, 50)
     assert schedule.at(1) == pytest.approx(HIGHEST / 2)
     assert min(schedule.at(step) for step in range(1, 51)) == pytest.approx(HIGHEST / 2)
+
+
+def test_wsd_is_constant_and_falls_in_the_last_fifth() -> None:
+    rates = ours("wsd", 50)
+    assert set(rates[:40]) == {HIGHEST}
+    falls = {round(before - after, 12) for before, after in pairwise(rates[39:])}
+    assert falls == {round((HIGHEST - LOWEST) / 10, 12)}
+    assert rates[-1] == pytest.approx(LOWEST)
+    assert ours("wsd", 3)[-1] == pytest.approx(LOWEST)
 
 
 def test_none_is_constant() -> None:
