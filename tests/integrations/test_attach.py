@@ -1,4 +1,4 @@
-"""docs/attach.md, row by row: what `attach` does with each kind of optimizer."""
+"""docs/recipes/attach.md, row by row: what `attach` does with each kind of optimizer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def is_copy(ema: FastEMA, model: nn.Module) -> bool:
 
 
 def test_every_row_has_its_test() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "attach.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "recipes" / "attach.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     tests = [name for name in globals() if name.startswith("test_row_")]
     assert len(tests) == len(rows) == 11

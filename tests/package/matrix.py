@@ -1,0 +1,63 @@
+"""`make matrix`: build and test fastema with other Pythons and other torches, each in a venv with nothing else.
+
+Takes pairs such as `python3.12:2.13.0`. Writes one row a pair between the markers of docs/promises.md. Outside CI: it
+downloads gigabytes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/promises.md"
+TESTS = ("tests/core", "tests/checkpoint", "tests/swa_utils", "tests/backends", "tests/package/test_import.py")
+# The oldest torch whose build needs no more than this; `wheel` is for setuptools below 70.1 only.
+TOOLS = ("setuptools>=70.1", "ninja", "numpy", "pytest>=8", "hypothesis", "safetensors")
+MARKED = re.compile(r"(<!-- matrix:begin -->\n).*?(<!-- matrix:end -->)", re.DOTALL)
+
+
+def main(pairs: list[str]) -> int:
+    """Try every pair; return 1 if a test failed or nothing could be built."""
+    rows = [tried(*pair.split(":")) for pair in pairs]
+    table = ["| Python | torch | built | tests |", "|---|---|---|---|", *(row for row, _ in rows)]
+    when = f"{datetime.date.today()}, {platform.system()} {platform.machine()}, `make matrix`:"
+    PAGE.write_text(MARKED.sub(lambda found: found[1] + "\n".join([when, "", *table, ""]) + found[2], PAGE.read_text()))
+    print("\n".join(table))
+    return 0 if all(passed for _, passed in rows) else 1
+
+
+def tried(python: str, torch: str) -> tuple[str, bool]:
+    """Return the row of one pair, and whether all is well."""
+    folder = ROOT / ".matrix" / f"{Path(python).name}-torch{torch}"
+    subprocess.run([python, "-m", "venv", folder], check=True)  # an earlier one is used again
+    own = folder / "bin/python"
+    pip = [own, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    subprocess.run([*pip, f"torch=={torch}", *TOOLS], check=True)
+    # A copy: the build leaves its files in the tree, and each pair needs its own.
+    tree = folder / "tree"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "_build_record.json", "runs")
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    subprocess.run([*pip, "--no-build-isolation", "."], cwd=tree, check=True)
+    shutil.rmtree(tree / "fastema")  # what is tested is what was installed
+    info = subprocess.run([folder / "bin/fastema", "info"], capture_output=True, text=True, check=True, cwd=tree).stdout
+    print(info, flush=True)
+    run = subprocess.run(
+        [own, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS], cwd=tree, stdout=subprocess.PIPE, text=True
+    )
+    (folder / "tests.log").write_text(run.stdout)
+    last = run.stdout.strip().splitlines()[-1]
+    counts = re.sub(r" in .*|=", "", last).strip()
+    values = dict(line.split(None, 1) for line in info.splitlines() if not line.startswith((" ", "backends")))
+    built = ", ".join(line.split()[0] for line in info.splitlines() if line.startswith("  ") and " usable:" in line)
+    return f"| {values['python']} | {values['torch']} | {built} | {counts} |", run.returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
