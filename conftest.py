@@ -18,7 +18,6 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 
 OPTIONAL = {"accelerate", "diffusers", "lightning", "peft", "safetensors", "timm", "transformers"}
-ENVIRONMENT = {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "HF_HUB_OFFLINE": "1"}
 
 
 def run(example: Example) -> None:
@@ -75,10 +74,8 @@ def enter(namespace: dict[str, Any]) -> None:
     folder = undo.enter_context(tempfile.TemporaryDirectory())
     undo.callback(os.chdir, os.getcwd())
     os.chdir(folder)
-    variables = pytest.MonkeyPatch()
-    undo.callback(variables.undo)
-    for name, value in ENVIRONMENT.items():
-        variables.setenv(name, value)
+    undo.callback(_restore_environment, dict(os.environ))
+    os.environ["HF_HUB_OFFLINE"] = "1"
     namespace.update(new_names(), undo=undo)
 
 
@@ -89,6 +86,11 @@ def leave(namespace: dict[str, Any]) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     namespace["undo"].close()
+
+
+def _restore_environment(before: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(before)
 
 
 pytest_collect_file = Sybil(
