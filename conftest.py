@@ -17,7 +17,7 @@ from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 
-OPTIONAL = {"accelerate", "diffusers", "lightning", "peft", "safetensors", "timm", "transformers"}
+OPTIONAL = {"accelerate", "diffusers", "ema_pytorch", "lightning", "peft", "safetensors", "timm", "torch_ema", "transformers"}
 
 
 def run(example: Example) -> None:
