@@ -87,7 +87,7 @@ class FastEMA:
         TypeError: an argument that neither FastEMA nor the schedule takes.
         RuntimeError: another FastEMA is applied to the model.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1)
         >>> ema = FastEMA(model, decay=0.9, decay_type="constant")
         >>> with torch.no_grad():
@@ -155,7 +155,7 @@ class FastEMA:
         Missing or None values default as in super-gradients: decay 0.9999, decay_type "exp". A `beta` that the schedule
         does not take is ignored. `exp_activation=False` means "constant".
 
-        Example:
+        Examples:
             >>> FastEMA.from_params(torch.nn.Linear(2, 1), {"decay": 0.9, "decay_type": "linear"}, 10).decay_at(5)
             0.45
         """
@@ -403,7 +403,7 @@ class FastEMA:
             ValueError: out of range, another number of them; a schedule without a target ("power", the half-lives); or
                 `capturable=True` and the table is too short for a schedule that takes longer to settle.
 
-        Example:
+        Examples:
             >>> ema = FastEMA(torch.nn.Linear(2, 1), decay=0.99)
             >>> ema.set_decay(0.999)
             >>> ema.decay
@@ -441,7 +441,7 @@ class FastEMA:
     def lag(self, updates_per_epoch: float) -> Any:
         """Return how many epochs the average covers, or the tuple of them.
 
-        Example:
+        Examples:
             >>> round(FastEMA(torch.nn.Linear(2, 1), decay=0.9999).lag(updates_per_epoch=400), 6)
             25.0
         """

@@ -224,7 +224,7 @@ class AveragedModel(_TorchAveragedModel):
         AssertionError: both functions are given.
         RuntimeError: the model cannot be deep-copied.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1)
         >>> averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
         >>> averaged.update_parameters(model)  # after optimizer.step()
@@ -470,7 +470,7 @@ def patch() -> _Patch:
     Returns:
         A context manager; `with patch():` ends with torch's own names.
 
-    Example:
+    Examples:
         >>> with patch():
         ...     torch.optim.swa_utils.AveragedModel is AveragedModel
         True

@@ -67,7 +67,7 @@ def diagnose(
     Raises:
         ValueError: different lengths, no values, values that are not finite numbers, a decay outside [0, 1].
 
-    Example:
+    Examples:
         >>> [finding.kind for finding in diagnose([0.60, 0.62, 0.64], [0.31, 0.33, 0.36], 0.9999, 400)]
         ['too early']
     """

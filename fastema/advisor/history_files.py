@@ -123,7 +123,7 @@ def metric_of(history: History, metric: str | None) -> str:
 def mode_of(metric: str) -> str:
     """Return whether more or less is better, by the usual names.
 
-    Example:
+    Examples:
         >>> mode_of("val_loss"), mode_of("iou"), mode_of("flosses")
         ('min', 'max', 'max')
     """

@@ -59,7 +59,7 @@ def should_start(history: Sequence[float], mode: str = "max") -> StartAdvice:
     Raises:
         ValueError: an empty history, values that are not finite numbers, an unknown mode.
 
-    Example:
+    Examples:
         >>> advice = should_start([0.6712, 0.6823, 0.6912])
         >>> advice.action, advice.pattern
         ('start', 'improving')

@@ -60,7 +60,7 @@ def recommend_decay(
     Raises:
         ValueError: a number that is not positive, an unknown schedule, a decay outside [0, 1].
 
-    Example:
+    Examples:
         >>> recommend_decay(epochs=120, updates_per_epoch=400).decay
         0.999
         >>> round(recommend_decay(120, 400, recipe_decay=0.9999, batch_ratio=8).decay, 4)

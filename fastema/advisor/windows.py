@@ -25,7 +25,7 @@ _MOST_UPDATES = 10_000_000
 def window(decay: float | Sequence[float]) -> Any:
     """Return how many updates the average looks back: 1 / (1 - decay); a tuple for several decays.
 
-    Example:
+    Examples:
         >>> round(window(0.999))
         1000
     """
@@ -35,7 +35,7 @@ def window(decay: float | Sequence[float]) -> Any:
 def lag(decay: float | Sequence[float], updates_per_epoch: float) -> Any:
     """Return how many epochs the average looks back; a tuple for several decays.
 
-    Example:
+    Examples:
         >>> round(lag(0.9999, updates_per_epoch=400), 6)
         25.0
     """
@@ -46,7 +46,7 @@ def lag(decay: float | Sequence[float], updates_per_epoch: float) -> Any:
 def reflects_epoch(epoch: float, decay: float | Sequence[float], updates_per_epoch: float) -> Any:
     """Return the epoch whose weights the average resembles at the end of `epoch`; never one before the training.
 
-    Example:
+    Examples:
         >>> round(reflects_epoch(86, 0.9999, updates_per_epoch=400), 6)
         61.0
     """
@@ -70,7 +70,7 @@ def initial_share(
     Raises:
         ValueError: as FastEMA's.
 
-    Example:
+    Examples:
         >>> round(initial_share(0.999, 1000), 3), round(initial_share(0.999, 10, "threshold"), 6)
         (0.368, 6e-05)
     """
@@ -109,7 +109,7 @@ def settle_epochs(
     Returns:
         Epochs, infinite if it never happens.
 
-    Example:
+    Examples:
         >>> round(settle_epochs(0.9999, updates_per_epoch=400), 1)
         74.9
     """
@@ -185,7 +185,7 @@ def updates_per_epoch(
         step_on_tail: whether a last, short group of batches steps too, as in fastema train and timm; False for loops
             with a bare `if (i + 1) % accumulation_steps == 0`.
 
-    Example:
+    Examples:
         >>> updates_per_epoch(3040, batch_size=1, accumulation_steps=4)
         760
     """

@@ -15,7 +15,7 @@ def require(module: str, extra: str) -> ModuleType:
         ImportError: it is not installed; names the extra. An installed framework that is itself broken raises what
             it raises.
 
-    Example:
+    Examples:
         >>> require("json", "no extra at all").__name__
         'json'
     """
@@ -35,7 +35,7 @@ def missing_packages(needed: Mapping[str, str]) -> list[str]:
     Args:
         needed: module name to the name that its package has on the index.
 
-    Example:
+    Examples:
         >>> missing_packages({"json": "no-package", "no_such_module": "some-package"})
         ['some-package']
     """

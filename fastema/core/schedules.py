@@ -18,7 +18,7 @@ class IDecayFunction:
 
     The constructor gets the keyword arguments that FastEMA does not know itself (`FastEMA(model, beta=15)`).
 
-    Example:
+    Examples:
         >>> class HalfDecay(IDecayFunction):
         ...     def __init__(self, **kwargs): ...
         ...     def __call__(self, decay, step, total_steps):
@@ -265,7 +265,7 @@ def gamma_of(sigma_rel: float) -> float:
     Raises:
         ValueError: `sigma_rel` is not in (0, 0.2886]; gamma would be negative.
 
-    Example:
+    Examples:
         >>> round(gamma_of(0.05), 2), round(gamma_of(0.10), 2)
         (16.97, 6.94)
     """
@@ -284,7 +284,7 @@ def gamma_of(sigma_rel: float) -> float:
 def sigma_rel_of(gamma: float) -> float:
     """Return the standard deviation of the power profile over the length of the run.
 
-    Example:
+    Examples:
         >>> round(sigma_rel_of(6.94), 3)
         0.1
     """

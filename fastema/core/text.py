@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def first_few(items: Sequence[object], shown: int = 3, separator: str = ", ") -> str:
     """Join the first items, and say how many more there are.
 
-    Example:
+    Examples:
         >>> first_few("abcde", 2)
         'a, b, and 3 more'
     """

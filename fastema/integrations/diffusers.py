@@ -58,7 +58,7 @@ class EMAModel:
     Raises:
         TypeError: an unknown argument.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1)
         >>> ema = EMAModel(model.parameters(), decay=0.9, min_decay=0.9)
         >>> ema.step(model.parameters())  # the first step copies

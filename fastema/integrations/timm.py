@@ -54,7 +54,7 @@ class ModelEmaV3(nn.Module):
             bits here, and there is one way of updating.
         exclude_buffers: copy the buffers instead of averaging them.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1)
         >>> ema = ModelEmaV3(model, decay=0.9)
         >>> with torch.no_grad():

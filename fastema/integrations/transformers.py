@@ -77,7 +77,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
     Raises:
         ValueError: an argument out of range.
 
-    Example:
+    Examples:
         >>> callback = FastEMATrainerCallback(decay=0.999)  # then, with the Trainer at hand: callback.attach(trainer)
         >>> callback.ema is None  # until training starts
         True

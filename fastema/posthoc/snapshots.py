@@ -44,7 +44,7 @@ class Snapshots:
         ValueError: an argument out of range, or a schedule whose profile is not known.
         SnapshotError: the folder has snapshots of another model or of other averages; safetensors is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> model = torch.nn.Linear(2, 1)
         >>> ema = FastEMA(model, decay_type="power", sigma_rel=[0.05, 0.10])

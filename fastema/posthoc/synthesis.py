@@ -146,7 +146,7 @@ def errors_of(
 ) -> list[Fit]:
     """Return how well evenly spaced snapshots will reproduce the targets at the end of a run.
 
-    Example:
+    Examples:
         >>> [f"{each.error:.1%}" for each in errors_of([power(0.05), power(0.10)], 16, [power(0.03), power(0.15)])]
         ['3.9%', '0.9%']
     """

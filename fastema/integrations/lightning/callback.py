@@ -68,7 +68,7 @@ class FastEMACallback(HoldsAverage, Callback):
     Raises:
         ValueError: an argument out of range.
 
-    Example:
+    Examples:
         >>> callback = FastEMACallback(decay=0.999, decay_type="warmup")  # Trainer(callbacks=[callback])
         >>> callback.ema is None  # until training starts
         True

@@ -48,7 +48,7 @@ def carried_over(old: FastEMA, new: FastEMA, module: nn.Module) -> list[str]:
 def _plain(name: str) -> str:
     """Return the name that a tensor has without pruning and parametrizations.
 
-    Example:
+    Examples:
         >>> _plain("body.weight_orig"), _plain("body.parametrizations.weight.original")
         ('body.weight', 'body.weight')
     """

@@ -31,7 +31,7 @@ _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 def averaged_name(name: str) -> str:
     """Return the name under which a metric of the averaged weights is logged.
 
-    Example:
+    Examples:
         >>> averaged_name("val_loss"), averaged_name("validation/acc"), averaged_name("accuracy")
         ('val_ema_loss', 'validation_ema/acc', 'val_ema_accuracy')
     """

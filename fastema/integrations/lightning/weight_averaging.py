@@ -126,7 +126,7 @@ class EMAWeightAveraging(WeightAveraging, callbacks.EMAWeightAveraging):
         update_starting_at_epoch: update at the end of each epoch from this one on too, counted from 0.
         **kwargs: for `AveragedModel`.
 
-    Example:
+    Examples:
         >>> callback = EMAWeightAveraging(decay=0.999)  # Trainer(callbacks=[callback])
         >>> callback.should_update(step_idx=0)
         True

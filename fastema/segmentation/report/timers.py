@@ -67,7 +67,7 @@ class TimedIterator(Generic[T]):
     Attributes:
         seconds: so far, over all passes; the start of workers counts.
 
-    Example:
+    Examples:
         >>> batches = TimedIterator([1, 2, 3])
         >>> sum(batches), batches.seconds < 1
         (6, True)
