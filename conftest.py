@@ -13,11 +13,25 @@ import tempfile
 from typing import Any
 
 import pytest
-from sybil import Example, Sybil
-from sybil.evaluators.python import PythonEvaluator
-from sybil.parsers.markdown import CodeBlockParser
 
-OPTIONAL = {"accelerate", "diffusers", "ema_pytorch", "lightning", "peft", "safetensors", "timm", "torch_ema", "transformers"}
+try:
+    from sybil import Example, Sybil
+    from sybil.evaluators.python import PythonEvaluator
+    from sybil.parsers.markdown import CodeBlockParser
+except ModuleNotFoundError:  # the tests of a bare venv (make matrix, make gpu-build) do without
+    Sybil = None
+
+OPTIONAL = {
+    "accelerate",
+    "diffusers",
+    "ema_pytorch",
+    "lightning",
+    "peft",
+    "safetensors",
+    "timm",
+    "torch_ema",
+    "transformers",
+}
 
 
 def run(example: Example) -> None:
@@ -93,9 +107,10 @@ def _restore_environment(before: dict[str, str]) -> None:
     os.environ.update(before)
 
 
-pytest_collect_file = Sybil(
-    parsers=[CodeBlockParser("python", run)],
-    patterns=["README.md", "docs/*.md", "docs/*/*.md"],
-    setup=enter,
-    teardown=leave,
-).pytest()
+if Sybil is not None:
+    pytest_collect_file = Sybil(
+        parsers=[CodeBlockParser("python", run)],
+        patterns=["README.md", "docs/*.md", "docs/*/*.md"],
+        setup=enter,
+        teardown=leave,
+    ).pytest()

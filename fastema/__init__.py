@@ -17,5 +17,5 @@ from fastema.schedules import EMA_DECAY_FUNCTIONS, IDecayFunction
 sys.modules.setdefault("fastema.decays", _decays)
 sys.modules.setdefault("fastema.threads", _threads)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["EMA_DECAY_FUNCTIONS", "FastEMA", "IDecayFunction", "__version__"]
