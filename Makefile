@@ -7,7 +7,7 @@ JOBS ?= 2
 CORE := $(addprefix tests/,core checkpoint swa_utils backends advisor)
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check lint format bench gpu-test gpu-sanitize gpu-bench gpu-build planes sanitize fuzz faults soak clean
+.PHONY: help demo test check lint format docs dist matrix bench gpu-test gpu-sanitize gpu-bench gpu-build planes sanitize fuzz faults soak clean
 
 help:  ## lists these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## +(.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,6 +35,17 @@ format: .venv/.ready  ## formats Python and C++
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP)
+
+docs: .venv/.docs  ## serves the pages at http://127.0.0.1:8000; ARGS="build --strict" writes them to build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(or $(ARGS),serve)
+
+dist: .venv/.ready  ## builds sdist and wheel, and checks what they hold
+	$(BIN)/python tests/package/dist.py
+
+# Each pair in a venv of its own in .matrix/; gigabytes are downloaded. The oldest and the newest torch come first and last.
+MATRIX ?= python3.10:2.6.0 python3.12:2.13.0 python3.13:2.14.1
+matrix:  ## other Pythons and torches: builds, tests, and writes the result to docs/promises.md
+	$(PYTHON) tests/package/matrix.py $(MATRIX)
 
 bench: .venv/.ready  ## every benchmark, ten minutes; ARGS=--quick: one minute. Peers: pip install -e ".[bench]"
 	$(BIN)/python -m bench.all $(ARGS)
@@ -71,13 +82,17 @@ soak: .venv/.ready  ## 100,000 updates with everything in between, beside a floa
 	PYTHONPATH=tests $(BIN)/python tests/core/soak.py --updates 100000
 
 clean:  ## removes .venv, .venv-gpu and what was built
-	rm -rf .venv .venv-gpu build dist *.egg-info fastema/_C*.so fastema/_build_record.json
+	rm -rf .venv .venv-gpu .matrix build dist *.egg-info fastema/_C*.so fastema/_build_record.json
 
 # torch first and pinned: the build needs it there, and an unpinned one is gigabytes of CUDA packages.
 .venv/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt torch setuptools ninja
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,dev]"
+	touch $@
+
+.venv/.docs: .venv/.ready
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[docs]"
 	touch $@
 
 .venv-gpu/.ready:

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import setuptools
@@ -40,14 +41,22 @@ CPP_FLAGS = [
 
 
 def check_setuptools() -> None:
-    """Raise, with what to install, where this setuptools cannot build a wheel: its own error says nothing of it."""
+    """Raise, with what to install, where this setuptools is too old: its own error says nothing of it."""
     version = tuple(int(part) for part in re.findall(r"\d+", setuptools.__version__)[:2])
-    builds_wheel = {"bdist_wheel", "editable_wheel", "dist_info"} & set(sys.argv)
-    if builds_wheel and version < (70, 1) and importlib.util.find_spec("wheel") is None:
+    if version < (77, 0):
         raise SystemExit(
-            f"fastema: setuptools {setuptools.__version__} builds wheels only with the package wheel, which is not "
-            "installed: pip install 'setuptools>=70.1', then install fastema again"
+            f"fastema: setuptools {setuptools.__version__} cannot read pyproject.toml as it is: "
+            "pip install 'setuptools>=77', then install fastema again"
         )
+
+
+def find_torch() -> None:
+    """Let an isolated build (`pip install .`) see the torch of the environment that it installs into.
+
+    pip hides that environment's packages from the build, and a torch of the build's own would be another one.
+    """
+    if importlib.util.find_spec("torch") is None:
+        sys.path += dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
 
 
 def torch_version() -> tuple[int, int]:
@@ -64,7 +73,7 @@ def build_arguments() -> dict:
     except ImportError as error:
         if os.environ.get("FASTEMA_CUDA") == "1":
             raise
-        warn(f"torch could not be imported while building ({error}); install torch first, then --no-build-isolation")
+        warn(f"torch could not be imported while building ({error}); install torch first, then fastema again")
         return {}
 
     kinds = os.environ.get("FASTEMA_SANITIZE")
@@ -75,7 +84,7 @@ def build_arguments() -> dict:
     extension = CppExtension(
         "fastema._C",
         [f"csrc/{name}" for name in sources],
-        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir())],
+        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()],
         extra_compile_args=[*CPP_FLAGS, *openmp, *sanitize],
         extra_link_args=[*openmp, *sanitize],
     )
@@ -128,6 +137,7 @@ def warn(message: str) -> None:
 
 
 check_setuptools()
+find_torch()
 # fastema.triton_kernels lies outside fastema/ (package-dir in pyproject.toml), where find_packages does not look.
 packages = [*setuptools.find_packages(include=["fastema", "fastema.*"]), "fastema.triton_kernels"]
 setuptools.setup(packages=packages, **build_arguments())

@@ -1,0 +1,68 @@
+"""`make dist`: build dist/*.tar.gz, and from that the wheel; check that each holds what it should and nothing else."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# In the repository, but of no use in an sdist.
+LEFT_OUT = {".ci/run", ".clang-format", ".gitignore"}
+# Made by setuptools.
+MADE = {"PKG-INFO", "setup.cfg"}
+# Compiled, or written by the build: see setup.py.
+BUILT = re.compile(r"fastema/(_C\.[\w.-]+\.(so|pyd)|_build_record\.json)")
+
+
+def main() -> int:
+    """Build both; return 1 if a file is missing or too many."""
+    folder = ROOT / "dist"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    run = subprocess.run(
+        [sys.executable, "-c", build, str(folder)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    sdist = folder / run.stdout.strip().splitlines()[-1]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q"]
+    subprocess.run([*pip, "--no-deps", "--no-build-isolation", "-w", str(folder), str(sdist)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    faults = [*sdist_faults(sdist), *wheel_faults(wheel)]
+    print("\n".join(faults) or f"{sdist.name} and {wheel.name} hold what they should")
+    return bool(faults)
+
+
+def sdist_faults(path: Path) -> list[str]:
+    """Compare with what git tracks."""
+    with tarfile.open(path) as archive:
+        inside = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    inside = {name for name in inside if not name.startswith("fastema.egg-info/")} - MADE
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return _differences(path, inside, set(tracked.stdout.split()) - LEFT_OUT)
+
+
+def wheel_faults(path: Path) -> list[str]:
+    """Compare with the Python files, the stubs and what the build makes."""
+    with zipfile.ZipFile(path) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    built = {name for name in names if BUILT.fullmatch(name)}
+    wanted = {str(file.relative_to(ROOT)) for file in (ROOT / "fastema").rglob("*.py")}
+    wanted |= {f"fastema/{file.relative_to(ROOT)}" for file in (ROOT / "triton_kernels").rglob("*.py")}
+    faults = _differences(path, names - built, wanted | {"fastema/py.typed", "fastema/_C.pyi"})
+    if len(built) != 2:
+        faults.append(f"{path.name}: expected the extension and the build record, found {sorted(built)}")
+    return faults
+
+
+def _differences(path: Path, inside: set[str], wanted: set[str]) -> list[str]:
+    missing = [f"{path.name} lacks {name}" for name in sorted(wanted - inside)]
+    return missing + [f"{path.name} has {name}" for name in sorted(inside - wanted)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
