@@ -238,7 +238,12 @@ TABLES: dict[str, Callable[[Run], str]] = {
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], right: bool = True) -> str:
     """Return a Markdown table; `right`: all columns but the first are numbers."""
     head = ["| " + " | ".join(columns) + " |", "|---" + ("|---:" if right else "|---") * (len(columns) - 1) + "|"]
-    return "\n".join(head + ["| " + " | ".join(row) + " |" for row in rows])
+    return _plain_underscores("\n".join(head + ["| " + " | ".join(row) + " |" for row in rows]))
+
+
+def _plain_underscores(text: str) -> str:
+    """Escape the underscores at the ends of words: `_foreach_copy_` would be set in italics."""
+    return re.sub(r"(?<!\w)_(?=\w)|(?<=\w)_(?!\w)", r"\_", text)
 
 
 def _bold(cell: str) -> str:

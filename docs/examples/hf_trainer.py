@@ -1,6 +1,6 @@
 """The Hugging Face Trainer with FastEMATrainerCallback, on a language model of a few thousand weights.
 
-pip install "fastema[transformers]"
+pip install ".[transformers]"
 python docs/examples/hf_trainer.py
 """
 

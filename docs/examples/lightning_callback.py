@@ -1,6 +1,6 @@
 """Lightning with FastEMACallback: every validation is of both the trained and the averaged weights.
 
-pip install "fastema[lightning]"
+pip install ".[lightning]"
 python docs/examples/lightning_callback.py
 """
 

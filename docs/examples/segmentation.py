@@ -1,6 +1,6 @@
 """The segmentation trainer from Python: train on generated images, evaluate both weights, predict a mask.
 
-    pip install "fastema[train]"
+    pip install ".[train]"
     python docs/examples/segmentation.py
 
 The same three commands work in a shell: `fastema train ...`, `fastema evaluate ...`, `fastema predict ...`.
