@@ -8,6 +8,7 @@ stage that is started again goes on where it was cut short, as long as the sourc
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import hashlib
 import json
 import os
@@ -72,7 +73,10 @@ def _pytest(name: str, arguments: Sequence[str], seconds: float) -> Step:
 def test_steps(_: Path) -> list[Step]:
     """Build for the GPU at hand, then the tests marked gpu, a file at a time."""
     info = Step("info", [sys.executable, "-m", "fastema", "info"], 60, again=True)
-    return [_build(), info, *(_pytest(name, [f"tests/{name}.py"], 240) for name in GPU_TESTS)]
+    steps = [_build(), info, *(_pytest(name, [f"tests/{name}.py"], 240) for name in GPU_TESTS)]
+    if importlib.util.find_spec("sybil") is not None:  # it runs the blocks of the pages, those of a GPU among them
+        steps.append(Step("docs", [sys.executable, "-m", "pytest", "-q", "docs/recipes"], 240))
+    return steps
 
 
 def sanitize_steps(_: Path) -> list[Step]:
