@@ -8,8 +8,8 @@ stage that is started again goes on where it was cut short, as long as the sourc
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import hashlib
+import importlib.util
 import json
 import os
 import re
