@@ -427,7 +427,7 @@ def test_a_part_of_a_sharded_model(rank: Rank) -> None:
 
 @on_ranks(2)
 def test_full_averages_on_rank_0(rank: Rank) -> None:
-    """The two recipes of the README."""
+    """The two recipes of docs/recipes/distributed.md."""
     model = shard(net())
     ema = FastEMA(model, decay=0.5, decay_type="constant")
     optimizer = sgd(model)
@@ -570,7 +570,7 @@ def trained(model: nn.Module, decay: Any = 0.5) -> FastEMA:
 
 
 def load(ema: FastEMA, folder: Any, **options: Any) -> None:
-    """Load as README says: in place, then the counters."""
+    """Load as docs/recipes/distributed.md says: in place, then the counters."""
     state = {"ema": ema.state_dict()}
     dcp.load(state, checkpoint_id=folder, **options)
     ema.load_state_dict(state["ema"])
