@@ -58,6 +58,8 @@ def run_with_fault(action: Callable[[], Any], at: int, opcodes: bool) -> int:
         return local
 
     before = sys.gettrace()
+    if opcodes:
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for it once, when tracing begins
     sys.settrace(enter)
     try:
         with torch.enable_grad():  # what a `no_grad` that was cut off between its entry and its block left behind

@@ -25,7 +25,7 @@ MARKED = re.compile(r"(<!-- matrix:begin -->\n).*?(<!-- matrix:end -->)", re.DOT
 def main(pairs: list[str]) -> int:
     """Try every pair; return 1 if a test failed or nothing could be built."""
     rows = [tried(*pair.split(":")) for pair in pairs]
-    table = ["| Python | torch | built | tests |", "|---|---|---|---|", *(row for row, _ in rows)]
+    table = ["| Python | torch | usable backends | tests |", "|---|---|---|---|", *(row for row, _ in rows)]
     when = f"{datetime.date.today()}, {platform.system()} {platform.machine()}, `make matrix`:"
     PAGE.write_text(MARKED.sub(lambda found: found[1] + "\n".join([when, "", *table, ""]) + found[2], PAGE.read_text()))
     print("\n".join(table))
@@ -58,7 +58,7 @@ def tried(python: str, torch: str) -> tuple[str, bool]:
     last = run.stdout.strip().splitlines()[-1]
     counts = re.sub(r" in .*|=", "", last).strip()
     values = dict(line.split(None, 1) for line in info.splitlines() if not line.startswith((" ", "backends")))
-    built = ", ".join(line.split()[0] for line in info.splitlines() if line.startswith("  ") and " usable:" in line)
+    built = ", ".join(re.findall(r"^  (\w+ \(\w+\)) +usable:", info, re.MULTILINE))
     return f"| {values['python']} | {values['torch']} | {built} | {counts} |", run.returncode == 0
 
 
