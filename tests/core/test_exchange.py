@@ -49,6 +49,7 @@ def ema(model: nn.Sequential, backend: str) -> FastEMA:
 # ---- pointers ----
 
 
+@pytest.mark.pointers
 def test_pointers_change_places(model: nn.Sequential, ema: FastEMA) -> None:
     shadow = ema.state_dict()["shadow"]
     names = [*dict(model.named_parameters()), *dict(model.named_buffers())]
@@ -72,6 +73,7 @@ def test_in_place_leaves_every_address(model: nn.Sequential, ema: FastEMA) -> No
     assert pointers(tensors) == before
 
 
+@pytest.mark.pointers
 def test_an_exchange_copies_nothing_and_allocates_nothing(model: nn.Sequential, ema: FastEMA) -> None:
     with Recorder(NONFINITE_COUNT) as first:
         ema.apply_shadow()
@@ -83,6 +85,7 @@ def test_an_exchange_copies_nothing_and_allocates_nothing(model: nn.Sequential, 
     assert second.seen == []
 
 
+@pytest.mark.pointers
 def test_the_allocator_sees_nothing_of_an_exchange(ema: FastEMA) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         ema.apply_shadow()
@@ -581,6 +584,7 @@ def test_16_bit_weights_with_a_float32_shadow(backend: str, dtype: torch.dtype) 
         live, average, shadow = bits(model), bits_of_average(ema), ema.state_dict()["shadow"]
 
 
+@pytest.mark.pointers
 def test_a_numpy_array_taken_inside_outlives_the_block(backend: str) -> None:
     """numpy() hands out the address itself: the scratch memory behind it must not be freed, nor restore() raise."""
     model = nn.Linear(64, 3).to(torch.float16)
@@ -595,6 +599,7 @@ def test_a_numpy_array_taken_inside_outlives_the_block(backend: str) -> None:
         assert bits(model) == live
 
 
+@pytest.mark.pointers
 def test_scratch_memory_is_freed_by_restore(backend: str) -> None:
     model = nn.Linear(64, 64).to(torch.bfloat16)
     ema = averaged(model, backend)

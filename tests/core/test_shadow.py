@@ -436,6 +436,7 @@ def test_spectral_norm_and_parametrised_weights(backend: str) -> None:
     assert bits(model) == live
 
 
+@pytest.mark.pointers
 def test_a_convolutional_net_in_every_respect(backend: str) -> None:
     """Convolution, batch norm, embedding, recurrent and attention layers in one model."""
     torch.manual_seed(0)

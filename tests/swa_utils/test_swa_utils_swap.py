@@ -49,6 +49,7 @@ def test_average_and_weights_change_places_and_come_back(use_buffers: bool) -> N
         assert bits(averaged.module) == average
 
 
+@pytest.mark.pointers
 def test_pointers_move_and_no_byte_does() -> None:
     model = small_model()
     averaged = averaged_of(model)
@@ -252,6 +253,7 @@ def test_averages_that_share_memory() -> None:
     assert (bits(model), bits(averaged.module)) == (live, average)
 
 
+@pytest.mark.pointers
 def test_channels_last_weights_are_exchanged_in_their_layout() -> None:
     model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     averaged = averaged_of(model)
