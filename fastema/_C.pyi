@@ -37,6 +37,7 @@ class Plan:
         lives: Sequence[Tensor],
         copies: Sequence[bool],
         views: Sequence[Tensor],
+        lows: Sequence[Tensor | None] = ...,
     ) -> None: ...
     def update(
         self,
