@@ -54,6 +54,7 @@ def run_with_fault(action: Callable[[], Any], at: int, opcodes: bool) -> int:
         # Python itself keeps exceptions in a finalizer.
         if not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name == "__del__":
             return None
+        frame.f_trace = local  # before the next line, or Python 3.13.0 does not see that
         frame.f_trace_opcodes = opcodes
         return local
 
