@@ -43,7 +43,7 @@ dist: .venv/.ready  ## builds sdist and wheel, and checks what they hold
 	$(BIN)/python tests/package/dist.py
 
 # Each pair in a venv of its own in .matrix/; gigabytes are downloaded. The oldest and the newest torch come first and last.
-MATRIX ?= python3.10:2.6.0 python3.12:2.13.0 python3.13:2.14.1
+MATRIX ?= python3.10:2.10.0 python3.12:2.13.0 python3.13:2.14.1
 matrix:  ## other Pythons and torches: builds, tests, and writes the result to docs/promises.md
 	$(PYTHON) tests/package/matrix.py $(MATRIX)
 

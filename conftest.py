@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from typing import Any
 
@@ -99,6 +100,11 @@ def leave(namespace: dict[str, Any]) -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+    if "accelerate" in sys.modules:  # its Accelerators share a state, in which later tests would find this page's
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
     namespace["undo"].close()
 
 
