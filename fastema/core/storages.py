@@ -56,7 +56,7 @@ def view_in(storage: torch.UntypedStorage, like: Tensor, dtype: torch.dtype, off
 def allocate(nbytes: int, device: torch.device, like: torch.UntypedStorage) -> torch.UntypedStorage:
     """Return new memory that can take the place of `like`'s."""
     # What takes the place of pinned memory must be pinned: offloaded parameters are copied to the GPU meanwhile.
-    pin = device.type == "cpu" == like.device.type and like.is_pinned()
+    pin = device.type == "cpu" == like.device.type and whole(like).is_pinned()  # a storage's own method warns in 2.10
     return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin).untyped_storage()
 
 
