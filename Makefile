@@ -36,7 +36,7 @@ format: .venv/.ready  ## formats Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP)
 
-docs: .venv/.docs  ## serves the pages at http://127.0.0.1:8000; ARGS="build --strict" writes them to build/site
+docs: .venv/.docs  ## serves the pages at http://127.0.0.1:8000; ARGS=build writes them to build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(or $(ARGS),serve)
 
 dist: .venv/.ready  ## builds sdist and wheel, and checks what they hold
