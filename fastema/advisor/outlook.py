@@ -81,7 +81,7 @@ def expect(
     Raises:
         ValueError: no updates, an unknown schedule, a share outside [0, 1].
 
-    Example:
+    Examples:
         >>> expect(10_000, "constant").case, expect(10_000, "cosine").case
         ('much', 'little')
     """
@@ -127,7 +127,7 @@ def rate_at(lr_schedule: str, done: float, final_lr: float = 0.0) -> float:
 def mean_age(updates: int, decay: float, decay_type: str = "threshold", **decay_args: Any) -> float:
     """Return how many updates old the weights in an average are on average, after `updates` of them.
 
-    Example:
+    Examples:
         >>> round(mean_age(8_000, 0.999)), round(mean_age(100_000, 0.999))
         (800, 999)
     """

@@ -138,7 +138,7 @@ def scaled_decay(decay: float, batch_ratio: float) -> float:
 
     Source: Busbridge et al., "How to Scale Your EMA", arXiv 2307.13813.
 
-    Example:
+    Examples:
         >>> round(scaled_decay(0.999, 4), 6)
         0.996006
     """
@@ -155,7 +155,7 @@ def distinct_decays(
 
     The threshold schedule limits all decays alike at first: 0.99 and 0.999 are one average up to step 890.
 
-    Example:
+    Examples:
         >>> distinct_decays([0.99, 0.999], "threshold", 890)
         {0.99: (0.999,)}
         >>> distinct_decays([0.99, 0.999], "threshold", 891)
