@@ -10,6 +10,7 @@ with warnings.catch_warnings():
 
 from fastema.core import decays as _decays
 from fastema.core import threads as _threads
+from fastema.core.swap import SwapError
 from fastema.ema import FastEMA
 from fastema.schedules import EMA_DECAY_FUNCTIONS, IDecayFunction
 
@@ -18,4 +19,4 @@ sys.modules.setdefault("fastema.decays", _decays)
 sys.modules.setdefault("fastema.threads", _threads)
 
 __version__ = "0.2.0"
-__all__ = ["EMA_DECAY_FUNCTIONS", "FastEMA", "IDecayFunction", "__version__"]
+__all__ = ["EMA_DECAY_FUNCTIONS", "FastEMA", "IDecayFunction", "SwapError", "__version__"]

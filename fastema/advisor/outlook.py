@@ -93,7 +93,7 @@ def expect(
     if now >= _MUCH:
         case: Case = "much"
         text = (
-            "The learning rate stays high to the end, so the last weights jump about the best ones. Their average is "
+            "The learning rate stays high to the end, so the last weights jump around the best ones. Their average is "
             "steadier, and usually better once the model no longer improves fast."
         )
     elif now > _LITTLE:

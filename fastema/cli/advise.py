@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     history.add_argument("--mode", choices=("max", "min"), help="which is better (default: by the metric's name)")
     history.add_argument("--decay", type=float, metavar="D", help="the average's decay (default: what is recommended)")
     history.add_argument(
-        "--decay-type", default="constant", metavar="TYPE", help="the average's schedule (default: constant)"
+        "--decay-type", default="threshold", metavar="TYPE", help="the average's schedule (default: threshold)"
     )
     history.add_argument("--started-at", type=int, metavar="N", help="epochs done when the average was built")
 

@@ -45,12 +45,10 @@ class HoldsAverage:
 def ema_arguments(decay: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments for FastEMA, checked before the data is prepared.
 
-    The callbacks' schedule is "constant" unless another is asked for, whatever FastEMA's own default is.
-
     Raises:
         ValueError, TypeError: what FastEMA would raise.
     """
-    arguments = {"decay": decay, "decay_type": "constant", **given}
+    arguments = {"decay": decay, **given}
     FastEMA([("", torch.zeros(1))], **{name: value for name, value in arguments.items() if name not in _UNCHECKED})
     return arguments
 

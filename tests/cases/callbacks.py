@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 DECAY = 0.8
+CONSTANT: dict[str, Any] = {"decay": DECAY, "decay_type": "constant"}
 
 
 def average(first: dict[str, Tensor], steps: list[dict[str, Tensor]], decay: float = DECAY) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ def test_a_page_before_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     assert "Use it? You may" in text
     assert "the learning rate falls to 0 from there" in text
-    assert "Decay 0.99 (constant) looks back over 100 updates" in text
+    assert "Decay 0.99 (threshold) looks back over 100 updates" in text
 
 
 def test_json_before_the_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +97,7 @@ def test_a_page_for_a_history_with_an_average(capsys: pytest.CaptureFixture[str]
     file = history(tmp_path, BASE, [value - 0.05 for value in BASE])
     picture = tmp_path / "advice.png"
     flags = ["--history", str(file), "--decay", "0.999", "--updates-per-epoch", "200", "--plot", str(picture)]
+    flags += ["--decay-type", "constant"]
     assert cli.main(["advise", *flags]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "iou, 20 epochs, more is better" in text
@@ -118,6 +119,7 @@ def test_what_is_missing_for_a_diagnosis_is_said(capsys: pytest.CaptureFixture[s
 def test_the_start_of_a_late_average_is_seen(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ema = [None] * 18 + [value - 0.1 for value in BASE[18:]]
     flags = ["--history", str(history(tmp_path, BASE, ema)), "--decay", "0.999", "--updates-per-epoch", "200"]
+    flags += ["--decay-type", "constant"]
     finding = json_of(capsys, *flags)["findings"][0]
     assert finding["kind"] == "too early"
     assert finding["evidence"]["updates"] == 400

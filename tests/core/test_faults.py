@@ -408,7 +408,7 @@ def test_an_ema_dropped_while_applied_says_so_and_leaves_the_model_alone(backend
     case = build_case("pointer", backend)
     case.ema.apply_shadow()
     gone = weakref.ref(case.ema)
-    with pytest.warns(RuntimeWarning, match=r"dropped while its weights were applied.*copy_to\(\)"):
+    with pytest.warns(RuntimeWarning, match=r"deleted while its weights were applied.*copy_to\(\)"):
         del case.ema
         gc.collect()
     assert gone() is None

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cases.callbacks import DECAY, assert_average, assert_same, average
+from cases.callbacks import CONSTANT, DECAY, assert_average, assert_same, average
 from fastema import FastEMA
 from fastema.core import extras
 from fastema.integrations.lightning import (
@@ -42,7 +42,7 @@ pytestmark = [
 
 
 def test_one_update_per_optimizer_step_and_not_per_batch(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY)
+    net, callback = Net(), FastEMACallback(**CONSTANT)
     first = snapshot(net)
     trainer(tmp_path, callback, accumulate_grad_batches=2).fit(net, loader(), loader(seed=8))
     # 5 batches in groups of 2: the short last one steps too. 2 epochs.
@@ -61,14 +61,14 @@ def test_steps_that_the_gradient_scaler_skips_are_not_averaged(tmp_path: Path, f
         def configure_optimizers(self) -> Any:
             return torch.optim.Adam(self.parameters(), lr=0.01, fused=fused)
 
-    net, callback = Overflows(), FastEMACallback(decay=DECAY)
+    net, callback = Overflows(), FastEMACallback(**CONSTANT)
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0))
     trainer(tmp_path, callback, plugins=precision, max_epochs=1).fit(net, loader())
     assert callback.ema is not None and callback.ema.num_updates == 4  # of 5 batches
 
 
 def test_start_step_is_a_threshold_counted_in_optimizer_steps(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY, start_step=3)
+    net, callback = Net(), FastEMACallback(**CONSTANT, start_step=3)
     trainer(tmp_path, callback).fit(net, loader())
     assert len(net.after_steps) == 10
     assert callback.ema is not None and callback.ema.num_updates == 7
@@ -78,7 +78,7 @@ def test_start_step_is_a_threshold_counted_in_optimizer_steps(tmp_path: Path) ->
 def test_a_start_that_a_resumed_run_has_passed_begins_at_once(tmp_path: Path) -> None:
     without = trainer(tmp_path, ModelCheckpoint(tmp_path, filename="plain"), max_epochs=2)
     without.fit(Net(), loader())
-    net, callback = Net(), FastEMACallback(decay=DECAY, start_epoch=1, start_step=4)
+    net, callback = Net(), FastEMACallback(**CONSTANT, start_epoch=1, start_step=4)
     trainer(tmp_path, callback, max_epochs=3).fit(net, loader(), ckpt_path=tmp_path / "plain.ckpt")
     assert callback.ema is not None and callback.ema.num_updates == 5
     resumed_from = torch.load(tmp_path / "plain.ckpt", weights_only=True)["state_dict"]
@@ -118,7 +118,7 @@ class TwoOptimizers(Net):
 
 
 def test_several_optimizers_average_once_a_batch(tmp_path: Path) -> None:
-    net, callback = TwoOptimizers(), FastEMACallback(decay=DECAY)
+    net, callback = TwoOptimizers(), FastEMACallback(**CONSTANT)
     first = snapshot(net)
     trainer(tmp_path, callback, max_epochs=1).fit(net, loader())
     assert callback.ema is not None and callback.ema.num_updates == 5
@@ -126,7 +126,7 @@ def test_several_optimizers_average_once_a_batch(tmp_path: Path) -> None:
 
 
 def test_one_of_several_optimizers_counts_if_asked(tmp_path: Path) -> None:
-    net, callback = TwoOptimizers(), FastEMACallback(decay=DECAY, optimizer=0)
+    net, callback = TwoOptimizers(), FastEMACallback(**CONSTANT, optimizer=0)
     trainer(tmp_path, callback, max_epochs=1).fit(net, loader())
     assert callback.ema is not None and callback.ema.num_updates == 3
     with pytest.raises(ValueError, match="optimizer=2, but the module has 2"):
@@ -167,7 +167,7 @@ def logged_by(net: Net, weights: dict[str, Tensor], batches: DataLoader[Any]) ->
 
 
 def test_both_log_the_metrics_of_base_and_average_side_by_side(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY, validate="both")
+    net, callback = Net(), FastEMACallback(**CONSTANT, validate="both")
     run, batches = trainer(tmp_path, callback), loader(seed=8)
     run.fit(net, loader(), batches)
     metrics = {name: value.item() for name, value in run.callback_metrics.items()}
@@ -187,7 +187,7 @@ def test_both_log_the_metrics_of_base_and_average_side_by_side(tmp_path: Path) -
 
 
 def test_several_loaders_and_a_limit_of_batches(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY, validate="both")
+    net, callback = Net(), FastEMACallback(**CONSTANT, validate="both")
     run = trainer(tmp_path, callback, limit_val_batches=2, limit_train_batches=3, max_epochs=1)
     run.fit(net, loader(), [loader(seed=8), loader(seed=9)])
     for index, seed in enumerate((8, 9)):
@@ -209,7 +209,7 @@ def test_before_the_start_the_average_is_the_model_and_monitors_work(tmp_path: P
                 found = trainer.callback_metrics
                 self.metrics.append((found["val_loss"].item(), found["val_ema_loss"].item()))
 
-    seen, callback = Seen(), FastEMACallback(decay=DECAY, start_epoch=1, validate="both")
+    seen, callback = Seen(), FastEMACallback(**CONSTANT, start_epoch=1, validate="both")
     best = ModelCheckpoint(tmp_path, monitor="val_ema_loss", filename="{epoch}")
     stop = EarlyStopping("val_ema_loss", patience=10, strict=True)
     run = trainer(tmp_path, seen, callback, stop, best, max_epochs=3)
@@ -236,7 +236,7 @@ def test_training_goes_on_bit_for_bit_as_without_the_callback(tmp_path: Path) ->
 
 
 def test_ema_only_validates_under_the_modules_own_names(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY, validate="ema")
+    net, callback = Net(), FastEMACallback(**CONSTANT, validate="ema")
     run, batches = trainer(tmp_path, callback), loader(seed=8)
     run.fit(net, loader(), batches)
     expected = logged_by(net, callback.ema_state_dict(), batches)["loss"]
@@ -254,7 +254,7 @@ def test_base_only_runs_validation_once(tmp_path: Path) -> None:
 
 
 def test_validate_test_and_predict_after_fit(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY, validate="both")
+    net, callback = Net(), FastEMACallback(**CONSTANT, validate="both")
     run, batches = trainer(tmp_path, callback), loader(seed=8)
     run.fit(net, loader())
     base = logged_by(net, snapshot(net), batches)
@@ -323,7 +323,7 @@ class ReadsItsMetrics(Net):
 def test_a_hook_reads_the_metrics_of_its_own_run_and_steps_a_scheduler_once(tmp_path: Path) -> None:
     plain = ReadsItsMetrics()
     trainer(tmp_path, ModelCheckpoint(tmp_path / "plain"), max_epochs=3).fit(plain, loader(), loader(seed=8))
-    net, callback = ReadsItsMetrics(), FastEMACallback(decay=DECAY, validate="both")
+    net, callback = ReadsItsMetrics(), FastEMACallback(**CONSTANT, validate="both")
     run = trainer(tmp_path, callback, ModelCheckpoint(tmp_path), max_epochs=3)
     run.fit(net, loader(), loader(seed=8))
     assert net.read[1::2] == plain.read  # the second of each two runs is of the trained weights
@@ -336,7 +336,7 @@ def test_a_hook_reads_the_metrics_of_its_own_run_and_steps_a_scheduler_once(tmp_
 
 def test_loggers_get_both_names_and_each_once(tmp_path: Path) -> None:
     logger = pl.loggers.CSVLogger(tmp_path)
-    callback = FastEMACallback(decay=DECAY, validate="both")
+    callback = FastEMACallback(**CONSTANT, validate="both")
     run = trainer(tmp_path, callback, logger=logger, max_epochs=1, num_sanity_val_steps=0)
     run.fit(Net(), loader(), loader(seed=8))
     rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
@@ -405,7 +405,7 @@ def test_a_crash_in_the_averaged_validation_repeats_it_after_the_resume(tmp_path
 
 
 def test_the_best_file_of_weights_only_has_the_average(tmp_path: Path) -> None:
-    callback = FastEMACallback(decay=DECAY, validate="both")
+    callback = FastEMACallback(**CONSTANT, validate="both")
     best = ModelCheckpoint(tmp_path, monitor="val_ema_loss", mode="max", save_weights_only=True, filename="best")
     net, run = Net(), trainer(tmp_path, callback, best, max_epochs=3)
     run.fit(net, loader(), loader(seed=8))
@@ -435,7 +435,7 @@ def test_a_checkpoint_of_lightnings_own_callback_resumes_with_both(tmp_path: Pat
             seen.setdefault("live", snapshot(pl_module))
             seen.setdefault("average", {name: value.clone() for name, value in self.ema_state_dict().items()})
 
-    callback, net = Noted(decay=DECAY), Net()
+    callback, net = Noted(**CONSTANT), Net()
     trainer(tmp_path, callback, max_epochs=3).fit(net, loader(), ckpt_path=tmp_path / "theirs.ckpt")
     assert_same(seen["live"], saved["current_model_state"])
     assert_same(seen["average"], saved["state_dict"])
@@ -447,7 +447,7 @@ def test_a_checkpoint_of_lightnings_own_callback_resumes_with_both(tmp_path: Pat
 
 
 def test_pruning_carries_the_average_over_by_name(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY)
+    net, callback = Net(), FastEMACallback(**CONSTANT)
     at_pruning: list[dict[str, Tensor]] = []
 
     class Noted(pl.callbacks.ModelPruning):
@@ -478,17 +478,18 @@ def test_a_parameter_of_another_shape_begins_anew_with_a_warning(tmp_path: Path)
             if self.current_epoch == 1:
                 self.body[3] = nn.Linear(8, 4)
 
-    net, callback = Grows(), FastEMACallback(decay=DECAY)
+    net, callback = Grows(), FastEMACallback(**CONSTANT)
     with pytest.warns(UserWarning, match=r"begins anew for body\.3\.weight, body\.3\.bias"):
         trainer(tmp_path, callback).fit(net, loader())
     assert callback.ema_state_dict()["body.3.weight"].shape == (4, 8)
     assert callback.ema is not None and callback.ema.num_updates == 10
 
 
-def test_the_schedule_is_constant_unless_asked_for(tmp_path: Path) -> None:
+def test_the_schedule_is_that_of_fastema_unless_asked_for(tmp_path: Path) -> None:
     callback = FastEMACallback()
     trainer(tmp_path, callback, max_epochs=1).fit(Net(), loader())
-    assert callback.ema is not None and callback.ema.decay_at(1) == 0.999
+    assert callback.ema is not None
+    assert [callback.ema.decay_at(step) for step in (1, 9000)] == [2 / 11, 0.999]
 
 
 # ---- more of checkpoints ----
@@ -504,7 +505,7 @@ def test_a_checkpoint_never_holds_averaged_weights_as_the_models(
             self.trainer.save_checkpoint(tmp_path / f"inside{len(self.validated)}.ckpt", weights_only=weights_only)
             self.inside = snapshot(self)
 
-    net, callback = Saves(), FastEMACallback(decay=DECAY, validate=validate)
+    net, callback = Saves(), FastEMACallback(**CONSTANT, validate=validate)
     each = ModelCheckpoint(tmp_path, filename="each", save_weights_only=weights_only)
     trainer(tmp_path, callback, each, max_epochs=1, num_sanity_val_steps=0).fit(net, loader(), loader(seed=8))
     saved = sorted(tmp_path.glob("*.ckpt"))
@@ -551,9 +552,9 @@ def test_fit_validate_test_resume_is_bit_for_bit(tmp_path: Path, every: dict[str
 
 
 def test_a_fresh_process_tests_the_average_of_a_checkpoint(tmp_path: Path) -> None:
-    net, callback = Net(), FastEMACallback(decay=DECAY)
+    net, callback = Net(), FastEMACallback(**CONSTANT)
     trainer(tmp_path, callback, ModelCheckpoint(tmp_path, filename="last")).fit(net, loader())
-    fresh, fresh_callback, batches = Net(), FastEMACallback(decay=DECAY), loader(seed=8)
+    fresh, fresh_callback, batches = Net(), FastEMACallback(**CONSTANT), loader(seed=8)
     run = trainer(tmp_path, fresh_callback)
     (tested,) = run.test(fresh, batches, ckpt_path=tmp_path / "last.ckpt", verbose=False)
     assert tested["test_loss"] == pytest.approx(logged_by(net, callback.ema_state_dict(), batches)["loss"], rel=1e-5)
@@ -565,9 +566,9 @@ def test_a_fresh_process_tests_the_average_of_a_checkpoint(tmp_path: Path) -> No
 
 
 def test_a_training_that_was_finished_already_has_its_average(tmp_path: Path) -> None:
-    callback = FastEMACallback(decay=DECAY)
+    callback = FastEMACallback(**CONSTANT)
     trainer(tmp_path, callback, ModelCheckpoint(tmp_path, filename="last")).fit(Net(), loader())
-    again = FastEMACallback(decay=DECAY)
+    again = FastEMACallback(**CONSTANT)
     trainer(tmp_path, again).fit(Net(), loader(), ckpt_path=tmp_path / "last.ckpt")
     assert again.ema is not None and again.ema.num_updates == 10
     assert_same(again.ema_state_dict(), callback.ema_state_dict())
@@ -575,7 +576,7 @@ def test_a_training_that_was_finished_already_has_its_average(tmp_path: Path) ->
 
 def test_a_checkpoint_without_an_average_ends_the_one_of_other_weights(tmp_path: Path) -> None:
     trainer(tmp_path, ModelCheckpoint(tmp_path, filename="plain"), max_epochs=1).fit(Net(), loader())
-    net, callback = Net(), FastEMACallback(decay=DECAY)
+    net, callback = Net(), FastEMACallback(**CONSTANT)
     run = trainer(tmp_path, callback)
     run.fit(net, loader())
     with pytest.warns(UserWarning, match="no average of this module yet"):
@@ -583,7 +584,7 @@ def test_a_checkpoint_without_an_average_ends_the_one_of_other_weights(tmp_path:
 
 
 def test_a_new_module_gets_a_new_average(tmp_path: Path) -> None:
-    callback = FastEMACallback(decay=DECAY)
+    callback = FastEMACallback(**CONSTANT)
     for fold in range(2):
         net = Net()
         first = snapshot(net)
@@ -625,7 +626,7 @@ class OnException(Callback):
 def test_an_exception_in_validation_leaves_the_trained_weights(
     tmp_path: Path, validate: Any, error: type[BaseException], raised: type[BaseException]
 ) -> None:
-    net, callback, seen = Fails(error, "validation"), FastEMACallback(decay=DECAY, validate=validate), OnException()
+    net, callback, seen = Fails(error, "validation"), FastEMACallback(**CONSTANT, validate=validate), OnException()
     saves = ModelCheckpoint(tmp_path, save_on_exception=True, every_n_epochs=5)
     run = trainer(tmp_path, seen, callback, saves)
     handler = signal.getsignal(signal.SIGINT)
@@ -646,7 +647,7 @@ def test_an_exception_in_validation_leaves_the_trained_weights(
 
 
 def test_an_exception_in_a_test_of_the_average_leaves_the_trained_weights(tmp_path: Path) -> None:
-    net, callback = Fails(ValueError, "test"), FastEMACallback(decay=DECAY)
+    net, callback = Fails(ValueError, "test"), FastEMACallback(**CONSTANT)
     run = trainer(tmp_path, callback)
     run.fit(net, loader())
     with pytest.raises(ValueError, match="stop"):

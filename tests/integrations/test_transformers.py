@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases.callbacks import DECAY, assert_average, assert_same, average
+from cases.callbacks import CONSTANT, assert_average, assert_same, average
 from fastema.segmentation.torchvision_shim import import_torchvision
 
 with contextlib.suppress(ImportError):
@@ -129,7 +129,7 @@ def loss_with(weights: dict[str, Tensor], data: Data) -> float:
 def test_one_update_per_optimizer_step(tmp_path: Path) -> None:
     trainer, optimizer = build(tmp_path, gradient_accumulation_steps=2)
     first = snapshot(trainer.model)
-    callback = FastEMATrainerCallback(decay=DECAY).attach(trainer)
+    callback = FastEMATrainerCallback(**CONSTANT).attach(trainer)
     trainer.train()
     # 5 batches in groups of 2: the short last one steps too. 2 epochs.
     assert len(optimizer.after_steps) == 6
@@ -155,7 +155,7 @@ def test_steps_that_the_gradient_scaler_skips_are_not_averaged(tmp_path: Path, f
     trainer, _ = build(tmp_path, net, num_train_epochs=1, max_grad_norm=0)
     trainer.optimizer = torch.optim.Adam(net.parameters(), lr=0.01, fused=fused)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)  # what fp16=True sets on a GPU
-    callback = FastEMATrainerCallback(decay=DECAY).attach(trainer)
+    callback = FastEMATrainerCallback(**CONSTANT).attach(trainer)
     trainer.train()
     assert net.calls == 5
     assert all(bool(value.isfinite().all()) for value in net.state_dict().values())
@@ -167,7 +167,7 @@ def test_steps_that_the_gradient_scaler_skips_are_not_averaged(tmp_path: Path, f
 )
 def test_start_is_a_threshold(tmp_path: Path, start: dict[str, Any], skipped: int) -> None:
     trainer, optimizer = build(tmp_path)
-    callback = FastEMATrainerCallback(decay=DECAY, **start).attach(trainer)
+    callback = FastEMATrainerCallback(**CONSTANT, **start).attach(trainer)
     trainer.train()
     assert callback.ema is not None and callback.ema.num_updates == 10 - skipped
     steps = optimizer.after_steps
@@ -191,7 +191,7 @@ def test_both_are_evaluated_side_by_side(tmp_path: Path) -> None:
 
     seen = Seen()
     trainer, optimizer = build(tmp_path, eval_strategy="epoch", callbacks=[seen])
-    callback = FastEMATrainerCallback(decay=DECAY).attach(trainer)
+    callback = FastEMATrainerCallback(**CONSTANT).attach(trainer)
     trainer.train()
     assert len(seen.metrics) == 2
     base, ema = loss_with(snapshot(trainer.model), Data(8)), loss_with(callback.ema_state_dict(), Data(8))
@@ -212,7 +212,7 @@ def test_both_are_evaluated_side_by_side(tmp_path: Path) -> None:
 def test_several_data_sets(tmp_path: Path) -> None:
     sets = {"one": Data(8), "other_one": Data(9)}
     trainer, _ = build(tmp_path, eval_dataset=sets, num_train_epochs=1)
-    callback = FastEMATrainerCallback(decay=DECAY).attach(trainer)
+    callback = FastEMATrainerCallback(**CONSTANT).attach(trainer)
     trainer.train()
     for metrics in (trainer.evaluate(), trainer.evaluate(sets)):
         for name, data in sets.items():
@@ -241,7 +241,7 @@ def test_before_the_start_both_are_the_same_and_early_stopping_works(tmp_path: P
             seen.append((kwargs["metrics"]["eval_loss"], kwargs["metrics"]["eval_ema_loss"]))
 
     trainer.add_callback(Seen())
-    FastEMATrainerCallback(decay=DECAY, start_epoch=2).attach(trainer)
+    FastEMATrainerCallback(**CONSTANT, start_epoch=2).attach(trainer)
     trainer.train()
     assert [base == ema for base, ema in seen] == [True, True, *[False] * (len(seen) - 2)]
     losses = [ema for _, ema in seen]
@@ -258,7 +258,7 @@ def test_training_goes_on_bit_for_bit_as_without_the_callback(tmp_path: Path) ->
         torch.manual_seed(3)
         trainer, _ = build(tmp_path, Noisy(), eval_strategy="steps", eval_steps=2)
         if attach:
-            FastEMATrainerCallback(decay=DECAY).attach(trainer)
+            FastEMATrainerCallback(**CONSTANT).attach(trainer)
         trainer.train()
         return snapshot(trainer.model)
 
@@ -267,7 +267,7 @@ def test_training_goes_on_bit_for_bit_as_without_the_callback(tmp_path: Path) ->
 
 def test_ema_only_and_predict(tmp_path: Path) -> None:
     trainer, optimizer = build(tmp_path, eval_strategy="epoch")
-    callback = FastEMATrainerCallback(decay=DECAY, evaluate="ema", predict="ema").attach(trainer)
+    callback = FastEMATrainerCallback(**CONSTANT, evaluate="ema", predict="ema").attach(trainer)
     with pytest.raises(RuntimeError, match=r"trainer\.predict shall take the averaged weights, but there are none"):
         trainer.predict(Data(8))
     trainer.train()
@@ -283,7 +283,7 @@ def test_ema_only_and_predict(tmp_path: Path) -> None:
 def test_an_exception_leaves_the_trained_weights(tmp_path: Path, evaluate: Any, error: type[BaseException]) -> None:
     net = Net()
     trainer, optimizer = build(tmp_path, net, eval_strategy="epoch")
-    callback = FastEMATrainerCallback(decay=DECAY, evaluate=evaluate).attach(trainer)
+    callback = FastEMATrainerCallback(**CONSTANT, evaluate=evaluate).attach(trainer)
     net.fail_with = error
     with pytest.raises(error):
         trainer.train()
@@ -314,7 +314,7 @@ def test_the_average_lies_beside_each_checkpoint_and_loads_without_fastema(tmp_p
         ),
         train_dataset=tokens,
     )
-    callback = FastEMATrainerCallback((0.5, 0.9)).attach(trainer)
+    callback = FastEMATrainerCallback((0.5, 0.9), decay_type="constant").attach(trainer)
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     trained = snapshot(model)
@@ -376,7 +376,7 @@ def test_resume_is_bit_for_bit(tmp_path: Path, decay: Any, last: bool) -> None:
 def test_a_resume_without_an_average_begins_at_once_where_the_start_has_passed(tmp_path: Path) -> None:
     build(tmp_path, save_strategy="epoch")[0].train()
     trainer, optimizer = build(tmp_path, num_train_epochs=3)
-    callback = FastEMATrainerCallback(decay=DECAY, start_step=4).attach(trainer)
+    callback = FastEMATrainerCallback(**CONSTANT, start_step=4).attach(trainer)
     trainer.train(resume_from_checkpoint=True)
     first = safetensors.torch.load_file(tmp_path / "checkpoint-10" / "model.safetensors")
     assert callback.ema is not None and callback.ema.num_updates == 5
@@ -398,7 +398,7 @@ def test_load_best_model_at_end_takes_the_weights_that_the_metric_was_of(
         metric_for_best_model=metric,
         greater_is_better=True,
     )
-    callback = FastEMATrainerCallback(decay=DECAY, evaluate=evaluate).attach(trainer)
+    callback = FastEMATrainerCallback(**CONSTANT, evaluate=evaluate).attach(trainer)
     first = snapshot(trainer.model)
     trainer.train()
     logged = "eval_ema_loss" if "ema" in metric else "eval_loss"
@@ -425,7 +425,7 @@ def test_an_evaluate_of_ones_own_reads_its_usual_metrics_in_both_runs(tmp_path: 
             return metrics
 
     trainer, _ = build(tmp_path, trainer_class=Own)
-    callback = FastEMATrainerCallback(decay=DECAY).attach(trainer)
+    callback = FastEMATrainerCallback(**CONSTANT).attach(trainer)
     trainer.train()
     metrics = trainer.evaluate()
     for prefix, weights in (("eval", snapshot(trainer.model)), ("eval_ema", callback.ema_state_dict())):
@@ -465,7 +465,7 @@ def adapted() -> Any:
 
 def trained_adapter(adapted: Any, folder: Path, **args: Any) -> tuple[Trainer, FastEMATrainerCallback]:
     trainer, _ = build(folder, adapted, save_strategy="epoch", label_names=["labels"], **args)
-    callback = FastEMATrainerCallback(decay=DECAY).attach(trainer)
+    callback = FastEMATrainerCallback(**CONSTANT).attach(trainer)
     trainer.train()
     return trainer, callback
 
@@ -497,7 +497,7 @@ def test_a_peft_training_resumes_exactly(tmp_path: Path, adapted: Any) -> None:
         for name, value in adapted.state_dict().items():
             value.copy_(start[name])
     trainer, _ = build(tmp_path / "rest", adapted, label_names=["labels"])
-    callback = FastEMATrainerCallback(decay=DECAY).attach(trainer)
+    callback = FastEMATrainerCallback(**CONSTANT).attach(trainer)
     trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
     assert callback.ema is not None and whole.ema is not None
     assert_same(callback.ema.state_dict()["shadow"], whole.ema.state_dict()["shadow"])
@@ -526,7 +526,7 @@ def test_save_model_inside_an_evaluation_of_the_average_saves_the_trained_weight
 
     saves = Saves()
     trainer, optimizer = build(tmp_path, eval_strategy="epoch", num_train_epochs=1, callbacks=[saves])
-    callback = FastEMATrainerCallback(decay=DECAY, evaluate="ema").attach(trainer)
+    callback = FastEMATrainerCallback(**CONSTANT, evaluate="ema").attach(trainer)
     trainer.train()
     net = Net()
     safetensors.torch.load_model(net, tmp_path / "inside" / "model.safetensors")

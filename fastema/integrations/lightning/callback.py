@@ -63,7 +63,7 @@ class FastEMACallback(HoldsAverage, Callback):
         test: the weights that `trainer.test` takes.
         predict: the weights that `trainer.predict` takes.
         optimizer: the index of the one whose steps count, where there are several.
-        **ema_args: every keyword of `FastEMA`; `decay_type` is "constant" where it is not given.
+        **ema_args: every keyword of `FastEMA`.
 
     Raises:
         ValueError: an argument out of range.
