@@ -30,18 +30,6 @@ void collect_garbage_through_watches(PyHeapTypeObject* heap_type) {
   };
 }
 
-// Updates if the watch holds, in one call. Returns "moved" if it does not hold, and nothing was done; "averages moved"
-// if the averages' memory was replaced during the update, whose result is in the old memory then; else None.
-const char* update_watched(fastema::Plan& plan, const fastema::Watch& watch, const std::vector<double>& weights,
-                           bool skip_nonfinite, const std::optional<at::Tensor>& skip) {
-  if (!watch.holds()) return "moved";
-  {
-    const py::gil_scoped_release released;
-    plan.update(weights, skip_nonfinite, skip, std::nullopt);
-  }
-  return watch.shadows_hold() ? nullptr : "averages moved";
-}
-
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -72,7 +60,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
           py::arg("lows") = fastema::OptionalTensors(), py::call_guard<py::gil_scoped_release>())
       .def("update", &Plan::update, py::arg("weights"), py::arg("skip_nonfinite"), py::arg("skip") = py::none(),
            py::arg("device_weights") = py::none(), py::call_guard<py::gil_scoped_release>())
-      .def("update_watched", &update_watched, py::arg("watch"), py::arg("weights"), py::arg("skip_nonfinite"),
+      .def("update_watched", &Plan::update_watched, py::arg("watch"), py::arg("weights"), py::arg("skip_nonfinite"),
            py::arg("skip") = py::none())
       .def("exchange", &Plan::exchange, py::arg("which"), py::call_guard<py::gil_scoped_release>())
       .def("nonfinite_count", &Plan::nonfinite_count, py::call_guard<py::gil_scoped_release>())

@@ -12,6 +12,8 @@
 #include <string>
 #include <utility>
 
+#include "watch.h"
+
 #ifdef FASTEMA_STREAM_FROM_C10_CUDA
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -244,6 +246,16 @@ void Plan::update(const std::vector<double>& weights, bool skip_nonfinite, const
         "update");
 #endif
   }
+}
+
+const char* Plan::update_watched(const Watch& watch, const std::vector<double>& weights, bool skip_nonfinite,
+                                 const std::optional<at::Tensor>& skip) {
+  if (!watch.holds()) return "moved";
+  {
+    const pybind11::gil_scoped_release released;
+    update(weights, skip_nonfinite, skip, std::nullopt);
+  }
+  return watch.shadows_hold() ? nullptr : "averages moved";
 }
 
 void Plan::exchange(int which) {

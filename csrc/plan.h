@@ -21,6 +21,8 @@ constexpr at::DeviceType kGpu = FASTEMA_GPU;
 constexpr at::DeviceType kGpu = at::kCUDA;
 #endif
 
+class Watch;
+
 class Plan {
  public:
   // One segment per index i, under K shadows: shadows[k][i] and lives[i] are 1-D, contiguous, of equal length and on
@@ -39,6 +41,12 @@ class Plan {
   //   device_weights  float64 [K] on the plan's device, or none: read instead of `weights` when the update runs
   void update(const std::vector<double>& weights, bool skip_nonfinite, const std::optional<at::Tensor>& skip,
               const std::optional<at::Tensor>& device_weights);
+
+  // The same if the watch holds, in one call from Python, which holds the interpreter's lock. Returns "moved" if the
+  // watch does not hold, and nothing was done; "averages moved" if the averages' memory was replaced during the update,
+  // whose result is in the old memory then; else null.
+  const char* update_watched(const Watch& watch, const std::vector<double>& weights, bool skip_nonfinite,
+                             const std::optional<at::Tensor>& skip);
 
   // Swaps the contents of live and of one shadow; throws where their dtypes differ.
   void exchange(int which);

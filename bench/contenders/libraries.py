@@ -157,7 +157,7 @@ def _fastema_callback(model: nn.Module, case: Case) -> Contender:
     module = _lightning_module(model)
     from fastema.integrations.lightning import FastEMACallback
 
-    callback = FastEMACallback(decay=case.decay)
+    callback = FastEMACallback(decay=case.decay, decay_type="constant")
     optimizer = torch.optim.SGD(module.parameters())
     trainer: Any = SimpleNamespace(optimizers=[optimizer], global_step=0, current_epoch=0)
     callback.on_train_start(trainer, module)

@@ -40,13 +40,16 @@ def _headline(run: Run) -> str:
         if run.median("update", case, OURS.name, _cache_of(case)):
             cells = [_cell(run, "update", case, peer.name, _cache_of(case)) for peer in entrants]
             rows.append([f"update: {labels.get(case, case)}", *cells])
-    cells = [_cell(run, "swap", cases.RESNET50, peer.name, "warm") for peer in entrants]
-    if any(cells):
-        modules = (peers.MULTI_FN, libraries.TIMM)
-        cells = ["a second module" if peer in modules else cell for peer, cell in zip(entrants, cells, strict=True)]
-        rows.append([f"average in and out for a validation: {cases.RESNET50}", *cells])
-        extra = [run.find("memory: validation", cases.RESNET50, peer.name) for peer in entrants]
-        rows.append(["memory that takes", *("" if one is None else size(one.extra_bytes or 0) for one in extra)])
+    modules = (peers.MULTI_FN, libraries.TIMM)
+    for case in (cases.RESNET50, cases.resnet50_bf16().name):
+        cells = [_cell(run, "swap", case, peer.name, "warm") for peer in entrants]
+        if any(cells):
+            cells = ["a second module" if peer in modules else cell for peer, cell in zip(entrants, cells, strict=True)]
+            rows.append([f"swap in and out: {case}", *cells])
+    extra = [run.find("memory: validation", cases.RESNET50, peer.name) for peer in entrants]
+    if any(extra):
+        row = [f"extra memory for a validation: {cases.RESNET50}"]
+        rows.append([*row, *("" if one is None else size(one.extra_bytes or 0) for one in extra)])
     rows = [[row[0], _bold(row[1]), *row[2:]] for row in rows]
     return _markdown(["one run, medians", "fastema", "copy of the model", *(peer.name for peer in entrants[2:])], rows)
 
@@ -127,15 +130,19 @@ def _several(run: Run) -> str:
 
 
 def _swaps(run: Run) -> str:
-    """Return times of a swap, the bytes it moves and its memory beyond the model and one average."""
-    rows = []
-    for peer in (OURS, OURS_IN_PLACE, *libraries.SWAPPING, *peers.SWAPS_BY_HAND):
-        warm, cold = (run.find("swap", cases.RESNET50, peer.name, cache) for cache in _CACHES)
-        if warm is None or cold is None or warm.median_us is None or cold.median_us is None:
-            continue
-        moved, extra = size(warm.bytes_floor or 0), size(warm.extra_bytes or 0)
-        rows.append([peer.name, duration(warm.median_us), duration(cold.median_us), moved, extra])
-    return _markdown([f"swap, {cases.RESNET50}", "warm", "cold", "bytes moved", "extra memory"], rows)
+    """Return times of a swap, the bytes it moves and its memory beyond the model and one average, by model."""
+    tables = []
+    for case in (cases.RESNET50, cases.resnet50_bf16().name):
+        rows = []
+        for peer in (OURS, OURS_IN_PLACE, *libraries.SWAPPING, *peers.SWAPS_BY_HAND):
+            warm, cold = (run.find("swap", case, peer.name, cache) for cache in _CACHES)
+            if warm is None or cold is None or warm.median_us is None or cold.median_us is None:
+                continue
+            moved, extra = size(warm.bytes_floor or 0), size(warm.extra_bytes or 0)
+            rows.append([peer.name, duration(warm.median_us), duration(cold.median_us), moved, extra])
+        if rows:
+            tables.append(_markdown([f"swap, {case}", "warm", "cold", "bytes moved", "extra memory"], rows))
+    return "\n\n".join(tables)
 
 
 _CACHES: tuple[Cache, Cache] = ("warm", "cold")
