@@ -46,9 +46,11 @@ class SwapError(RuntimeError):
 
 def refuse_foreign(what: str, storages: frozenset[int], own: Swap | None = None) -> None:
     """Raise RuntimeError while a swap other than `own` uses any of these storages (`_cdata`)."""
-    for reference in list(entered.values()):
+    for key, reference in list(entered.items()):
         swap = reference()
-        if swap is not None and swap is not own and swap.is_entered and swap.storages & storages:
+        if swap is None:
+            entered.pop(key, None)  # an interrupt came between its two halves: it was never entered
+        elif swap is not own and swap.is_entered and swap.storages & storages:
             raise RuntimeError(f"{what} while {swap.owner}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,13 @@ def test_rebuilt_plans_and_failed_ones_leave_nothing_behind(backend: str) -> Non
         cycle()
     gc.collect()
     assert resident() - before < 4 * 2**20
+
+
+def test_what_an_interrupt_left_behind_is_forgotten(backend: str) -> None:
+    class Gone: ...
+
+    model = nn.Linear(2, 2)
+    ema = FastEMA(model, backend=backend)
+    swap.entered[-1] = weakref.ref(Gone())  # type: ignore[assignment]
+    ema.update()
+    assert -1 not in swap.entered
