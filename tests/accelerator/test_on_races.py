@@ -21,11 +21,13 @@ gpu = load(with_kernels=False)
 source, target = torch.ones(1000, device="hostgpu"), torch.zeros(1000, device="hostgpu")
 side, main = torch.Stream("hostgpu"), torch.accelerator.current_stream()
 gpu.synchronize()
+gate = gpu.Gate(main)  # else the first copy may be over, and seen to be, before the second is enqueued
 source.copy_(target)
 if sys.argv[1] == "waits":
     side.wait_stream(main)
 with side:
     target.copy_(source)
+gate.open()
 gpu.synchronize()
 """
 
