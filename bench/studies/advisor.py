@@ -208,7 +208,7 @@ class Asked:
 
     @property
     def regret(self) -> float:
-        """How much more loss than with an average from the first step, as a share of that."""
+        """The loss beyond that with an average from the first step, as a share of the latter."""
         return self.followed / self.from_first - 1
 
 

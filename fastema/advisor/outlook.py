@@ -1,4 +1,4 @@
-"""What an average can gain at the end of a run, from the learning rate alone.
+"""The gain that an average can bring at the end of a run, from the learning rate alone.
 
 An average smooths the noise that the learning rate keeps up, and it is made of older weights. A rate that stays high
 leaves much noise to smooth. A rate that went to 0 has smoothed it already, and the older weights are only older.
@@ -40,7 +40,7 @@ _SHORT = 500
 
 @dataclass(frozen=True)
 class Outlook:
-    """What to expect of an average at the end of a run.
+    """The expected gain of an average at the end of a run.
 
     Attributes:
         case: "much", "some" or "little" to gain.

@@ -167,7 +167,6 @@ def _scatter(results: Sequence[Tensor], *targets: list[Tensor]) -> None:
 
 
 _EXCHANGE_BLOCK = 1 << 20  # bytes held twice while contents change places
-_SETS_SEVERAL_VERSIONS = not torch.__version__.startswith("2.6.")
 _SWAPS_POINTERS = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # torch 2.13 has it, 2.11 does not
 
 
@@ -247,11 +246,7 @@ class _Exchange:
         raise NotImplementedError
 
     def _set_versions(self, versions: tuple[int, ...]) -> None:
-        if _SETS_SEVERAL_VERSIONS:
-            torch._C._autograd._unsafe_set_version_counter(self._managed, versions)
-            return
-        for tensor, version in zip(self._managed, versions, strict=True):
-            torch._C._autograd._unsafe_set_version_counter(tensor, version)  # type: ignore[arg-type]
+        torch._C._autograd._unsafe_set_version_counter(self._managed, versions)
 
 
 class ContentsExchange(_Exchange):

@@ -1,4 +1,4 @@
-"""What is called test_on_* runs on the test accelerator, in processes of its own that test_accelerator.py starts."""
+"""Leave files named test_on_* to test_accelerator.py, which runs them on the test accelerator in other processes."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,13 +66,19 @@ def test_what_is_in_reach_does_not_fault() -> None:
     assert "2., 2., 2., 2." in result.stdout
 
 
-def test_what_is_freed_too_early_is_seen_by_the_stream_that_still_reads_it() -> None:
+def copy_behind_a_gate(target: Tensor, source: Tensor) -> tuple[torch.Stream, Any]:
+    """Enqueue a copy on another stream, which waits there until the gate is opened; return both."""
     side = torch.Stream(DEVICE)
-    source, target = ints(5), ints(0)
     gpu.synchronize()
     gate = gpu.Gate(side)
     with on(side):
         target.copy_(source)
+    return side, gate
+
+
+def test_what_is_freed_too_early_is_seen_by_the_stream_that_still_reads_it() -> None:
+    source, target = ints(5), ints(0)
+    side, gate = copy_behind_a_gate(target, source)
     del source
     gpu.synchronize(1 - torch.accelerator.current_device_index())  # not this device: the gate is shut
     torch.accelerator.current_stream().synchronize()
@@ -81,13 +88,9 @@ def test_what_is_freed_too_early_is_seen_by_the_stream_that_still_reads_it() -> 
 
 
 def test_record_stream_keeps_it_until_then() -> None:
-    side = torch.Stream(DEVICE)
     source, target = ints(5), ints(0)
     address = source.data_ptr()
-    gpu.synchronize()
-    gate = gpu.Gate(side)
-    with on(side):
-        target.copy_(source)
+    side, gate = copy_behind_a_gate(target, source)
     source.record_stream(side)
     del source
     assert ints(6).data_ptr() != address, "it is not given to anyone yet"
@@ -99,12 +102,8 @@ def test_record_stream_keeps_it_until_then() -> None:
 
 
 def test_a_write_to_freed_memory_is_told() -> None:
-    side = torch.Stream(DEVICE)
     target, source = ints(0), ints(3)
-    gpu.synchronize()
-    gate = gpu.Gate(side)
-    with on(side):
-        target.copy_(source)
+    side, gate = copy_behind_a_gate(target, source)
     del target
     torch.accelerator.current_stream().synchronize()
     gate.open()

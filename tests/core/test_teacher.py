@@ -44,6 +44,28 @@ def bits(model: nn.Module) -> list[bytes]:
 Wrap = Callable[[nn.Module], Any]
 
 
+def trained(
+    student: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    teach: Callable[[Tensor], Tensor],
+    update: Callable[[], None],
+    context: Callable[[], Any],
+    data: list[Tensor] | None,
+) -> list[Tensor]:
+    """Train towards the teacher's outputs, with an update after each step; return every step's targets."""
+    targets = []
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    for x in batches() if data is None else data:
+        targets.append(teach(x))
+        with context():
+            loss = (forward(x + 0.1) - targets[-1] - 1.0).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        update()
+    return targets
+
+
 def swapping(
     student: nn.Module,
     wrap: Wrap = lambda module: module,
@@ -53,20 +75,16 @@ def swapping(
 ) -> list[Tensor]:
     """Train towards the swapped-in average; return every step's targets."""
     ema = FastEMA(student, 0.9, decay_type="constant")
-    forward, targets = wrap(student), []
-    optimizer = torch.optim.SGD(student.parameters(), 0.1)
-    for x in batches() if data is None else data:
+    forward = wrap(student)
+
+    def teach(x: Tensor) -> Tensor:
         student.train(not eval_teacher)
         with ema.swapped(), torch.no_grad(), context():
-            targets.append(forward(x).clone())
+            target = forward(x).clone()
         student.train()
-        with context():
-            loss = (forward(x + 0.1) - targets[-1] - 1.0).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        ema.update()
-    return targets
+        return target
+
+    return trained(student, forward, teach, ema.update, context, data)
 
 
 def separate(
@@ -79,19 +97,17 @@ def separate(
     """The same with a second module as the teacher, averaged by a FastEMA of the student."""
     ema = FastEMA(student, 0.9, decay_type="constant")
     teacher = copy.deepcopy(student).train(not eval_teacher)
-    forward, teach, targets = wrap(student), wrap(teacher) if wrap is torch.compile else teacher, []
-    optimizer = torch.optim.SGD(student.parameters(), 0.1)
-    for x in batches() if data is None else data:
+    forward, teacher_forward = wrap(student), wrap(teacher) if wrap is torch.compile else teacher
+
+    def teach(x: Tensor) -> Tensor:
         with torch.no_grad(), context():
-            targets.append(teach(x).clone())
-        with context():
-            loss = (forward(x + 0.1) - targets[-1] - 1.0).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+            return teacher_forward(x).clone()
+
+    def update() -> None:
         ema.update()
         ema.copy_to(teacher)
-    return targets
+
+    return trained(student, forward, teach, update, context, data)
 
 
 def same_training(first: nn.Module, second: nn.Module, **arguments: Any) -> None:
