@@ -19,13 +19,16 @@ EXPECTED = {
     "fsdp2.py": ((), "'0.weight': (32, 8)"),
     "segmentation.py": (("timm", "PIL", "rich", "scipy", "matplotlib"), "16 masks are written"),
 }
-# lightning, transformers and timm import torchvision, and a CUDA build of it needs help beside a CPU torch.
+# lightning, transformers and timm import torchvision, and a CUDA build of it needs help beside a CPU torch. The process
+# ends at once: where a gloo thread drops its last tensor while the interpreter ends, torch 2.13 aborts.
 RUN = """
-import contextlib, runpy, sys
+import contextlib, os, runpy, sys
 from fastema.segmentation.torchvision_shim import import_torchvision
 with contextlib.suppress(ImportError):
     import_torchvision()
 runpy.run_path(sys.argv[1], run_name="__main__")
+sys.stdout.flush()
+os._exit(0)
 """
 
 

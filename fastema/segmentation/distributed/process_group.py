@@ -7,6 +7,7 @@ the error; the others, which fail because it is gone, exit silently.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,6 +142,9 @@ def process_group() -> Iterator[Processes]:
             raise UserError(f"the processes of this run cannot find each other: {_first_sentence(error)}") from error
         yield Processes(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)), launched=True)
         dist.destroy_process_group()
+        # What still refers to the group keeps gloo's threads alive, and torch 2.13 aborts the process if one of them
+        # waits for the GIL, to drop the last tensor, while the interpreter ends. Let them have it before.
+        time.sleep(0.1)
     except BaseException as error:
         if not _is_first_to_fail(store):
             raise SystemExit(1) from None
