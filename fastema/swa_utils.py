@@ -2,7 +2,7 @@
 
 Only the import changes: `from fastema.swa_utils import AveragedModel, get_ema_multi_avg_fn`. Names, signatures,
 defaults, attributes, state-dict keys, results and errors are torch's. An averaging function of your own is called by
-torch's own code. `AveragedModel` is a subclass of torch's, with `swapped(model)` added.
+torch's own code. `AveragedModel` is a subclass of torch's, with `swapped(model)` and its `restore()` added.
 
 The averages of `get_ema_multi_avg_fn` and `get_swa_multi_avg_fn` have the same bits as torch's, in every dtype, where
 torch uses fused multiply-adds: on x86 CPUs with AVX2, and on GPUs.
@@ -211,7 +211,7 @@ _REBUILT = ("_pairs", "_swap", "_counter", "_rule")
 
 
 class AveragedModel(_TorchAveragedModel):
-    """torch's `AveragedModel` with a faster `update_parameters`, and with `swapped(model)`.
+    """torch's `AveragedModel` with a faster `update_parameters`, and with `swapped(model)` for a validation.
 
     Args:
         model: the module to average; it is deep-copied.
@@ -233,7 +233,7 @@ class AveragedModel(_TorchAveragedModel):
     """
 
     _pairs: PairedModules | None = None
-    _swap: Swap | None = None  # while swapped
+    _swap: tuple[Swap, PairedModules, nn.Module] | None = None  # the last one, its pairs and the model it is with
     _counter: _Counter | None = None
     _rule: tuple[Any, _AveragingFunction | None] = (None, None)  # the given function, and what _recognise() made of it
 
@@ -302,6 +302,9 @@ class AveragedModel(_TorchAveragedModel):
             RuntimeError: already swapped; another AveragedModel is swapped into this model; a CUDA graph is being
                 captured; or inductor's freezing has made constants of the weights.
             ValueError: this model cannot be swapped with the average; says why. Nothing is changed.
+            SwapError: at the end of the block, if the model was changed in it so that a tensor cannot take its trained
+                value. Nothing is changed; `error.live` has the trained values by name. Undo the change, then call
+                `restore()`.
         """
         self._refuse_while_swapped("swapped()")
         if is_capturing():
@@ -310,14 +313,28 @@ class AveragedModel(_TorchAveragedModel):
         pairs = self._pairs_for_swap(model)
         swap = pairs.swap()
         try:
+            self._swap = swap, pairs, model
             swap.enter()
-            self._swap = swap
             yield model
         finally:
-            if swap.is_entered and not swap.leave(pairs.is_unchanged, functools.partial(tensors_by_name, model)):
-                self._pairs = None  # rebuilt: the model has other tensors or memory now
-            if not swap.is_entered:
+            if swap.is_entered:
+                self.restore()
+            else:
                 self._swap = None
+
+    def restore(self) -> None:
+        """Put the trained weights back after a `SwapError`, once the change that it names is undone.
+
+        Raises:
+            RuntimeError: the average is not swapped into a model.
+            SwapError: a tensor cannot take its trained value. Nothing is changed.
+        """
+        if self._swap is None or not self._swap[0].is_entered:
+            raise RuntimeError("restore() outside of swapped(): the trained weights are in place")
+        swap, pairs, model = self._swap
+        if not swap.leave(pairs.is_unchanged, functools.partial(tensors_by_name, model)):
+            self._pairs = None  # rebuilt: the model has other tensors or memory now
+        self._swap = None
 
     # ---- refused while swapped: they would return the live weights as the average ----
 
@@ -341,8 +358,10 @@ class AveragedModel(_TorchAveragedModel):
     # ---- private ----
 
     def _refuse_while_swapped(self, what: str) -> None:
-        if self._swap is not None:
-            raise RuntimeError(f"{what} while the average is swapped into a model: leave the block first")
+        if self._swap is not None and self._swap[0].is_entered:
+            raise RuntimeError(
+                f"{what} while the average is swapped into a model: leave the block first, or call restore()"
+            )
 
     def _recognise_function(self) -> _AveragingFunction | None:
         """Return the averaging function, the default included; None: it is the user's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -204,18 +205,35 @@ def test_what_cannot_take_its_value_is_named_and_nothing_is_lost(
         assert torch.equal(others["2.weight"], averaged["2.weight"]), "nothing changes where not all can"
 
 
-def test_restore_works_once_the_change_is_undone(model: nn.Sequential, backend: str) -> None:
-    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
+@pytest.mark.parametrize("kind", ["FastEMA", "AveragedModel"])
+def test_restore_works_once_the_change_is_undone(kind: str, model: nn.Sequential, backend: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv("FASTEMA_BACKEND", backend)
+    if kind == "FastEMA":
+        ema: Any = FastEMA(model, decay=0.5, decay_type="constant")
+        swapped, update = ema.swapped, ema.update
+    else:
+        ema = AveragedModel(model)
+        swapped, update = partial(ema.swapped, model), partial(ema.update_parameters, model)
+        update()
     shift(model)
     trained, weight = values(model), model[0].weight
-    ema.apply_shadow()
-    model[0].weight = nn.Parameter(torch.zeros(1))
+    with pytest.raises(SwapError, match=r"undo the change and call restore\(\) again"), swapped():
+        averaged = values(model)
+        model[0].weight = nn.Parameter(torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"call restore\(\)"):
+        update()
     with pytest.raises(SwapError):
         ema.restore()
-    assert ema.is_applied
     model[0].weight = weight
     ema.restore()
     assert all(torch.equal(value, trained[name]) for name, value in values(model).items())
+    with pytest.raises(RuntimeError, match=r"restore\(\) .* in place"):
+        ema.restore()
+    with swapped():
+        assert all(torch.equal(value, averaged[name]) for name, value in values(model).items())
+        ema.restore()  # early; the end of the block does nothing then
+        assert all(torch.equal(value, trained[name]) for name, value in values(model).items())
+    update()
 
 
 def test_a_copied_buffer_that_was_resized_keeps_the_blocks_value(model: nn.Sequential, backend: str) -> None:
