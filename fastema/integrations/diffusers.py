@@ -160,12 +160,16 @@ class EMAModel:
 
     @torch.no_grad()
     def restore(self, parameters: Parameters | None = None) -> None:
-        """Copy what `store()` kept back into `parameters`, and let go of it.
+        """Copy what `store()` kept back into `parameters`; after a `SwapError` of `swapped()`, end that swap instead.
 
         Raises:
             RuntimeError: nothing is stored.
+            SwapError: a parameter cannot take its trained value. Nothing is changed.
         """
-        self._refuse_while_swapped("restore()")
+        if self._bound is not None and self._bound.is_applied:
+            self._bound.restore()
+            self._adopt(self._bound)
+            return
         if self.temp_stored_params is None:
             raise RuntimeError("This ExponentialMovingAverage has no `store()`ed weights to `restore()`")
         for stored, live in zip(self.temp_stored_params, self._listed_or_last(parameters), strict=False):
@@ -177,6 +181,10 @@ class EMAModel:
         """Open a block in which `parameters` hold the averages, by an exchange of pointers; see `FastEMA.apply_shadow`.
 
         The same as `store()`, `copy_to()` ... `restore()` for a validation, without the copies.
+
+        Raises:
+            SwapError: at the end of the block, if a parameter was changed in it so that it cannot take its trained
+                value. Nothing is changed; `error.live` has the trained values. Undo the change, then call `restore()`.
         """
         self._refuse_while_swapped("swapped()")
         bound = self._bound_to(self._listed_or_last(parameters))
@@ -340,7 +348,7 @@ class EMAModel:
 
     def _refuse_while_swapped(self, what: str) -> None:
         if self._bound is not None and self._bound.is_applied:
-            raise RuntimeError(f"{what} while the averages are swapped in: leave the block first")
+            raise RuntimeError(f"{what} while the averages are swapped in: leave the block first, or call restore()")
 
 
 _STATE_TYPES: dict[str, Any] = {

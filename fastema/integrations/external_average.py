@@ -87,6 +87,10 @@ class ExternalAverage:
         """Open a block in which the averages are in the live tensors."""
         return self._ema.swapped()
 
+    def restore(self) -> None:
+        """Put the trained weights back before the end of the block, or after a `SwapError`."""
+        self._ema.restore()
+
     @property
     def is_applied(self) -> bool:
         return self._ema.is_applied

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastema.integrations.diffusers
 from cases import bits, move, raw, small_model, train, values
-from fastema import FastEMA
+from fastema import FastEMA, SwapError
 from fastema.integrations.diffusers import EMAModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -357,7 +357,7 @@ def test_swapped_moves_no_weights_and_puts_them_back(dtype: torch.dtype) -> None
         inside = [raw(parameter) for parameter in model.parameters()]
         assert inside == [raw(each.to(dtype)) for each in state["shadow_params"]]
         assert of(ema) == average, "state_dict() must be right inside, too"
-        for refused in (ema.step, ema.copy_to, ema.restore, ema.to, ema.pin_memory, lambda: ema.load_state_dict({})):
+        for refused in (ema.step, ema.copy_to, ema.to, ema.pin_memory, lambda: ema.load_state_dict({})):
             with pytest.raises(RuntimeError, match="while the averages are swapped in"):
                 refused()  # type: ignore[operator]
         with pytest.raises(RuntimeError, match="while the averages are swapped in"), ema.swapped():
@@ -380,6 +380,22 @@ def test_swapped_restores_after_an_exception() -> None:
         assert bits(model) != trained
         raise ZeroDivisionError
     assert bits(model) == trained
+
+
+def test_restore_ends_a_swap_that_a_swap_error_left_open() -> None:
+    parameters = a_list()
+    ema = EMAModel(parameters, decay=0.5)
+    move(parameters, seed=1)
+    trained, average, shape = [raw(each) for each in parameters], of(ema), parameters[0].shape
+    with pytest.raises(SwapError, match=r"undo the change and call restore\(\)"), ema.swapped(parameters):
+        parameters[0].data = parameters[0].data.flatten()
+    with pytest.raises(RuntimeError, match=r"call restore\(\)"):
+        ema.step(parameters)
+    parameters[0].data = parameters[0].data.view(shape)
+    ema.restore()
+    assert [raw(each) for each in parameters] == trained
+    assert of(ema) == average
+    ema.step(parameters)
 
 
 # ---- copies, files, deprecated arguments ----
