@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ class Manifest:
     copied: dict[str, tuple[str, tuple[int, ...]]]
     names: dict[str, str]
     rounding: float = 0.0
+
+    def described(self, key: str) -> tuple[str, tuple[int, ...]]:
+        """Return dtype and shape of a tensor in the file."""
+        which, _, name = key.partition("/")
+        return (self.copied if which == COPY else self.averaged)[name]
 
     def difference(self, other: Manifest) -> str | None:
         """Return how `other` is of another model or other averages, or None."""
@@ -108,23 +114,73 @@ def remove(path: Path) -> None:
 # ---- writing ----
 
 
-def write(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    """Write a snapshot file atomically, and read it back before it takes its place.
+# The names of dtypes in a safetensors file.
+_DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "uint32": "U32",
+    "int32": "I32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+}
+
+
+def write(path: Path, manifest: Manifest, values: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Write a snapshot file atomically, one tensor at a time, and read it back before it takes its place.
+
+    Args:
+        values: functions that return a contiguous CPU tensor, by key.
 
     Raises:
         SnapshotError: it cannot be written; what was there before is untouched.
     """
-    save_file = require_safetensors().torch.save_file
-    sums = {key: checksum(tensor) for key, tensor in tensors.items()}
+    kinds = {key: manifest.described(key) for key in values}
+    unknown = sorted(key for key, (dtype, _) in kinds.items() if dtype not in _DTYPES)
+    if unknown:
+        raise SnapshotError(f"safetensors files cannot hold {unknown[0]!r}: it is {kinds[unknown[0]][0]}")
+    # Readers need tensors at multiples of their element size.
+    kinds = dict(sorted(kinds.items(), key=lambda each: -getattr(torch, each[1][0]).itemsize))
+    # The checksums are known last: their place in front of the tensors is as long as they can get.
+    length = len(_header(manifest, kinds, dict.fromkeys(kinds, 0xFFFFFFFF)))
+    length += -length % 8
+    sums: dict[str, int] = {}
     try:
         with _replacing(path) as temporary:
-            save_file(dict(tensors), temporary, {"fastema": _dumped(manifest, sums)})
+            with temporary.open("wb") as file:
+                file.seek(8 + length)
+                for key in kinds:
+                    tensor = values[key]()
+                    sums[key] = checksum(tensor)
+                    file.write(_bytes_of(tensor))
+                file.seek(0)
+                file.write(length.to_bytes(8, "little") + _header(manifest, kinds, sums).ljust(length))
             _flush(temporary)
             with reading(temporary) as reader:
-                for key in tensors:
+                for key in kinds:
                     reader.read([key])
     except (OSError, ValueError) as error:
         raise SnapshotError(f"cannot write the snapshot {path}: {error}") from error
+
+
+def _header(manifest: Manifest, kinds: Mapping[str, tuple[str, tuple[int, ...]]], sums: Mapping[str, int]) -> bytes:
+    """Return the header of a safetensors file: the manifest, and the place of every tensor."""
+    header: dict[str, Any] = {"__metadata__": {"fastema": _dumped(manifest, sums)}}
+    begin = 0
+    for key, (dtype, shape) in kinds.items():
+        end = begin + math.prod(shape) * getattr(torch, dtype).itemsize
+        header[key] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": (begin, end)}
+        begin = end
+    return json.dumps(header).encode()
 
 
 def write_sharded(path: Path, manifest: Manifest, tensors: Mapping[str, Any]) -> None:
@@ -202,17 +258,13 @@ class Reader:
     def _read_sharded(self, keys: list[str]) -> dict[str, Tensor]:
         import torch.distributed.checkpoint as dcp
 
-        tensors = {key: torch.empty(shape, dtype=dtype) for key, dtype, shape in map(self._described, keys)}
+        kinds = {key: self.manifest.described(key) for key in keys}
+        tensors = {key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, (dtype, shape) in kinds.items()}
         try:
             dcp.load(tensors, checkpoint_id=self.path, no_dist=True)
         except Exception as error:  # whatever the damage leads to
             raise _damaged(self.path, str(error)) from error
         return tensors
-
-    def _described(self, key: str) -> tuple[str, torch.dtype, tuple[int, ...]]:
-        which, _, name = key.partition("/")
-        dtype, shape = (self.manifest.copied if which == COPY else self.manifest.averaged)[name]
-        return key, getattr(torch, dtype), tuple(shape)
 
 
 @contextlib.contextmanager
@@ -293,10 +345,12 @@ def _damaged(path: Path, why: str) -> SnapshotError:
 
 def checksum(tensor: Tensor) -> int:
     """Return the CRC-32 of a contiguous CPU tensor's bytes."""
-    if tensor.numel() == 0:
-        return 0
-    size = tensor.numel() * tensor.element_size()
-    return zlib.crc32((ctypes.c_char * size).from_address(tensor.data_ptr()))
+    return zlib.crc32(_bytes_of(tensor))
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """Return the memory of a contiguous CPU tensor; numpy has no bfloat16."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.numel() else b""
 
 
 def _file_checksum(path: Path) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastema.core import dtensor, state
 from fastema.core.checks import checked_count
+from fastema.core.shadow import Planes
 from fastema.posthoc import files
 from fastema.posthoc.files import COPY, Manifest, SnapshotError, tensor_key
 from fastema.posthoc.profiles import profiles_of
@@ -83,7 +85,7 @@ class Snapshots:
         self._run: str | None = None
         self._latest: Manifest | None = None
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._refuse_others(self._manifest(0, self._tensors(), 0.0), files.paths_in(self._folder))
+        self._refuse_others(self._manifest(0, self._contents(), 0.0), files.paths_in(self._folder))
         if verbose and _rank() == 0:
             print(self.disk_use())
 
@@ -102,10 +104,10 @@ class Snapshots:
             return None
         if not self._sharded and _rank() != 0:
             return None  # every process has the same averages
-        tensors, names = self._tensors()
-        stored, rounding = self._rounded(tensors)
+        contents = self._contents()
+        values = self._values(contents)
         before = files.paths_in(self._folder) if _rank() == 0 else {}
-        manifest = self._manifest(step, (stored, names), rounding)
+        manifest = self._manifest(step, contents, self._rounding(values))
         changed = None if self._latest is None else self._latest.difference(manifest)
         if changed is not None:
             raise SnapshotError(f"the averages changed in mid-run: {changed}. Their profiles are not known any more")
@@ -117,20 +119,18 @@ class Snapshots:
         earlier = self._set_later_aside(before, step)  # also where a checkpoint was loaded in mid-run
         path = files.path_of(self._folder, step, self._sharded)
         if self._sharded:
-            files.write_sharded(path, manifest, stored)
+            files.write_sharded(path, manifest, {key: self._stored(key, value()) for key, value in values.items()})
         else:
-            files.write(path, manifest, stored)
+            files.write(path, manifest, {key: partial(self._on_cpu, key, value) for key, value in values.items()})
         if _rank() == 0:
             self._thin({**earlier, step: path})
         return path
 
     def disk_use(self) -> str:
         """Return a line that says what the snapshots will take."""
-        each = sum(
-            value.numel()
-            * (value.element_size() if key.startswith(COPY) else _stored_dtype(value.dtype, self._dtype).itemsize)
-            for key, value in self._tensors()[0].items()
-        )
+        contents = self._contents()
+        averages = sum(average.numel() * self._dtype_of(average).itemsize for _, average in contents.averaged.values())
+        each = len(self._ema._decays) * averages + sum(value.nbytes for value in contents.copied.values())
         counts = [len(self._at)] if self._at else []
         if self._every is not None and self._total_steps is not None:
             counts = [len({*range(self._every, self._total_steps + 1, self._every), *self._at, self._total_steps})]
@@ -154,77 +154,95 @@ class Snapshots:
             return True
         return (self._every is not None and step % self._every == 0) or step in self._at or step == self._total_steps
 
-    def _tensors(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return the tensors by key, each once, and the other names of those that have several."""
+    def _contents(self) -> _Contents:
+        """Return what is stored, each tensor once, without copying any average."""
         if not self._ema.is_applied:
             self._ema._ensure_current()
-        shadow = self._ema._shadow
-        names_averaged = [
-            name for entry in shadow.managed if entry.rule == "average" and entry.is_saved for name in entry.names
-        ]
-        averages = [shadow.averages(which) for which in range(len(self._ema._decays))]
-        own = state.by_name(averages[0], saved_only=False)
-        averaged = {_place(own[name]): name for name in names_averaged if own[name].numel()}
-        tensors: dict[str, Any] = {}
-        names: dict[str, str] = {}
-        for which, every in enumerate(averages):
-            first: dict[Any, str] = {}
-            for name, value in self._ema._model_state(which, every).items():
-                if not isinstance(value, Tensor):
-                    continue
-                value, place = value.detach(), _place(value)
-                if which == 0 and value.numel() and first.setdefault(place, name) != name:
-                    names[name] = first[place]
-                if name in names:
-                    continue
-                if which == 0:
-                    is_averaged = place in averaged
-                    tensors[tensor_key(0 if is_averaged else COPY, name)] = value
-                elif tensor_key(0, name) in tensors:
-                    tensors[tensor_key(which, name)] = value
-        unseen = averaged.keys() - {_place(value) for value in tensors.values()}
+        weights = self._ema._shadow.weights(0)
+        averages = state.by_name(
+            [(entry, average) for entry, average in weights if entry.rule == "average" and entry.is_saved], False
+        )
+        own_names = {_place(average): name for name, average in averages.items() if average.numel()}
+        contents = _Contents({}, {}, {})
+        first: dict[Any, str] = {}
+        for name, value in self._ema._model_state(0, weights).items():
+            if not isinstance(value, Tensor):
+                continue
+            value, place = value.detach(), _place(value)
+            if value.numel() and first.setdefault(place, name) != name:
+                contents.names[name] = first[place]
+            elif place in own_names:
+                contents.averaged[name] = own_names[place], value
+            else:
+                contents.copied[name] = value
+        unseen = own_names.keys() - first.keys()
         if unseen:
             raise ValueError(
-                f"{averaged[min(unseen)]!r} is not in the model's state_dict() as it is in the model: a hook splits, "
+                f"{own_names[min(unseen)]!r} is not in the model's state_dict() as it is in the model: a hook splits, "
                 "casts or copies it, and snapshots cannot tell what of the state is averaged"
             )
-        return tensors, names
+        return contents
 
-    def _rounded(self, tensors: dict[str, Any]) -> tuple[dict[str, Any], float]:
-        """Return contiguous tensors on the CPU in the dtype to store, and the relative L2 error of rounding."""
-        stored, squares = {}, torch.zeros(2, dtype=torch.float64)
-        for key, value in tensors.items():
-            dtype = value.dtype if key.startswith(f"{COPY}/") else _stored_dtype(value.dtype, self._dtype)
-            # A copy in any case: training goes on while a slow disk writes.
-            kept = value.to(dtype).clone() if self._sharded else value.to("cpu", dtype, copy=True).contiguous()
-            if dtype != value.dtype:
-                was, now = (dtensor.local_part(each).to("cpu", torch.float64) for each in (value, kept))
-                if bool((now.isinf() & was.isfinite()).any()):
-                    raise ValueError(
-                        f"{key!r} has values beyond 65,504, the largest of float16: use dtype=torch.float32"
-                    )
+    def _values(self, contents: _Contents) -> dict[str, Callable[[], Tensor]]:
+        """Return functions that give each tensor by key: a float32 average of bfloat16 weights is a copy."""
+        values: dict[str, Callable[[], Tensor]] = {}
+        for which in range(len(self._ema._decays)):
+            places = state.by_name(self._ema._shadow.places(which), saved_only=False)
+            for name, (own_name, _) in contents.averaged.items():
+                values[tensor_key(which, name)] = partial(_value_of, places[own_name])
+        for name, value in contents.copied.items():
+            values[tensor_key(COPY, name)] = partial(_value_of, value)
+        return values
+
+    def _dtype_of(self, average: Tensor) -> torch.dtype:
+        """Return the dtype in which an average is stored."""
+        if average.is_complex() or (average.dtype == torch.float64 and self._dtype == torch.float32):
+            return average.dtype
+        return self._dtype
+
+    def _stored(self, key: str, value: Tensor) -> Tensor:
+        return value if key.startswith(f"{COPY}/") else value.to(self._dtype_of(value))
+
+    def _on_cpu(self, key: str, value: Callable[[], Tensor]) -> Tensor:
+        return self._stored(key, value()).cpu().contiguous()
+
+    def _rounding(self, values: dict[str, Callable[[], Tensor]]) -> float:
+        """Return the relative L2 error of rounding to the stored dtype.
+
+        Raises:
+            ValueError: a value is beyond its range; on every process.
+        """
+        if self._dtype == torch.float32:
+            return 0.0
+        squares, beyond = torch.zeros(2, dtype=torch.float64), None
+        for key, given in values.items():
+            value = given()
+            stored = self._stored(key, value)
+            if stored.dtype != value.dtype:
+                was, now = (dtensor.local_part(each).to("cpu", torch.float64) for each in (value, stored))
                 finite = was.isfinite()
+                beyond = beyond or (key if bool((now.isinf() & finite).any()) else None)
                 squares += torch.stack([(now - was)[finite].square().sum(), was[finite].square().sum()])
-            stored[key] = kept
+        everywhere: list[Any] = [(squares, beyond)]
         if self._sharded:
             import torch.distributed as dist
 
-            everywhere: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everywhere, squares)
-            squares = torch.stack(everywhere).sum(0)
-        return stored, float((squares[0] / squares[1]).sqrt()) if squares[1] else 0.0
+            everywhere = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, (squares, beyond))
+        for _, key in everywhere:
+            if key is not None:
+                raise ValueError(f"{key!r} has values beyond 65,504, the largest of float16: use dtype=torch.float32")
+        squares = torch.stack([each for each, _ in everywhere]).sum(0)
+        return float((squares[0] / squares[1]).sqrt()) if squares[1] else 0.0
 
-    def _manifest(self, step: int, tensors: tuple[dict[str, Any], dict[str, str]], rounding: float) -> Manifest:
-        values, names = tensors
-        described: dict[bool, dict[str, tuple[str, tuple[int, ...]]]] = {True: {}, False: {}}
-        for key, value in values.items():
-            which, _, name = key.partition("/")
-            if which in ("0", COPY):
-                dtype = value.dtype if which == COPY else _stored_dtype(value.dtype, self._dtype)
-                described[which == "0"][name] = (str(dtype).removeprefix("torch."), tuple(value.shape))
-        profiles = profiles_of(self._ema._decays, self._ema._update_every)
+    def _manifest(self, step: int, contents: _Contents, rounding: float) -> Manifest:
+        averaged = {
+            name: _described(average, self._dtype_of(average)) for name, (_, average) in contents.averaged.items()
+        }
+        copied = {name: _described(value, value.dtype) for name, value in contents.copied.items()}
         every = self._ema._update_every
-        return Manifest(self._run or "", step, every, profiles, described[True], described[False], names, rounding)
+        profiles = profiles_of(self._ema._decays, every)
+        return Manifest(self._run or "", step, every, profiles, averaged, copied, contents.names, rounding)
 
     def _refuse_others(self, own: Manifest, paths: dict[int, Path]) -> Manifest | None:
         """Return the manifest of the latest snapshot; raise where one is of another model."""
@@ -263,15 +281,26 @@ class Snapshots:
             files.remove(paths[step])
 
 
+@dataclass(frozen=True)
+class _Contents:
+    """The tensors of a snapshot under their first names in the model's state."""
+
+    averaged: dict[str, tuple[str, Tensor]]  # the name in the shadow; the first average, or the high plane of it
+    copied: dict[str, Tensor]
+    names: dict[str, str]  # further names of tied tensors, to the first
+
+
 def _place(tensor: Any) -> tuple[int, torch.Size, tuple[int, ...]]:
     local = dtensor.local_part(tensor)
     return local.data_ptr(), local.shape, local.stride()
 
 
-def _stored_dtype(dtype: torch.dtype, wanted: torch.dtype) -> torch.dtype:
-    if dtype.is_complex:
-        return dtype
-    return torch.float64 if dtype == torch.float64 and wanted == torch.float32 else wanted
+def _value_of(stored: Tensor | Planes) -> Tensor:
+    return stored.value() if isinstance(stored, Planes) else stored
+
+
+def _described(tensor: Tensor, dtype: torch.dtype) -> tuple[str, tuple[int, ...]]:
+    return str(dtype).removeprefix("torch."), tuple(tensor.shape)
 
 
 def _rank() -> int:

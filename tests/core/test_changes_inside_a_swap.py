@@ -206,7 +206,9 @@ def test_what_cannot_take_its_value_is_named_and_nothing_is_lost(
 
 
 @pytest.mark.parametrize("kind", ["FastEMA", "AveragedModel"])
-def test_restore_works_once_the_change_is_undone(kind: str, model: nn.Sequential, backend: str, monkeypatch: Any) -> None:
+def test_restore_works_once_the_change_is_undone(
+    kind: str, model: nn.Sequential, backend: str, monkeypatch: Any
+) -> None:
     monkeypatch.setenv("FASTEMA_BACKEND", backend)
     if kind == "FastEMA":
         ema: Any = FastEMA(model, decay=0.5, decay_type="constant")

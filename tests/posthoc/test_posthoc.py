@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastema import FastEMA
 from fastema.posthoc import (
@@ -29,7 +31,7 @@ from fastema.posthoc import (
 )
 from fastema.posthoc.profiles import fit, profiles_of
 
-pytest.importorskip("safetensors")
+load_file = pytest.importorskip("safetensors.torch").load_file
 STORED = [0.05, 0.10]
 
 
@@ -303,6 +305,69 @@ def test_a_snapshot_taken_while_swapped_in_is_the_same(tmp_path: Path) -> None:
     for sigma_rel in STORED:
         out, inside = (synthesize(tmp_path / each, sigma_rel=sigma_rel) for each in ("out", "in"))
         assert all(torch.equal(out[name], inside[name]) for name in out)
+
+
+class AliveBytes(TorchDispatchMode):
+    """Counts the most bytes that the results of torch operations held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {each.untyped_storage()._cdata for each in args if isinstance(each, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage()._cdata not in before:
+            storage = result.untyped_storage()
+            self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._storages = {key: each for key, each in self._storages.items() if not each[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self._storages.values()))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_snapshot_of_bfloat16_weights_copies_one_tensor_at_a_time(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(12))).bfloat16()
+    ema = FastEMA(model, decay_type="power", sigma_rel=STORED)
+    ema.update()
+    with AliveBytes() as alive:
+        Snapshots(tmp_path, ema, dtype=dtype).save()
+    # A tensor is joined of its planes in four pieces; with float16 two float64 copies of it are compared.
+    assert alive.most < 10 * 4 * 32 * 32, "24 averages have 4 bytes a parameter"
+    found = synthesize(tmp_path, sigma_rel=STORED[1])
+    expected = {name: value.to(dtype).float() for name, value in ema.shadow_state_dict(1).items()}
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+STORABLE = [
+    *(torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64),
+    *(torch.int64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    torch.complex64,
+]
+
+
+def test_the_file_is_one_that_safetensors_reads(tmp_path: Path) -> None:
+    model = nn.Linear(3, 5)
+    for dtype in STORABLE:
+        model.register_buffer(f"of_{dtype}".replace(".", "_"), torch.arange(3).to(dtype))
+    model.register_buffer("empty", torch.zeros(0, 2))
+    ema = FastEMA(model, decay_type="power", sigma_rel=0.1, buffers="copy")
+    ema.update()
+    path = Snapshots(tmp_path, ema, verbose=False).save()
+    assert path is not None
+    read = load_file(path)
+    expected = {
+        f"{0 if name in ('weight', 'bias') else 'copy'}/{name}": value for name, value in model.state_dict().items()
+    }
+    assert read.keys() == expected.keys()
+    for key, value in expected.items():
+        assert read[key].dtype == value.dtype
+        assert bits_of(read[key]) == bits_of(value)
+
+
+def bits_of(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 # ---- which snapshots ----
