@@ -94,6 +94,17 @@ def test_float16_shards(rank: Rank) -> None:
 
 
 @on_ranks(2)
+def test_what_float16_cannot_hold_is_refused_on_every_process(rank: Rank) -> None:
+    net = make_net(shard=True)
+    if rank.rank == 0:
+        with torch.no_grad():
+            net.enter.weight.to_local()[0] = 1e5  # type: ignore[union-attr, operator, index]
+    with pytest.raises(ValueError, match=r"'0/enter.weight' has values beyond 65,504"):
+        run(rank.folder, net, 10, torch.float16)
+    assert not files.paths_in(rank.folder)
+
+
+@on_ranks(2)
 def test_a_damaged_shard_is_found(rank: Rank) -> None:
     run(rank.folder, make_net(shard=True), 10)
     dist.barrier()
