@@ -24,7 +24,9 @@ Differences from timm:
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import repeat
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -100,6 +102,8 @@ class ModelEmaV3(nn.Module):
         bound = ExternalAverage(model, decay, _policy(exclude_buffers, dtype), _shadow_dtype(dtype), device, may_split)
         self._bound: ExternalAverage | None = bound
         self._rounded: list[_Rounded] = []
+        self._noted: list[int] | None = None  # the versions of those tensors after the last update
+        self._loaded: dict[int, Tensor] = {}  # low planes of what was loaded since, by index
         self.module = _copy_around(model, bound.weights(), dtype, device)
         self.module.eval()
         self._by_hand: frozenset[str] = frozenset()
@@ -156,31 +160,31 @@ class ModelEmaV3(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle holds the average, not the model; its next update() binds it.
         self._take_what_was_written()
-        rounded = [replace(each, written=None) for each in self._rounded]
-        return {**self.__dict__, "_bound": None, "_watch": None, "_rounded": rounded}
+        return {**self.__dict__, "_bound": None, "_watch": None, "_noted": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_rounded": [], **state})  # a pickle of 0.1.0 has none
+        super().__setstate__({"_rounded": [], "_loaded": {}, **state})  # a pickle of 0.1.0 has none
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
     ) -> None:
         """Split what is loaded: the high planes take theirs now, the low ones at the next update."""
-        split = {id(each.tensor): each for each in self._rounded if each.is_split}
+        split = {id(each.tensor): index for index, each in enumerate(self._rounded) if each.is_split}
         for name, tensor in named_tensors(self.module):
-            each, key = split.get(id(tensor)), f"{prefix}module.{name}"
+            index, key = split.get(id(tensor)), f"{prefix}module.{name}"
             value = state_dict.get(key)
-            if each is None or not isinstance(value, Tensor) or value.shape != tensor.shape:
+            if index is None or not isinstance(value, Tensor) or value.shape != tensor.shape:
                 continue
             if value.is_floating_point() and not local_metadata.get("assign_to_params_buffers"):
-                state_dict[key], each.loaded = planes.split(value.detach().to(tensor.device, torch.float32))
+                state_dict[key], self._loaded[index] = planes.split(value.detach().to(tensor.device, torch.float32))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     # ---- inside ----
 
     def _average(self, model: nn.Module, decay: float, exclude_buffers: bool) -> None:
         bound = self._bound_to(model, exclude_buffers)
-        self._take_what_was_written()
+        if self._loaded or self._versions() != self._noted:
+            self._take_what_was_written()
         if bound.update(decay):
             self._adopt(bound)
         else:
@@ -226,13 +230,21 @@ class ModelEmaV3(nn.Module):
                 tensor.data = averages[name]
         self._look_after(bound)
 
+    def _versions(self) -> list[int]:
+        try:
+            return [*map(attrgetter("tensor._version"), self._rounded)]
+        except RuntimeError:  # inference tensors have none
+            return [0 if each.tensor.is_inference() else each.tensor._version for each in self._rounded]
+
     @torch.no_grad()
     def _take_what_was_written(self) -> None:
         """Take rounded tensors that somebody wrote to, by loading a state for one, for their averages."""
-        for each in self._rounded:
-            if each.loaded is not None or each.written not in (None, _written(each.tensor)):
-                each.take()
-            each.loaded = None
+        noted = self._noted or repeat(None)
+        for index, (each, was, now) in enumerate(zip(self._rounded, noted, self._versions(), strict=False)):
+            is_written = was is not None and (was, each.address) != (now, each.tensor.data_ptr())
+            if index in self._loaded or is_written:
+                each.take(self._loaded.get(index))
+        self._loaded.clear()
 
     @torch.no_grad()
     def _round(self) -> None:
@@ -240,8 +252,7 @@ class ModelEmaV3(nn.Module):
         others = [each for each in self._rounded if not each.is_split]
         if others:
             torch._foreach_copy_([each.tensor for each in others], [each.exact for each in others])
-        for each in self._rounded:
-            each.written = _written(each.tensor)
+        self._noted = self._versions()
 
     def _look_after(self, bound: ExternalAverage) -> None:
         """Note what the updates will have to know."""
@@ -252,9 +263,9 @@ class ModelEmaV3(nn.Module):
         rounded = {}
         for (name, _), tensor in self._pairs(bound.source):
             if name in lows:
-                rounded[id(tensor)] = _Rounded(tensor, lows[name], is_split=True)
+                rounded[id(tensor)] = _Rounded(tensor, lows[name], True, tensor.data_ptr())
             elif name in averages and averages[name].dtype != tensor.dtype:
-                rounded[id(tensor)] = _Rounded(tensor, averages[name], is_split=False)
+                rounded[id(tensor)] = _Rounded(tensor, averages[name], False, tensor.data_ptr())
         self._rounded = list(rounded.values())
         self._round()
         dicts = [slots for part in self.module.modules() for slots in (part._parameters, part._buffers, part._modules)]
@@ -280,8 +291,7 @@ class _Rounded:
     tensor: Tensor
     exact: Tensor  # the low plane, where `tensor` is the high one; or the average
     is_split: bool
-    written: tuple[int, int] | None = None  # of the tensor, after the last update
-    loaded: Tensor | None = None  # the low plane of what was loaded into it since
+    address: int  # of the tensor's memory
 
     def value(self) -> Tensor:
         """Return the average."""
@@ -290,12 +300,12 @@ class _Rounded:
         is_plane = (self.tensor.dtype, self.tensor.device) == (torch.bfloat16, self.exact.device)
         return planes.join(self.tensor, self.exact) if is_plane else self.tensor  # which to() made of the high plane
 
-    def take(self) -> None:
-        """Let what is in the tensor now be the average."""
+    def take(self, low: Tensor | None) -> None:
+        """Let what is in the tensor now be the average. `low`: the low plane; None: zeros."""
         if not self.is_split:
             self.exact.copy_(self.tensor)
-        elif self.loaded is not None:
-            self.exact.copy_(self.loaded)
+        elif low is not None:
+            self.exact.copy_(low)
         else:
             self.exact.zero_()
 
@@ -319,11 +329,6 @@ def _policy(exclude_buffers: bool, dtype: torch.dtype | None) -> Policy:
 def _shadow_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     """Return the dtype of the average under a module of `dtype`: 16 bits are averaged in float32."""
     return None if dtype is None else shadow_dtype(dtype, None)
-
-
-def _written(tensor: Tensor) -> tuple[int, int]:
-    """Return what is another number once the tensor was written to or replaced."""
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def _is_averaged(tensor: Tensor) -> bool:
