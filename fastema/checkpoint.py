@@ -30,6 +30,9 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _DOS_DIRECTORY = 0x10  # of an entry's attributes in a zip
 
 
+__all__ = ["CheckpointError", "load_checkpoint", "load_weights", "save_checkpoint"]
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read or used; the message says which file, why, and what to do."""
 

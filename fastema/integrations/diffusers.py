@@ -34,6 +34,8 @@ from fastema.core.policy import AVERAGED_DTYPES, Rule
 from fastema.core.storages import shadow_dtype
 from fastema.integrations.external_average import ExternalAverage, shadow_like
 
+__all__ = ["EMAModel"]
+
 Parameters = Iterable[Tensor]
 
 _DEPRECATED = {"max_value": "decay", "min_value": "min_decay", "device": "to"}

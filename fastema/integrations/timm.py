@@ -39,6 +39,8 @@ from fastema.core.policy import AVERAGED_DTYPES, Policy, Rule, Source, named_ten
 from fastema.core.storages import shadow_dtype
 from fastema.integrations.external_average import ExternalAverage, shadow_like
 
+__all__ = ["ModelEmaV3"]
+
 
 class ModelEmaV3(nn.Module):
     """An exponential moving average of everything in the model's `state_dict()`, with timm's names.

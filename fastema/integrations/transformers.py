@@ -44,6 +44,8 @@ else:
     get_last_checkpoint = require("transformers.trainer_utils", "transformers").get_last_checkpoint
     np = require("numpy", "transformers")
 
+__all__ = ["FastEMATrainerCallback"]
+
 # In the metrics of an evaluation, but not measured by it.
 _AXES = ("epoch", "step")
 

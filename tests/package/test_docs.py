@@ -6,6 +6,7 @@ The Python blocks run under Sybil (conftest.py at the root); `mkdocs build --str
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -72,6 +73,44 @@ def test_every_link_of_readme_leads_somewhere() -> None:
             continue
         assert (ROOT / path).exists(), target
         assert path or anchor in anchors, target
+
+
+PACKAGE = ROOT / "fastema"
+API = (ROOT / "docs" / "api.md").read_text()
+
+
+def public_names(module: str) -> set[str] | None:
+    """Return a module's `__all__`, read without importing its framework; None: it has none."""
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+    for node in ast.parse(source.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return None
+
+
+def documented_names() -> dict[str, set[str]]:
+    """Return the names that docs/api.md documents, or mentions, by module."""
+    names: dict[str, set[str]] = {}
+    for module, members in re.findall(r"^::: (fastema\.\w+)\n(?: +.*\n)*? +members: \[(.*)\]", API, re.MULTILINE):
+        names[module] = set(members.split(", "))
+    for module, name in re.findall(r"(?:^::: |`)(fastema(?:\.\w+)*)\.(\w+)", API, re.MULTILINE):
+        if f"{module}.{name}" not in names:
+            names.setdefault(module, set()).add(name)
+    return names
+
+
+def test_the_api_page_has_every_public_name_and_no_other() -> None:
+    documented = documented_names()
+    documented["fastema.swa_utils"].add("SWALR")  # torch's own class
+    assert documented == {module: public_names(module) for module in documented}
+
+
+def test_what_pages_import_is_on_the_api_page() -> None:
+    documented = documented_names()
+    text = "".join(page.read_text() for page in PAGES)
+    for module, names in re.findall(r"\bfrom (fastema[.\w]*) import ([\w, ]+)", text):
+        assert set(names.split(", ")) <= documented.get(module, set()), module
 
 
 def test_every_test_that_is_named_exists() -> None:
