@@ -7,4 +7,4 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="module")
 def always_one_thread(one_thread: None) -> None:
-    """Networks this small gain nothing from a second thread."""
+    """Run on one thread: networks this small gain nothing from a second."""

@@ -35,7 +35,7 @@ def json_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
 
 
 def history(folder: Path, base: list[float], ema: list[float | None]) -> Path:
-    """What our trainer writes."""
+    """Return a history as `fastema train` writes it."""
     file = folder / "history.csv"
     records = [
         EpochRecord(i, 1.0 / i, b, e, 1e-3, 0.999, 1.0) for i, (b, e) in enumerate(zip(base, ema, strict=True), 1)
@@ -248,7 +248,7 @@ def test_what_cannot_be_read(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 
 
 def test_tensorboards_event_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """The file and its folder; the metric may be logged at other steps than the rest."""
+    """Read the file and its folder; the metric may be logged at other steps than the rest."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from torch.utils.tensorboard import SummaryWriter
 

@@ -32,7 +32,7 @@ COUNT = 5
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set with a Train and a Test folder."""
+    """Return a data set with a Train and a Test folder."""
     root = tmp_path_factory.mktemp("data")
     write_pairs(root / "Test", COUNT)
     write_pairs(root / "Train", 12, "train-{}")

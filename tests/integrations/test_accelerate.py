@@ -27,7 +27,7 @@ def loss_of(model: nn.Module, overflow: bool = False) -> Tensor:
 
 
 class Lerp:
-    """The average, computed beside FastEMA."""
+    """Return the average, computed beside FastEMA."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
@@ -166,7 +166,7 @@ def test_attach_needs_an_optimizer() -> None:
 
 @pytest.fixture
 def accelerate() -> Iterator[Any]:
-    """The package, without what an earlier Accelerator left in it."""
+    """Yield the package, without what an earlier Accelerator left in it."""
     package = pytest.importorskip("accelerate", reason="accelerate is not installed")
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -266,7 +266,7 @@ def test_the_average_resumes_with_accelerate_s_own_checkpoint(accelerate: Any, t
 
 
 def test_the_diffusers_adapter_in_accelerate_s_checkpoint(accelerate: Any, tmp_path: Any) -> None:
-    """Used as in diffusers' scripts: stepped where gradients are in sync, saved by Accelerate."""
+    """diffusers' scripts step it where gradients are in sync, and Accelerate saves it."""
     from fastema.integrations.diffusers import EMAModel
 
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)

@@ -141,7 +141,7 @@ def test_row_accelerate() -> None:
 
 
 class SAM(torch.optim.Optimizer):
-    """Climbs to the worst weights nearby, and steps from the old ones with the gradient found there."""
+    """An optimizer that climbs to the worst weights nearby, and steps from the old ones with their gradient."""
 
     def __init__(self, base_optimizer: torch.optim.Optimizer, rho: float = 0.5) -> None:
         self.base_optimizer = base_optimizer

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def original() -> Any:
-    """diffusers' class."""
+    """Return diffusers' class."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     try:
         from fastema.segmentation.torchvision_shim import import_torchvision
@@ -49,7 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def a_list(seed: int = 0) -> list[nn.Parameter]:
-    """Parameters of many layouts; the last needs no gradient."""
+    """Return parameters of many layouts; the last but one needs no gradient."""
     shapes = [(33, 17), (1,), (), (5, 3, 3, 3), (0, 4), (257,), (16,)]
     parameters = [nn.Parameter(values(*shape, seed=seed + at)) for at, shape in enumerate(shapes)]
     parameters.append(nn.Parameter(values(9, 4, seed=seed).t()))
@@ -98,7 +98,7 @@ def test_the_same_numbers_over_a_run(original: Any, options: dict[str, Any], for
 
 
 def test_the_same_bits_as_foreach_once_warmed_up(original: Any) -> None:
-    """Before, where 1 - decay is 0.5 and more, ours is computed from the live end."""
+    """Where 1 - decay is 0.5 and more, ours is computed from the live end."""
     parameters = a_list()
     theirs, ours = original(parameters, foreach=True), EMAModel(parameters, foreach=True)
     ours.optimization_step = theirs.optimization_step = 9
@@ -478,7 +478,7 @@ def test_shadow_params_stay_tied_from_before_the_first_step() -> None:
 
 
 def test_an_inference_tensor_is_no_average() -> None:
-    """Built under inference_mode, the averages must still be averaged outside of it."""
+    """Averages built under inference_mode are updated outside of it."""
     parameters = a_list()
     with torch.inference_mode():
         ema = EMAModel(parameters, decay=0.5)

@@ -612,7 +612,7 @@ class Fails(Net):
 
 
 class OnException(Callback):
-    """Stands before the EMA's callback in the list, and sees the weights as the exception leaves them."""
+    """A callback before the EMA's, which sees the weights as the exception leaves them."""
 
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}

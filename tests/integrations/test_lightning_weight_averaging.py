@@ -29,7 +29,7 @@ BOTH = pytest.mark.parametrize("package", [ours, theirs], ids=["ours", "theirs"]
 
 
 class Watched(Net):
-    """Also keeps the weights that tests and predictions see."""
+    """A module that keeps the weights that tests and predictions see."""
 
     def on_test_start(self) -> None:
         self.tested = snapshot(self)
@@ -48,7 +48,7 @@ def fitted(
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Up to rounding; counters of batches, which Lightning's average rounds down, are copied by ours."""
+    """Compare up to rounding; counters of batches, which Lightning's average rounds down, are copied by ours."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         if value.is_floating_point():

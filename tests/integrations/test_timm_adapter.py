@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def original() -> Any:
-    """timm's class."""
+    """Return timm's class."""
     try:
         return import_timm().utils.ModelEmaV3
     except Unavailable as error:
@@ -31,7 +31,7 @@ def original() -> Any:
 
 
 class _Recurrent(nn.Module):
-    """Flat RNN weights, a 0-dim parameter and a buffer outside the state."""
+    """A model with flat RNN weights, a 0-dim parameter and a buffer outside the state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -354,13 +354,13 @@ def test_sixteen_bits_are_averaged_in_float32_and_the_module_runs_in_its_dtype(
 
 
 def exact_values(ema: ModelEmaV3) -> dict[str, Tensor]:
-    """The float32 averages of a bfloat16 model's EMA."""
+    """Return the float32 averages of a bfloat16 model's EMA."""
     assert ema._bound is not None
     return ema._bound.averages()
 
 
 def started(seed: int = 0) -> tuple[nn.Module, ModelEmaV3]:
-    """A bfloat16 model and its EMA, whose averages have bits beyond bfloat16."""
+    """Return a bfloat16 model and its EMA, whose averages have bits beyond bfloat16."""
     model = small_model(torch.bfloat16, seed=seed)
     ema = ModelEmaV3(model, 0.5)
     for step in range(3):

@@ -78,7 +78,7 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 
 
 class Recording(torch.optim.SGD):
-    """Records the weights after each real step."""
+    """A callback that records the weights after each real step."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net.parameters(), lr=0.1, momentum=0.9)

@@ -25,7 +25,7 @@ GLOBALS = {
 
 
 def modules() -> list[ModuleType]:
-    """The core: what `import fastema` and its neighbours in the same folder are made of."""
+    """Return the modules of `import fastema` and of the files beside it."""
     found = [fastema]
     for package in (fastema, fastema.backends):
         for info in pkgutil.iter_modules(package.__path__):

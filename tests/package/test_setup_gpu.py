@@ -1,4 +1,4 @@
-"""What setup.py builds for a GPU: which toolkit it finds, in whose folders, and which architectures it compiles for."""
+"""setup.py finds the GPU toolkit, in the right folders, and compiles for the right architectures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TORCH = ["75", "80", "86", "90", "100", "120"]  # torch 2.14's wheels of CUDA 13
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A machine of these files alone; those named nvcc or hipcc are programs."""
+    """Make a machine of these files alone; those named nvcc or hipcc are programs."""
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
 
@@ -43,7 +43,7 @@ def program(path: Path, lines: str) -> None:
 
 
 def found(root: Path, torch_major: int | None = 13, **environment: str) -> tuple[str, str, str]:
-    """The parts of the toolkit that is taken, from the root of the machine."""
+    """Return the parts of the toolkit that is taken, from the root of the machine."""
     toolkit = find_toolkit(toolkit_homes(environment, root), torch_major)
     nvcc, include, runtime = (
         path.relative_to(root).as_posix() for path in (toolkit.nvcc, toolkit.include, toolkit.runtime)
@@ -182,7 +182,7 @@ def test_an_architecture_that_nvcc_dropped_is_named() -> None:
 
 @pytest.fixture
 def toolkit(tree: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A toolkit whose nvcc writes down its arguments."""
+    """Return a toolkit whose nvcc writes down its arguments."""
     tree("cuda/include/cuda_runtime.h", "cuda/lib64/libcudart_static.a")
     names = "\\n".join(f"sm_{name}" for name in CUDA_13)
     log = f'echo "$@" >> {tmp_path}/log'
@@ -225,7 +225,7 @@ def test_a_cpu_torch_gets_no_kernels_unless_they_are_asked_for(
 
 
 def test_on_rocm_hipcc_compiles_the_same_source(toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a hipcc that only writes down its arguments: nothing was run on an AMD GPU."""
+    """hipcc only writes down its arguments here: nothing was run on an AMD GPU."""
     monkeypatch.setattr(torch.version, "hip", "6.4.0")
     monkeypatch.setattr(torch, "__version__", "2.11.0+rocm6.4")
     monkeypatch.setattr(setup_gpu, "_torch_architectures", lambda: ["gfx90a:sramecc+:xnack-", "gfx942"])

@@ -43,7 +43,7 @@ def make_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def move(model: nn.Module, step: int) -> None:
-    """A walk with a drift, so that averages of different reach differ."""
+    """Add a random step and a drift, so that averages of different windows differ."""
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,7 +64,7 @@ def run(folder: Path, steps: int, every: int, model: nn.Module | None = None, **
 
 
 def direct(steps: int, **arguments: Any) -> dict[str, Tensor]:
-    """The average that a run itself would have kept, in float64."""
+    """Return the average that a run itself would have kept, in float64."""
     model = make_model().double()
     ema = FastEMA(model, **arguments)
     for step in range(1, steps + 1):
@@ -74,7 +74,7 @@ def direct(steps: int, **arguments: Any) -> dict[str, Tensor]:
 
 
 def distance(first: dict[str, Tensor], second: dict[str, Tensor], scale: dict[str, Tensor] | None = None) -> float:
-    """Relative L2 distance over what is averaged."""
+    """Return the relative L2 distance over what is averaged."""
     names = [name for name in first if first[name].is_floating_point() and "running" not in name]
     apart = sum(float((first[name].double() - second[name].double()).square().sum()) for name in names)
     size = sum(float((scale or second)[name].double().square().sum()) for name in names)
@@ -95,7 +95,7 @@ def test_what_two_profiles_reach(sigma_rel: float, snapshots: int, allowed: floa
 
 
 def share(profile: Profile, step: int) -> list[float]:
-    """What each step counts for, the initial weights first, multiplied out one update after the other."""
+    """Return the share of each step, the initial weights first, multiplied out one update after the other."""
     kinds: dict[str, dict[str, Any]] = {
         "power": {"decay_type": "power", "gamma": profile.values[0]},
         "decay": {"decay_type": "constant", "decay": profile.values[0]},
@@ -131,7 +131,7 @@ def test_a_profile_is_what_the_updates_multiply_out_to(profile: Profile, step: i
 
 
 def test_the_error_is_that_of_the_profile_in_float64() -> None:
-    """In a run whose steps are the bins: every step's share is compared, by a sum that knows nothing of the fit."""
+    """The steps are the bins, so the shares of all steps can be summed without the fit and compared."""
     stored = [(power(s), step) for step in (100, 200, 300, 400) for s in STORED]
     for target in (power(0.07), power(0.15), constant_decay(0.98)):
         (found,) = fit(stored, [target], 400)
@@ -409,7 +409,7 @@ def test_a_disk_that_is_too_small_is_told(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_new_run_takes_no_snapshots_of_an_abandoned_one(tmp_path: Path) -> None:
-    """Also those of steps before its own first snapshot."""
+    """Snapshots of steps before its own first one are set aside, too."""
     for every in (3, 5):
         model = make_model()
         ema = FastEMA(model, decay_type="power", sigma_rel=STORED)

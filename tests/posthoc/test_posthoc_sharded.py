@@ -23,7 +23,7 @@ STORED = [0.05, 0.10]
 
 
 class Net(nn.Module):
-    """7 rows over 2 ranks, and a scale that leaves one rank without a part."""
+    """A layer of 7 rows over 2 ranks, and a scale that leaves one rank without a part."""
 
     def __init__(self) -> None:
         super().__init__()

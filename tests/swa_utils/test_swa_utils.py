@@ -33,7 +33,7 @@ needs_native = pytest.mark.skipif(native.why_unusable("cpu") is not None, reason
 
 @pytest.fixture(autouse=True)
 def chosen_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`backend`, where a test asks for it."""
+    """Set the backend where a test asks for one."""
     if "backend" in request.fixturenames:
         monkeypatch.setenv("FASTEMA_BACKEND", request.getfixturevalue("backend"))
 
@@ -150,7 +150,7 @@ def test_every_decay_on_every_backend(backend: str, decay: float) -> None:
 
 @pytest.mark.parametrize("name", ["get_ema_avg_fn", "get_swa_avg_fn", None])
 def test_functions_of_one_parameter_differ_by_rounding_alone(name: str | None) -> None:
-    """One update from the same average: two units in the last place of the larger operand at most."""
+    """One update from the same average differs by two units in the last place of the larger operand at most."""
     model = nn.Linear(1000, 7)
     pair = [module.AveragedModel(model, avg_fn=getattr(module, name)() if name else None) for module in (theirs, ours)]
     for step in range(30):
@@ -166,7 +166,7 @@ def test_functions_of_one_parameter_differ_by_rounding_alone(name: str | None) -
 
 
 def test_the_default_is_nearer_to_the_exact_average_than_it_need_be() -> None:
-    """1,000 updates: the error against float64 is within float32's rounding, as torch's own is."""
+    """After 1,000 updates the error against float64 is within float32's rounding, as torch's own is."""
     model = nn.Linear(50, 20)
     averaged, exact = ours.AveragedModel(model), theirs.AveragedModel(model.double())
     model.float()
@@ -277,7 +277,7 @@ def test_bfloat16_weights_and_a_float32_average(name: str, backend: str) -> None
 )
 @pytest.mark.parametrize("before", [False, True])
 def test_layouts(change: Callable[[nn.Conv2d], Any], before: bool) -> None:
-    """Layouts of the live weights alone, or of both sides."""
+    """The live weights alone have another layout, or both sides have it."""
     conv = nn.Conv2d(4, 4, 3)
     if before:
         change(conv)
@@ -323,7 +323,7 @@ def test_averaged_buffers_that_overlap_are_torchs_business() -> None:
 
 
 def test_a_shared_module_is_averaged_with_itself() -> None:
-    """A frozen teacher that deepcopy does not copy: exactly unchanged."""
+    """A frozen teacher that deepcopy does not copy stays exactly as it is."""
 
     class Shared(nn.Linear):
         def __deepcopy__(self, memo: Any) -> nn.Module:
@@ -624,7 +624,7 @@ def test_both_functions() -> None:
 
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_models_that_do_not_fit_behave_as_in_torch(use_buffers: bool) -> None:
-    """Other shapes, fewer or more tensors: the same error with the same message, or the same values."""
+    """Other shapes, fewer or more tensors give the same error with the same message, or the same values."""
     others = [nn.Sequential(nn.Linear(3, 5)), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Linear(1, 1)]
     for other, updates in itertools.product(others, (0, 2)):
         outcomes = []

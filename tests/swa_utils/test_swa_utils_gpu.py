@@ -24,7 +24,7 @@ def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def step(model: nn.Module, seed: int) -> None:
-    """The same change of a model on a GPU as of one on the CPU."""
+    """Change a model on a GPU as one on the CPU."""
     moved = copy.deepcopy(model).cpu()
     train(moved, seed)
     model.load_state_dict(moved.state_dict())

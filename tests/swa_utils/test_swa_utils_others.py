@@ -1,4 +1,4 @@
-"""update_bn, SWALR and patch(); and what PyTorch's own tests of swa_utils ask for that the other rooms do not."""
+"""update_bn, SWALR and patch(); and the cases of PyTorch's own tests of swa_utils that the other files lack."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_an_averaged_model_continues_from_a_state_dict() -> None:
 
 
 class Net(nn.Module):
-    """One layer, then batch norm."""
+    """Return one layer, then batch norm."""
 
     def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ def test_swalr_refuses_bad_arguments(arguments: dict[str, Any], message: str) ->
 
 @pytest.fixture
 def names() -> Iterator[dict[str, Any]]:
-    """Torch's names, and put back whatever happens."""
+    """Torch's names are replaced, and put back whatever happens."""
     before = dict(vars(theirs))
     yield before
     for name, value in before.items():
@@ -300,7 +300,7 @@ def test_patch_as_a_block_nested_and_left_by_an_exception(names: dict[str, Any])
 
 
 def test_unpatch_puts_back_what_was_there(names: dict[str, Any]) -> None:
-    """Also where somebody else had put it there."""
+    """A name that somebody else had put there comes back, too."""
 
     def another(*args: Any) -> None: ...
 

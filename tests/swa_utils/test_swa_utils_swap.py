@@ -1,4 +1,4 @@
-"""AveragedModel.swapped: the average stands in the live model, and both come back bit for bit."""
+"""AveragedModel.swapped puts the average into the live model, and both come back bit for bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def chosen_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def averaged_of(model: nn.Module, **arguments: Any) -> AveragedModel:
-    """An average that differs from the model."""
+    """Return an average that differs from the model."""
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), **arguments)
     for seed in (1, 2):
         averaged.update_parameters(model)
@@ -181,11 +181,11 @@ def test_training_goes_on_exactly_after_a_block() -> None:
 def test_the_plan_outlives_a_swap() -> None:
     model = small_model()
     averaged = averaged_of(model)
-    bond = averaged._pairs
+    pairs = averaged._pairs
     with averaged.swapped(model):
         pass
     averaged.update_parameters(model)
-    assert averaged._pairs is bond
+    assert averaged._pairs is pairs
 
 
 @pytest.mark.parametrize("live", [torch.bfloat16, torch.float64])
@@ -333,7 +333,7 @@ def test_under_inference_mode() -> None:
 
 
 def test_an_averaged_model_and_a_fastema_of_one_model_do_not_mix(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever stands in the model, the other neither averages nor exchanges those weights."""
+    """While one is in the model, the other neither averages nor exchanges those weights."""
     monkeypatch.setenv("FASTEMA_BACKEND", backend)
     model = torch.nn.Linear(3, 2)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
