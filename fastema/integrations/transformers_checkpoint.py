@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastema.core.extras import require
 from fastema.core.policy import Rule
+from fastema.core.state import by_name
 from fastema.ema import FastEMA
 
 if TYPE_CHECKING:
@@ -35,22 +36,20 @@ def write_average(ema: FastEMA, folder: Path, model: nn.Module) -> None:
     Of a PEFT model `ema.safetensors` holds the averaged tensors alone, and `ema_adapter/` the averaged adapter.
     """
     peft = is_peft(model)
-    state = ema.state_dict()
-    shadows = state.pop("shadow")
-    count = len(shadows) if isinstance(shadows, list) else 1
-    for which in range(count):
+    ema._ensure_current()
+    for which in range(len(ema._decays)):
         # Of a tensor with several names one is written, and the metadata says which: as safetensors itself does it.
         kept: dict[Any, str] = {}
         tensors: dict[str, Tensor] = {}
         metadata = {"format": "pt"}
-        # Averaged tensors that the model itself does not save are needed to resume.
-        own = shadows[which] if isinstance(shadows, list) else shadows
-        averages = ema.shadow_state_dict(which)
+        every = ema._shadow.averages(which)
+        averages = ema._model_state(which, every)
         if peft:
             # The whole model's state with the averages in it, of which PEFT takes the adapter's part.
             model.save_pretrained(_numbered(folder / EMA_ADAPTER, which), state_dict=averages)  # type: ignore[operator]
             averages = {}
-        for name, value in {**own, **averages}.items():
+        # Averaged tensors that the model itself does not save are needed to resume.
+        for name, value in {**by_name(every, saved_only=True), **averages}.items():
             if not isinstance(value, Tensor):
                 continue
             first = kept.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
@@ -58,8 +57,9 @@ def write_average(ema: FastEMA, folder: Path, model: nn.Module) -> None:
                 tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             else:
                 metadata[name] = first
+        del every, averages, value  # averages of bfloat16 weights are copies
         safetensors.torch.save_file(tensors, _numbered(folder / EMA_WEIGHTS, which), metadata=metadata)
-    (folder / EMA_STATE).write_text(json.dumps(state, indent=2) + "\n")
+    (folder / EMA_STATE).write_text(json.dumps(ema._counters(), indent=2) + "\n")
 
 
 def read_average(ema: FastEMA, folder: Path) -> None:
@@ -69,10 +69,9 @@ def read_average(ema: FastEMA, folder: Path) -> None:
         ValueError: it is the average of another model; lists the first differences. Nothing is changed.
     """
     state: dict[str, Any] = json.loads((folder / EMA_STATE).read_text())
-    own = ema.state_dict()["shadow"]
+    wanted = by_name(ema._shadow.places(0), saved_only=True)
     shadows = []
     for which in range(len(state["decay"]) if isinstance(state["decay"], list) else 1):
-        wanted = (own[0] if isinstance(own, list) else own).keys()
         with safetensors.safe_open(_numbered(folder / EMA_WEIGHTS, which), framework="pt") as file:
             aliases = file.metadata()
             held = set(file.keys())

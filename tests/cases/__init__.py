@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -127,3 +128,22 @@ class Recorder(TorchDispatchMode):
         if func not in self.ignored:
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+class AliveBytes(TorchDispatchMode):
+    """Counts the most bytes that the results of torch operations held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {each.untyped_storage()._cdata for each in args if isinstance(each, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage()._cdata not in before:
+            storage = result.untyped_storage()
+            self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._storages = {key: each for key, each in self._storages.items() if not each[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self._storages.values()))
+        return result

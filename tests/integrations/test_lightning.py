@@ -422,6 +422,18 @@ def test_the_best_file_of_weights_only_has_the_average(tmp_path: Path) -> None:
     assert_same(torch.load(tmp_path / "after.ckpt", weights_only=True)["ema_state_dict"], saved["ema_state_dict"])
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_checkpoint_holds_the_average_once(tmp_path: Path, precision: Any) -> None:
+    callback = FastEMACallback(**CONSTANT)
+    run = trainer(tmp_path, callback, precision=precision)
+    run.fit(Net(), loader())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    shadow = saved["callbacks"][callback.state_key]["shadow"]
+    assert all(saved["ema_state_dict"][name].data_ptr() == shadow[name].data_ptr() for name in shadow)
+    assert_same(saved["ema_state_dict"], callback.ema_state_dict())
+
+
 @pytest.mark.skipif(not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="this lightning has none")
 def test_a_checkpoint_of_lightnings_own_callback_resumes_with_both(tmp_path: Path) -> None:
     theirs = pl.callbacks.EMAWeightAveraging(decay=DECAY)

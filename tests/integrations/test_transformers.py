@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cases import AliveBytes
 from cases.callbacks import CONSTANT, assert_average, assert_same, average
+from fastema import FastEMA
 from fastema.segmentation.torchvision_shim import import_torchvision
 
 with contextlib.suppress(ImportError):
@@ -36,6 +38,7 @@ from transformers import (
 
 from fastema.integrations import transformers as ours
 from fastema.integrations.transformers import FastEMATrainerCallback
+from fastema.integrations.transformers_checkpoint import read_average, write_average
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -534,6 +537,18 @@ def test_save_model_inside_an_evaluation_of_the_average_saves_the_trained_weight
     safetensors.torch.load_model(net, tmp_path / "inside" / "ema.safetensors")
     assert_same(snapshot(net), callback.ema_state_dict())
     assert_same(saves.seen, callback.ema_state_dict())
+
+
+def test_averages_of_bfloat16_weights_are_copied_one_after_the_other(tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(12))).bfloat16()
+    ema = FastEMA(model, decay=[0.5, 0.9, 0.99])
+    with AliveBytes() as alive:
+        write_average(ema, tmp_path, model)
+    assert alive.most < 3 * 12 * 4 * 32 * 32, "an average, and a copy of it for the file"
+    again = FastEMA(model, decay=[0.5, 0.9, 0.99])
+    read_average(again, tmp_path)
+    for which in range(3):
+        assert_same(again.shadow_state_dict(which), ema.shadow_state_dict(which))
 
 
 # ---- what goes wrong ----

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from cases import AliveBytes
 from fastema import FastEMA
 from fastema.posthoc import (
     Profile,
@@ -305,25 +304,6 @@ def test_a_snapshot_taken_while_swapped_in_is_the_same(tmp_path: Path) -> None:
     for sigma_rel in STORED:
         out, inside = (synthesize(tmp_path / each, sigma_rel=sigma_rel) for each in ("out", "in"))
         assert all(torch.equal(out[name], inside[name]) for name in out)
-
-
-class AliveBytes(TorchDispatchMode):
-    """Counts the most bytes that the results of torch operations held at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most = 0
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {each.untyped_storage()._cdata for each in args if isinstance(each, Tensor)}
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.untyped_storage()._cdata not in before:
-            storage = result.untyped_storage()
-            self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._storages = {key: each for key, each in self._storages.items() if not each[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self._storages.values()))
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

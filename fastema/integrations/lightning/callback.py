@@ -217,9 +217,11 @@ class FastEMACallback(HoldsAverage, Callback):
         self._ema, self._restored = None, state_dict or None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the averaged weights as `ema_state_dict`; they share their memory with the average, on the disk too."""
+        """Add the averaged weights as `ema_state_dict`, over the tensors of the state: a file holds them once."""
         if self._ema is not None:
-            checkpoint["ema_state_dict"] = self._with_current(FastEMA.shadow_state_dict)
+            checkpoint["ema_state_dict"], state = self._with_current(FastEMA.checkpoint_states)
+            if "callbacks" in checkpoint:
+                checkpoint["callbacks"][self.state_key] = state
 
     # ---- inside ----
 
