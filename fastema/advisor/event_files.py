@@ -6,15 +6,15 @@ from pathlib import Path
 
 
 def is_event_file(path: Path) -> bool:
-    """Return whether this is what TensorBoard's writers leave: such a file, or a folder with one."""
+    """Return whether this is an event file of TensorBoard, or a folder with one."""
     return "tfevents" in path.name or (path.is_dir() and any("tfevents" in file.name for file in path.iterdir()))
 
 
 def read_scalars(path: Path) -> dict[str, list[float | None]]:
-    """Return every scalar of an event file or of a log folder: a column a tag, in row n the n-th value of each.
+    """Return every scalar of an event file or of a log folder: a column for each tag, with its n-th value in row n.
 
-    Not a row a step: training and validation are logged at different ones. Two columns that are compared should have
-    been logged together.
+    Training and validation are logged at different steps, so a row is no step. Compare only columns that were logged
+    together.
 
     Raises:
         ValueError: the package is missing, or there is no scalar.

@@ -14,11 +14,11 @@ from typing import Any
 
 from fastema.advisor.event_files import is_event_file, read_scalars
 
-# What a metric of which less is better is usually called.
+# Usual names of metrics of which less is better.
 _LESS_IS_BETTER = ("loss", "error", "err", "mae", "mse", "rmse", "perplexity", "ppl", "fid", "wer", "cer")
 _DEFAULT_METRIC = "iou"
 _DELIMITERS = ",;\t"
-# A metric of a validation, whose average's name is made as fastema's callbacks make it.
+# Metrics of an evaluation; fastema's callbacks put `_ema` between the two parts.
 _VALIDATION = re.compile(r"(val|valid|validation|eval|test)([_/.\- ].*)")
 
 
@@ -127,7 +127,7 @@ def mode_of(metric: str) -> str:
         >>> mode_of("val_loss"), mode_of("iou"), mode_of("flosses")
         ('min', 'max', 'max')
     """
-    words = metric.lower().replace("/", "_").replace("-", "_").replace(".", "_").replace(" ", "_").split("_")
+    words = re.split(r"[_/\-. ]", metric.lower())
     return "min" if any(word in _LESS_IS_BETTER for word in words) else "max"
 
 

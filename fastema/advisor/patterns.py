@@ -2,8 +2,7 @@
 
 An average brings something where weights move about a level (oscillation) or on their way (improving). It brings
 nothing where they stand still, and it keeps what has gone wrong where training falls apart. But a schedule that forgets
-the start, such as "threshold", loses nothing by an early one: there the verdicts say what ails the training, not the
-average.
+the start, such as "threshold", loses nothing by an early one: there the verdicts concern the training, not the average.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Pattern = Literal["improving", "oscillation", "plateau", "declining", "unstable"
 
 _RISES = 2.0  # standard errors: a trend that chance brings about once in forty
 _FALLS = -2.0
-# With a handful of values a falling zigzag gets no benefit of the doubt: nothing yet shows that it has a floor.
+# With so few values a falling zigzag counts as unstable: nothing shows yet that it holds a level.
 _FEW = 6
 _FALLS_OF_FEW = -0.7
 _ANYWAY = "With the threshold schedule an average may run from the first step all the same: it forgets its start."

@@ -15,7 +15,7 @@ from statistics import median
 #: How many of the last epochs are "now". Longer, and an old rise hides a plateau; shorter, and noise hides a trend.
 RECENT = 10
 
-# Less than half a percent of the way so far is nothing to wait for, and nothing to smooth.
+# A change below half a percent of the improvement so far does not matter.
 _MATTERS = 0.005
 _MATTERS_OF_LEVEL = _MATTERS / 10
 
@@ -46,7 +46,7 @@ def noise_of(values: Sequence[float]) -> float:
     """Return the standard deviation of what is not trend.
 
     Second differences of independent noise of variance s² have variance 6 s² (1 + 4 + 1), and those of a straight
-    line are 0. Of three values and fewer the one or no second difference is all there is.
+    line are 0. Three values have one second difference, fewer have none.
     """
     bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
     return _NORMAL * median(bends) / math.sqrt(6) if bends else 0.0
@@ -68,8 +68,8 @@ class Shape:
         slope: units an epoch, now.
         gain: slope over all of now.
         significance: gain in units of its own standard error.
-        climbed: whether the history has come a way that is not noise.
-        scale: what a change is held against: that way, or the level if there is none.
+        climbed: whether the metric has improved by more than noise.
+        scale: what a change is compared with: that improvement, or the level if there is none.
     """
 
     epochs: int

@@ -199,20 +199,14 @@ def _write(result: Averaged, path: Path) -> None:
     from fastema.checkpoint import _replacing
     from fastema.posthoc.files import require_safetensors
 
-    tensors = {name: value if name not in _shared(result) else value.clone() for name, value in result.items()}
+    seen: set[int] = set()
+    tensors = {}
+    for name, value in result.items():
+        tensors[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
     about = {"made_by": "fastema posthoc", "average": str(result.target), "step": str(result.step)}
     with _replacing(path.absolute()) as temporary:
         require_safetensors().torch.save_file(tensors, temporary, {**about, "profile_error": f"{result.error:.6f}"})
-
-
-def _shared(result: Averaged) -> set[str]:
-    seen: set[int] = set()
-    shared = set()
-    for name, value in result.items():
-        if value.data_ptr() in seen:
-            shared.add(name)
-        seen.add(value.data_ptr())
-    return shared
 
 
 def _axes() -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -11,6 +11,9 @@ import torch
 from fastema.ema import FastEMA
 
 _Result = TypeVar("_Result")
+
+# What an evaluation reports without having measured it.
+AXES = ("step", "epoch")
 
 # Arguments about the model or its device, which are not known yet: not checked here.
 _UNCHECKED = ("policy", "device", "backend", "capturable")
@@ -51,6 +54,13 @@ def ema_arguments(decay: Any, given: dict[str, Any]) -> dict[str, Any]:
     arguments = {"decay": decay, **given}
     FastEMA([("", torch.zeros(1))], **{name: value for name, value in arguments.items() if name not in _UNCHECKED})
     return arguments
+
+
+def checked_choice(name: str, value: str, known: Sequence[str]) -> str:
+    """Return `value`, one of those known."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+    return value
 
 
 @contextmanager

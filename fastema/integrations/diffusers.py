@@ -71,6 +71,8 @@ class EMAModel:
         0.9
     """
 
+    _external: ExternalAverage | None = None  # the average of the last parameters; a copy or a pickle has none
+
     def __init__(
         self,
         parameters: Parameters | nn.Module,
@@ -106,7 +108,6 @@ class EMAModel:
         self.foreach = foreach
         self.model_cls = model_cls
         self.model_config = model_config
-        self._bound: ExternalAverage | None = None
         self._lives: list[Tensor] = []  # the parameters of the last step
         self._trained: list[bool] = []  # which of them need a gradient
         self._views: list[Tensor] = []  # shadow_params, as the plan made them
@@ -136,13 +137,13 @@ class EMAModel:
             RuntimeError: within `swapped()`.
         """
         self._refuse_while_swapped("step()")
-        bound = self._bound_to(self._listed_or_last(parameters))
+        external = self._external_for(self._listed_or_last(parameters))
         self.optimization_step += 1
         decay = self.get_decay(self.optimization_step)
         self.cur_decay_value = decay
         # Where nothing needs a gradient, FastEMA has nothing to average, and an average with decay 0 is the copy.
-        if bound.update(decay if any(self._trained) else 0.0):
-            self._adopt(bound)
+        if external.update(decay if any(self._trained) else 0.0):
+            self._adopt(external)
 
     # ---- into the model and out of it ----
 
@@ -168,9 +169,9 @@ class EMAModel:
             RuntimeError: nothing is stored.
             SwapError: a parameter cannot take its trained value. Nothing is changed.
         """
-        if self._bound is not None and self._bound.is_applied:
-            self._bound.restore()
-            self._adopt(self._bound)
+        if self._external is not None and self._external.is_applied:
+            self._external.restore()
+            self._adopt(self._external)
             return
         if self.temp_stored_params is None:
             raise RuntimeError("This ExponentialMovingAverage has no `store()`ed weights to `restore()`")
@@ -189,13 +190,13 @@ class EMAModel:
                 value. Nothing is changed; `error.live` has the trained values. Undo the change, then call `restore()`.
         """
         self._refuse_while_swapped("swapped()")
-        bound = self._bound_to(self._listed_or_last(parameters))
+        external = self._external_for(self._listed_or_last(parameters))
         try:
-            with bound.swapped():
-                self._adopt(bound)  # for state_dict(): the averages are elsewhere now
+            with external.swapped():
+                self._adopt(external)  # for state_dict(): the averages are elsewhere now
                 yield self
         finally:
-            self._adopt(bound)
+            self._adopt(external)
 
     # ---- state ----
 
@@ -277,23 +278,23 @@ class EMAModel:
         model.save_pretrained(path)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy or a pickle holds the averages, not the model; its next step() binds it.
+        # A copy or a pickle holds the averages, not the model; its next step() makes the rest.
         self._refuse_while_swapped("pickling or copying an EMAModel")
-        return {**self.__dict__, "_bound": None, "_lives": [], "_trained": [], "_views": []}
+        return {**self.__dict__, "_external": None, "_lives": [], "_trained": [], "_views": []}
 
     # ---- inside ----
 
-    def _bound_to(self, lives: list[Tensor]) -> ExternalAverage:
+    def _external_for(self, lives: list[Tensor]) -> ExternalAverage:
         """Return the plan for these parameters; a new one if they, their need of gradients, or the averages changed."""
         trained = [live.requires_grad for live in lives]
-        bound = self._bound
+        external = self._external
         if (
-            bound is not None
+            external is not None
             and _same(lives, self._lives)
             and trained == self._trained
             and _same(self.shadow_params, self._views)
         ):
-            return bound
+            return external
         if len(lives) != len(self.shadow_params):
             raise ValueError(f"got {len(lives)} parameters, the average has {len(self.shadow_params)}")
         names = [str(index) for index in range(len(lives))]
@@ -318,17 +319,15 @@ class EMAModel:
 
         pairs = zip(lives, self.shadow_params, strict=True)
         dtype, device = shadow_like(pair for name, pair in zip(names, pairs, strict=True) if is_averaged[name])
-        bound = ExternalAverage(list(zip(names, lives, strict=True)), self.decay, rule, dtype, device)
-        averages = bound.averages()
-        for name, old in zip(names, self.shadow_params, strict=True):
-            averages[name].copy_(old)
-        self._bound, self._lives, self._trained = bound, lives, trained
-        self._adopt(bound)
-        return bound
+        external = ExternalAverage(list(zip(names, lives, strict=True)), self.decay, rule, dtype, device)
+        external.fill(dict(zip(names, self.shadow_params, strict=True)))
+        self._external, self._lives, self._trained = external, lives, trained
+        self._adopt(external)
+        return external
 
-    def _adopt(self, bound: ExternalAverage) -> None:
+    def _adopt(self, external: ExternalAverage) -> None:
         """Let the tensors of `shadow_params`, which stay the same objects, be views of the shadow."""
-        averages = bound.averages()
+        averages = external.averages()
         for index, average in enumerate(self.shadow_params):
             if average.is_inference():  # it stays one, and nothing may update it
                 self.shadow_params[index] = averages[str(index)]
@@ -339,7 +338,7 @@ class EMAModel:
     def _replace(self, shadow_params: list[Tensor]) -> None:
         """Put the averages into memory of their own; the next step builds a plan for them."""
         self.shadow_params = shadow_params
-        self._bound, self._views = None, []
+        self._external, self._views = None, []
 
     def _listed_or_last(self, parameters: Parameters | nn.Module | None) -> list[Tensor]:
         if parameters is not None:
@@ -349,7 +348,7 @@ class EMAModel:
         return self._lives
 
     def _refuse_while_swapped(self, what: str) -> None:
-        if self._bound is not None and self._bound.is_applied:
+        if self._external is not None and self._external.is_applied:
             raise RuntimeError(f"{what} while the averages are swapped in: leave the block first, or call restore()")
 
 

@@ -56,7 +56,7 @@ class ExternalAverage:
         return state.averages_by_name(self._ema._shadow, 0)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the averages by name where they are updated; of those in two planes the high ones."""
+        """Return the tensors that updates write, by name: the averages, or the high planes of those in two."""
         return state.by_name(self._ema._shadow.weights(0), saved_only=False)
 
     def lows(self) -> dict[str, Tensor]:

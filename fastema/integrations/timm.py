@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema import backends
-from fastema.backends import planes
+from fastema.backends import contract, planes
 from fastema.core.checks import difference, refuse_differences
 from fastema.core.policy import AVERAGED_DTYPES, Policy, Rule, Source, named_tensors
 from fastema.core.storages import shadow_dtype
@@ -70,6 +70,11 @@ class ModelEmaV3(nn.Module):
         ['module.weight', 'module.bias']
     """
 
+    # A copy or a pickle has none; its next update makes them.
+    _external: ExternalAverage | None = None  # the average of the last model
+    _watch: contract.Watch | None = None  # of the tensors of `module`
+    _noted: list[int] | None = None  # the versions of the rounded tensors after the last update
+
     def __init__(
         self,
         model: nn.Module,
@@ -101,16 +106,13 @@ class ModelEmaV3(nn.Module):
         self.exclude_buffers = exclude_buffers
         self._excludes_now = exclude_buffers  # what the plan was built for
         may_split = dtype in (None, torch.bfloat16)
-        bound = ExternalAverage(model, decay, _policy(exclude_buffers, dtype), _shadow_dtype(dtype), device, may_split)
-        self._bound: ExternalAverage | None = bound
-        self._rounded: list[_Rounded] = []
-        self._noted: list[int] | None = None  # the versions of those tensors after the last update
-        self._loaded: dict[int, Tensor] = {}  # low planes of what was loaded since, by index
-        self.module = _copy_around(model, bound.weights(), dtype, device)
+        policy = _policy(exclude_buffers, dtype)
+        external = ExternalAverage(model, decay, policy, _shadow_dtype(dtype), device, may_split)
+        self._external = external
+        self._loaded: dict[int, Tensor] = {}  # low planes of what was loaded since the last update, by index
+        self.module = _copy_with(model, external.weights(), dtype, device)
         self.module.eval()
-        self._by_hand: frozenset[str] = frozenset()
-        self._watch: Any = None
-        self._look_after(bound)
+        self._note_tensors(external)
 
     def get_decay(self, step: int | None = None) -> float:
         """Return the decay of an update at optimizer step `step`, counted from 0; None: no warm-up."""
@@ -151,7 +153,7 @@ class ModelEmaV3(nn.Module):
     @torch.no_grad()
     def set(self, model: nn.Module) -> None:
         """Make the average a copy of the model."""
-        # Not an update of weight 1: that could not overwrite a NaN.
+        # An update with decay 0 would keep a NaN of the average.
         for average, live in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
             average.copy_(live)
 
@@ -160,9 +162,9 @@ class ModelEmaV3(nn.Module):
         return self.module(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy or a pickle holds the average, not the model; its next update() binds it.
+        # A copy or a pickle holds the average, not the model.
         self._take_what_was_written()
-        return {**self.__dict__, "_bound": None, "_watch": None, "_noted": None}
+        return {**self.__dict__, "_external": None, "_watch": None, "_noted": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_rounded": [], "_loaded": {}, **state})  # a pickle of 0.1.0 has none
@@ -184,30 +186,31 @@ class ModelEmaV3(nn.Module):
     # ---- inside ----
 
     def _average(self, model: nn.Module, decay: float, exclude_buffers: bool) -> None:
-        bound = self._bound_to(model, exclude_buffers)
+        external = self._external_for(model, exclude_buffers)
         if self._loaded or self._versions() != self._noted:
             self._take_what_was_written()
-        if bound.update(decay):
-            self._adopt(bound)
+        if external.update(decay):
+            self._adopt(external)
         else:
             self._round()
-        if self._by_hand:
-            for (name, live), average in self._pairs(bound.source):
-                if name in self._by_hand:
+        if self._copied_here:
+            for (name, live), average in self._pairs(external.source):
+                if name in self._copied_here:
                     average.copy_(live)
 
-    def _bound_to(self, model: nn.Module, exclude_buffers: bool) -> ExternalAverage:
+    def _external_for(self, model: nn.Module, exclude_buffers: bool) -> ExternalAverage:
         """Return the plan for this model, built anew if the model or the tensors of `module` were replaced."""
-        bound = self._bound
+        external = self._external
         if (
-            bound is not None
+            external is not None
             and self._excludes_now == exclude_buffers
+            and self._watch is not None
             and self._watch.holds()
-            and any(part is bound.source for part in model.modules())  # itself, or inside a wrapper
+            and any(part is external.source for part in model.modules())  # itself, or inside a wrapper
         ):
-            return bound
-        if bound is not None:
-            bound.refuse_while_swapped("update()")
+            return external
+        if external is not None:
+            external.refuse_while_swapped("update()")
         pairs = self._pairs(model)
         refuse_differences(
             "the model is not built like the averaged one",
@@ -218,19 +221,19 @@ class ModelEmaV3(nn.Module):
         kept = {id(each.tensor): each for each in self._rounded}
         values = {name: kept[id(tensor)].value() if id(tensor) in kept else tensor for (name, _), tensor in pairs}
         may_split = all(tensor.dtype == torch.bfloat16 for (_, live), tensor in pairs if live.dtype == torch.bfloat16)
-        bound = ExternalAverage(model, self.decay, _policy(exclude_buffers, self.dtype), dtype, device, may_split)
-        bound.fill({name: values[name] for name in bound.weights()})
-        self._bound, self._excludes_now = bound, exclude_buffers
-        self._adopt(bound)
-        return bound
+        external = ExternalAverage(model, self.decay, _policy(exclude_buffers, self.dtype), dtype, device, may_split)
+        external.fill({name: values[name] for name in external.weights()})
+        self._external, self._excludes_now = external, exclude_buffers
+        self._adopt(external)
+        return external
 
-    def _adopt(self, bound: ExternalAverage) -> None:
+    def _adopt(self, external: ExternalAverage) -> None:
         """Let the module's tensors, which stay the same objects, be views of the shadow, or rounded from it."""
-        averages = bound.weights()
-        for (name, _), tensor in self._pairs(bound.source):
+        averages = external.weights()
+        for (name, _), tensor in self._pairs(external.source):
             if name in averages and averages[name].dtype == tensor.dtype:
                 tensor.data = averages[name]
-        self._look_after(bound)
+        self._note_tensors(external)
 
     def _versions(self) -> list[int]:
         try:
@@ -256,14 +259,15 @@ class ModelEmaV3(nn.Module):
             torch._foreach_copy_([each.tensor for each in others], [each.exact for each in others])
         self._noted = self._versions()
 
-    def _look_after(self, bound: ExternalAverage) -> None:
-        """Note what the updates will have to know."""
-        averages, lows = bound.weights(), bound.lows()
-        names = [name for name, _ in named_tensors(bound.source) if name not in averages]
-        # Otherwise these are buffers outside the state, which timm leaves as they were.
-        self._by_hand = frozenset(names if self._excludes_now else ())
+    def _note_tensors(self, external: ExternalAverage) -> None:
+        """Note which tensors of `module` every update must copy, round and watch."""
+        averages, lows = external.weights(), external.lows()
+        names = [name for name, _ in named_tensors(external.source) if name not in averages]
+        # Buffers in another dtype than their average. Without exclude_buffers they are outside of the state, and timm
+        # leaves them as they are.
+        self._copied_here = frozenset(names if self._excludes_now else ())
         rounded = {}
-        for (name, _), tensor in self._pairs(bound.source):
+        for (name, _), tensor in self._pairs(external.source):
             if name in lows:
                 rounded[id(tensor)] = _Rounded(tensor, lows[name], True, tensor.data_ptr())
             elif name in averages and averages[name].dtype != tensor.dtype:
@@ -341,7 +345,7 @@ def _module_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return shadow_dtype(tensor.dtype, dtype or tensor.dtype) if _is_averaged(tensor) else tensor.dtype
 
 
-def _copy_around(
+def _copy_with(
     model: nn.Module, averages: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> nn.Module:
     """Return a deep copy of the model whose tensors are `averages`, by name; the few others are copied."""

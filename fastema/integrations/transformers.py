@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +32,7 @@ from torch import nn
 from fastema.core.checks import checked_count
 from fastema.core.extras import require
 from fastema.ema import AttachedHandle, FastEMA
-from fastema.integrations.callbacks import HoldsAverage, ema_arguments, replaced
+from fastema.integrations.callbacks import AXES, HoldsAverage, checked_choice, ema_arguments, replaced
 from fastema.integrations.transformers_checkpoint import EMA_STATE, is_peft, read_average, what_trains, write_average
 
 if TYPE_CHECKING:
@@ -45,9 +45,6 @@ else:
     np = require("numpy", "transformers")
 
 __all__ = ["FastEMATrainerCallback"]
-
-# In the metrics of an evaluation, but not measured by it.
-_AXES = ("epoch", "step")
 
 
 class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
@@ -99,16 +96,14 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         if not start_epoch >= 0:
             raise ValueError(f"start_epoch must not be negative, got {start_epoch!r}")
         self._start_epoch = start_epoch
-        if evaluate not in ("both", "ema", "base"):
-            raise ValueError(f"evaluate must be one of 'both', 'ema', 'base'; got {evaluate!r}")
-        if predict not in ("ema", "base"):
-            raise ValueError(f"predict must be 'ema' or 'base', got {predict!r}")
-        self._evaluate_weights, self._predict_weights = evaluate, predict
+        self._evaluate_weights = checked_choice("evaluate", evaluate, ("both", "ema", "base"))
+        self._predict_weights = checked_choice("predict", predict, ("ema", "base"))
         self._ema_args = ema_arguments(decay, ema_args)
         self._trainer: Trainer | None = None
         self._handle: AttachedHandle | None = None  # on the optimizer
         self._resume_from: Path | None = None
-        self._joining: tuple[str, dict[str, float] | None] | None = None  # the prefix, and the average's metrics
+        # Of the evaluation that runs now: its prefix, and the average's metrics.
+        self._evaluation: tuple[str, dict[str, float] | None] | None = None
 
     def attach(self, trainer: Trainer) -> FastEMATrainerCallback:
         """Add the callback to the Trainer, unless it is there already, and wrap the four methods.
@@ -139,7 +134,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
                 "fp16_full_eval and bf16_full_eval replace the weights inside the evaluation, so that the trained ones "
                 "could not be put back: turn them off, or use evaluate='base', predict='base'"
             )
-        # First in the row, so that all others see the average's metrics too.
+        # The first, so that all others see the average's metrics too.
         trainer.callback_handler.callbacks = [self, *(other for other in callbacks if other is not self)]
         for name, wrapper in (
             ("train", self._train),
@@ -154,7 +149,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
     # ---- the Trainer's events ----
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Continue the average of the checkpoint, or forget the one of an earlier training."""
+        """Continue the average of the checkpoint; without one, drop that of an earlier training."""
         if self._trainer is None:
             raise RuntimeError(
                 "FastEMATrainerCallback is not attached: call callback.attach(trainer) once, after the Trainer is "
@@ -165,18 +160,18 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         if self._resume_from is not None:
             self._load(kwargs["model"], self._resume_from)
             if self._ema is not None:
-                self._follow(kwargs["optimizer"])
+                self._attach_to(kwargs["optimizer"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the average where the start is reached."""
         if self._ema is None and state.global_step >= self._start_step and (state.epoch or 0) >= self._start_epoch:
             self._ema = self._build(kwargs["model"])
-            self._follow(kwargs["optimizer"])
+            self._attach_to(kwargs["optimizer"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the average's metrics to the model's own, for all callbacks that come after this one."""
-        if self._joining is not None:
-            kwargs["metrics"].update(self._joined(kwargs["metrics"]))
+        if self._evaluation is not None:
+            kwargs["metrics"].update(self._average_metrics(kwargs["metrics"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the average of the best checkpoint where the Trainer took its weights."""
@@ -223,15 +218,15 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
             return run(metric_key_prefix=metric_key_prefix)
         averaged = None
         if self._ema is not None:
-            rename = functools.partial(_averaged_metrics, metric_key_prefix)
+            rename = functools.partial(_renamed, metric_key_prefix)
             with _same_random_numbers(), self._hidden(rename), self._averaged("evaluate"):
                 averaged = rename(run(metric_key_prefix=metric_key_prefix))
-        self._joining = (metric_key_prefix, averaged)
+        self._evaluation = (metric_key_prefix, averaged)
         try:
             metrics = run(metric_key_prefix=metric_key_prefix)
-            metrics.update(self._joined(metrics))
+            metrics.update(self._average_metrics(metrics))
         finally:
-            self._joining = None
+            self._evaluation = None
         return metrics
 
     def _predict(self, predict: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -243,24 +238,17 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
     def _save_model(self, save: Callable[..., None], output_dir: Any = None, *args: Any, **kwargs: Any) -> None:
         """Save the trained weights, also from inside an evaluation of the averaged ones, and those beside them."""
         assert self._trainer is not None
-        swapped = self._ema is not None and self._ema.is_applied
-        if swapped:
-            assert self._ema is not None
-            self._ema.restore()
-        try:
+        ema = self._ema
+        with ema._restored_meanwhile() if ema is not None and ema.is_applied else nullcontext():
             save(output_dir, *args, **kwargs)
-            if self._ema is not None and self._trainer.args.should_save:
+            if ema is not None and self._trainer.args.should_save:
                 folder = Path(output_dir or str(self._trainer.args.output_dir))
-                write_average(self._ema, folder, self._trainer.accelerator.unwrap_model(self._trainer.model))
-        finally:
-            if swapped:
-                assert self._ema is not None
-                self._ema.apply_shadow()
+                write_average(ema, folder, self._trainer.accelerator.unwrap_model(self._trainer.model))
 
     # ---- inside ----
 
-    def _follow(self, optimizer: Any) -> None:
-        """Have the average updated at every step that really happens."""
+    def _attach_to(self, optimizer: Any) -> None:
+        """Update the average at every step of the torch optimizer."""
         assert self._ema is not None
         self._handle = self._ema.attach(optimizer)
 
@@ -323,15 +311,15 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         ):
             yield
 
-    def _joined(self, metrics: dict[str, float]) -> dict[str, float]:
+    def _average_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """Return the metrics of the average; before it has begun, the model's own under its names."""
-        assert self._joining is not None
-        prefix, averaged = self._joining
+        assert self._evaluation is not None
+        prefix, averaged = self._evaluation
         if averaged is not None:
             return averaged
         averaged_prefix = f"{_averaged_prefix(prefix)}_"
         own = {name: value for name, value in metrics.items() if not name.startswith(averaged_prefix)}
-        return _averaged_metrics(prefix, own)
+        return _renamed(prefix, own)
 
 
 def _averaged_prefix(prefix: str) -> str:
@@ -340,11 +328,11 @@ def _averaged_prefix(prefix: str) -> str:
     return f"{word}_ema{separator}{rest}"
 
 
-def _averaged_metrics(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+def _renamed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     """Return the metrics of an evaluation with `prefix` under the names of the average."""
     averaged = _averaged_prefix(prefix)
     return {
-        name if name in _AXES else f"{averaged}_{name.removeprefix(f'{prefix}_')}": value
+        name if name in AXES else f"{averaged}_{name.removeprefix(f'{prefix}_')}": value
         for name, value in metrics.items()
     }
 

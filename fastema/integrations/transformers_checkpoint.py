@@ -39,7 +39,7 @@ def write_average(ema: FastEMA, folder: Path, model: nn.Module) -> None:
     ema._ensure_current()
     for which in range(len(ema._decays)):
         # Of a tensor with several names one is written, and the metadata says which: as safetensors itself does it.
-        kept: dict[Any, str] = {}
+        first_names: dict[Any, str] = {}
         tensors: dict[str, Tensor] = {}
         metadata = {"format": "pt"}
         every = ema._shadow.averages(which)
@@ -52,7 +52,7 @@ def write_average(ema: FastEMA, folder: Path, model: nn.Module) -> None:
         for name, value in {**by_name(every, saved_only=True), **averages}.items():
             if not isinstance(value, Tensor):
                 continue
-            first = kept.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
+            first = first_names.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
             if first == name or value.numel() == 0:
                 tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             else:

@@ -65,7 +65,7 @@ class Manifest:
         return (self.copied if which == COPY else self.averaged)[name]
 
     def difference(self, other: Manifest) -> str | None:
-        """Return how `other` is of another model or other averages, or None."""
+        """Return how `other` differs in model or averages; None: it does not."""
         if self.profiles != other.profiles:
             theirs, ours = ("; ".join(map(str, each.profiles)) for each in (other, self))
             return f"it has the averages {theirs}, expected {ours}"
@@ -75,11 +75,11 @@ class Manifest:
         ):
             for name in {**ours_, **theirs_}:
                 if ours_.get(name) != theirs_.get(name):
-                    return f"it {what} {_said(name, theirs_)}, expected {_said(name, ours_)}"
+                    return f"it {what} {_shown(name, theirs_)}, expected {_shown(name, ours_)}"
         return None
 
 
-def _said(name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+def _shown(name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
     return f"no {name!r}" if name not in tensors else f"{name!r} as {tensors[name][0]} {list(tensors[name][1])}"
 
 
@@ -252,7 +252,7 @@ class Reader:
             except Exception as error:  # safetensors raises an exception of its own
                 raise _damaged(self.path, str(error)) from error
             if checksum(found[key]) != self._sums.get(key):
-                raise _damaged(self.path, f"the checksum of {key!r} does not agree with its content")
+                raise _damaged(self.path, f"the checksum of {key!r} does not match its content")
         return found
 
     def _read_sharded(self, keys: list[str]) -> dict[str, Tensor]:
@@ -278,7 +278,7 @@ def reading(path: Path) -> Iterator[Reader]:
         manifest, sums = _loaded(path, _text_of(path))
         for name, expected in sums.items():
             if not (path / name).is_file() or _file_checksum(path / name) != expected:
-                raise _damaged(path, f"{name} is missing, or its checksum does not agree with its content")
+                raise _damaged(path, f"{name} is missing, or its checksum does not match its content")
         yield Reader(path, manifest, sums, None)
         return
     with _opened(path) as file:
@@ -324,7 +324,7 @@ def _loaded(path: Path, text: str | None) -> tuple[Manifest, dict[str, int]]:
     try:
         outer = json.loads(text)
         if zlib.crc32(outer["manifest"].encode()) != outer["checksum"]:
-            raise ValueError("the manifest's checksum does not agree with its content")
+            raise ValueError("the manifest's checksum does not match its content")
         plain = json.loads(outer["manifest"])
         if plain.pop("format") != FORMAT:
             raise SnapshotError(f"{path} was written by a later version of fastema: update it")

@@ -1,8 +1,8 @@
-"""Profiles: how much the weights of each step count in an average. And the fit of one profile by others.
+"""Profiles, the share that the weights of each step have in an average, and the fit of one profile by others.
 
-A profile is told by its cumulative share: F(s) is what the initial weights and the steps up to s count for together, so
-F is 1 at the average's own step. Whatever lies between two updates is counted at the later one, exactly as the updates
-count it, so that averages taken at every tenth step have the same F at these steps.
+A profile is given by its cumulative share: F(s) is what the initial weights and the steps up to s count for together,
+so F is 1 at the average's own step. Steps between two updates count at the later one, as in the updates, so averages
+that are updated at every tenth step have the same F at these steps.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Profile:
 
     @classmethod
     def of_plain(cls, plain: Mapping[str, Any]) -> Profile:
-        """Return what `plain()` told."""
+        """Return the profile of what `plain()` returned."""
         return cls(str(plain["kind"]), tuple(float(value) for value in plain["values"]), int(plain["start"]))
 
 
@@ -209,6 +209,7 @@ def reachable(
     stored: Sequence[tuple[Profile, int]], step: int, max_error: float, start: int = 0, update_every: int = 1
 ) -> str:
     """Return in words which sigma_rel the stored averages reach within `max_error`."""
+    # From 0.01 to 0.288, the widest power profile.
     sigmas = [round(0.01 * 28.8 ** (i / 60), 4) for i in range(61)]
     fits = fit(stored, [Profile("power", (gamma_of(sigma),), start) for sigma in sigmas], step, update_every)
     good = [sigma for sigma, found in zip(sigmas, fits, strict=True) if found.error <= max_error]

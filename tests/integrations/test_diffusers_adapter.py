@@ -260,12 +260,12 @@ def test_the_plan_is_kept_while_nothing_changes() -> None:
     model = small_model()
     ema = EMAModel(model.parameters(), decay=0.5)
     ema.step(model.parameters())
-    bound, averages = ema._bound, list(ema.shadow_params)
+    bound, averages = ema._external, list(ema.shadow_params)
     for _ in range(3):
         train(model)
         ema.step(model.parameters())
         ema.step()
-    assert ema._bound is bound is not None
+    assert ema._external is bound is not None
     assert all(now is before for now, before in zip(ema.shadow_params, averages, strict=True))
 
 
@@ -409,7 +409,7 @@ def test_copies_hold_the_averages_and_not_the_model() -> None:
         ema.step(parameters)
     for copied in (copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))):
         other = copied(ema)
-        assert other._bound is None and not other._lives
+        assert other._external is None and not other._lives
         assert of(other) == of(ema)
         before = of(ema)
         move(parameters, seed=2)

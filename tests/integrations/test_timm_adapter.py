@@ -242,8 +242,8 @@ def test_the_module_is_the_shadow_and_in_eval_mode() -> None:
     model = small_model().train()
     ema = ModelEmaV3(model, 0.5)
     addresses = {tensor.data_ptr() for tensor in tensors_of(ema.module)}
-    assert ema._bound is not None
-    assert addresses == {average.data_ptr() for average in ema._bound.averages().values()}, "memory of its own"
+    assert ema._external is not None
+    assert addresses == {average.data_ptr() for average in ema._external.averages().values()}, "memory of its own"
     assert not addresses & {tensor.data_ptr() for tensor in tensors_of(model)}
     assert not any(part.training for part in ema.module.modules())
     assert all(part.training for part in model.modules())
@@ -293,13 +293,13 @@ def test_a_graph_through_the_module_notices_an_update() -> None:
 def test_a_wrapper_needs_no_new_plan() -> None:
     model = small_model()
     ema = ModelEmaV3(model, 0.5)
-    bound = ema._bound
+    bound = ema._external
     for wrapper in (nn.DataParallel(model), torch.compile(model), nn.ModuleList([model])):
         train(model)
         before = bits(ema.module)
         ema.update(wrapper)  # type: ignore[arg-type]
         assert bits(ema.module) != before
-        assert ema._bound is bound
+        assert ema._external is bound
 
 
 def test_a_compiled_model_keeps_its_names(original: Any) -> None:
@@ -355,8 +355,8 @@ def test_sixteen_bits_are_averaged_in_float32_and_the_module_runs_in_its_dtype(
 
 def exact_values(ema: ModelEmaV3) -> dict[str, Tensor]:
     """Return the float32 averages of a bfloat16 model's EMA."""
-    assert ema._bound is not None
-    return ema._bound.averages()
+    assert ema._external is not None
+    return ema._external.averages()
 
 
 def started(seed: int = 0) -> tuple[nn.Module, ModelEmaV3]:
@@ -372,8 +372,8 @@ def started(seed: int = 0) -> tuple[nn.Module, ModelEmaV3]:
 
 def test_a_bfloat16_module_has_the_high_planes_and_no_memory_of_its_own() -> None:
     _, ema = started()
-    assert ema._bound is not None
-    weights, lows = ema._bound.weights(), ema._bound.lows()
+    assert ema._external is not None
+    weights, lows = ema._external.weights(), ema._external.lows()
     for name, tensor in ema.module.state_dict().items():
         assert tensor.data_ptr() == weights[name].data_ptr()
         assert (name in lows) == (tensor.dtype == torch.bfloat16)
@@ -476,7 +476,7 @@ def test_copies_hold_the_average_and_not_the_model() -> None:
     ema.update(model)
     for copied in (copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))):
         other = copied(ema)
-        assert other._bound is None
+        assert other._external is None
         assert bits(other.module) == bits(ema.module)
         before = bits(ema.module)
         train(model)

@@ -113,7 +113,7 @@ def test_a_damaged_shard_is_found(rank: Rank) -> None:
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
-        with pytest.raises(SnapshotError, match="checksum does not agree"):
+        with pytest.raises(SnapshotError, match="checksum does not match"):
             synthesize(rank.folder, sigma_rel=0.07)
         shard.unlink()
         with pytest.raises(SnapshotError, match="is missing"):

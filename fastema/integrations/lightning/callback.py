@@ -24,7 +24,7 @@ from torch import Tensor
 from fastema.core.checks import checked_count
 from fastema.core.hooks import combined_found_inf
 from fastema.ema import FastEMA
-from fastema.integrations.callbacks import HoldsAverage, ema_arguments, replaced
+from fastema.integrations.callbacks import HoldsAverage, checked_choice, ema_arguments, replaced
 from fastema.integrations.lightning.carry_over import carried_over, layout_of
 from fastema.integrations.lightning.framework import Callback, LightningModule, Trainer, rank_zero_warn
 from fastema.integrations.lightning.validation import averaged_names, extra_run, logging_both
@@ -89,13 +89,9 @@ class FastEMACallback(HoldsAverage, Callback):
         super().__init__()
         self._start_step = checked_count("start_step", start_step, at_least=0)
         self._start_epoch = checked_count("start_epoch", start_epoch, at_least=0)
-        for name, value, known in (
-            ("validate", validate, ("ema", "both", "base")),
-            ("test", test, ("ema", "base")),
-            ("predict", predict, ("ema", "base")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+        checked_choice("validate", validate, ("ema", "both", "base"))
+        checked_choice("test", test, ("ema", "base"))
+        checked_choice("predict", predict, ("ema", "base"))
         self._weights = {"fit": validate, "validate": validate, "test": test, "predict": predict}
         if optimizer is not None:
             checked_count("optimizer", optimizer, at_least=0)
@@ -105,8 +101,8 @@ class FastEMACallback(HoldsAverage, Callback):
         self._device: torch.device | None = None  # where it was then
         self._layout: dict[str, Any] = {}  # and its tensors
         self._restored: dict[str, Any] | None = None  # a state that waits for the module to be ready
-        self._stepped: list[Tensor | None] = []  # found_inf of each that stepped in this batch, of several optimizers
-        self._undo = ExitStack()  # what a stage of the trainer hung up, taken down at its end
+        self._stepped: list[Tensor | None] = []  # with several optimizers: found_inf of each that stepped in this batch
+        self._undo = ExitStack()  # undoes at the end of a stage what its setup replaced
 
     # ---- the stages of the trainer ----
 
@@ -122,7 +118,7 @@ class FastEMACallback(HoldsAverage, Callback):
                 "a checkpoint would hold the average of one process's shards only"
             )
         if stage == "fit" and self._module is not None and self._module is not pl_module:
-            # The next fold, say: its average has nothing to do with the last one's.
+            # A new module, such as that of the next fold, gets an average of its own.
             self._ema = self._restored = self._module = None
         loop = {
             "fit": trainer.fit_loop.epoch_loop.val_loop,
@@ -132,7 +128,7 @@ class FastEMACallback(HoldsAverage, Callback):
         }[stage]
         run = functools.partial(self._run_averaged, trainer, pl_module, stage, loop, loop.run)
         self._undo.enter_context(replaced(loop, "run", run))
-        self._see_all_checkpoints(trainer)
+        self._wrap_checkpoint_connector(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue or begin the average, and attach it to the optimizers."""
@@ -171,11 +167,11 @@ class FastEMACallback(HoldsAverage, Callback):
 
     # ---- checkpoints ----
 
-    def _see_all_checkpoints(self, trainer: Trainer) -> None:
-        """Have checkpoints without the callbacks' states, those of weights only, pass through this callback too."""
+    def _wrap_checkpoint_connector(self, trainer: Trainer) -> None:
+        """Call this callback's hooks for checkpoints of weights only too, for which Lightning calls none."""
         connector = trainer._checkpoint_connector
         if "dump_checkpoint" in vars(connector):
-            return  # it stays with the trainer, which may save after the fit
+            return  # still wrapped: the trainer may save after the fit
         dump = functools.partial(self._dump_checkpoint, trainer, connector.dump_checkpoint)
         restore = functools.partial(self._restore_callbacks, trainer, connector.restore_callbacks)
         vars(connector).update(dump_checkpoint=dump, restore_callbacks=restore)
@@ -201,7 +197,7 @@ class FastEMACallback(HoldsAverage, Callback):
         return dict(self._restored or {})
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Forget the average of the weights that the checkpoint's now replace, and take the checkpoint's."""
+        """Drop the average of the weights that were replaced, and take the checkpoint's."""
         self._ema = self._restored = None
         if "current_model_state" in checkpoint and "averaging_state" in checkpoint:
             # Of Lightning's WeightAveraging: the average is in the place of the weights.
@@ -213,7 +209,7 @@ class FastEMACallback(HoldsAverage, Callback):
             self._restored = _state_of(checkpoint["ema_state_dict"], checkpoint["global_step"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the average of a checkpoint over as soon as the module is where it trains."""
+        """Keep a checkpoint's state until the module is on the device where it trains."""
         self._ema, self._restored = None, state_dict or None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -233,19 +229,19 @@ class FastEMACallback(HoldsAverage, Callback):
         return self._ema
 
     def _prepare(self, pl_module: LightningModule) -> None:
-        """Make what was restored, or averaged before on another device, an average of the module as it is now."""
+        """Build the average from a restored state, or anew where the module has moved to another device."""
         state = self._restored
         moved = self._device != pl_module.device
         if self._ema is not None and moved and self._module is pl_module:
             state = self._ema.state_dict()
         if state is not None:
-            # A state that was made of somebody else's checkpoint has the tensors that the module saves.
+            # A state from `_state_of` has only the tensors that the module saves.
             strict = "decay" in state
             self._build(pl_module).load_state_dict(state, strict=strict)
             self._restored = None
 
     def _with_current(self, call: Callable[[FastEMA], _Result]) -> _Result:
-        """Call with the average; where the module's tensors have other names or shapes now, with one that has too."""
+        """Return `call(average)`; rebuild the average first if the module's tensors have other names or shapes now."""
         assert self._ema is not None and self._module is not None
         try:
             return call(self._ema)

@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 
-from fastema.integrations.callbacks import replaced
+from fastema.integrations.callbacks import AXES, replaced
 from fastema.integrations.lightning.framework import LightningModule, Trainer, isolate_rng
 
 #: The leading word of a metric's name that says "validation", and what separates it from the rest.
 _VALIDATION = re.compile(r"(val|valid|validation)([_/.\- ].*)")
-# Axes of a plot rather than metrics; Lightning's loggers look for the first.
-_AXES = ("step", "epoch")
 _SILENT_HOOKS = tuple(
     f"on_validation_{event}" for event in ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end")
 )
@@ -41,7 +39,7 @@ def averaged_name(name: str) -> str:
 
 def averaged_names(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the metrics under the names of the averaged weights."""
-    return {name if name in _AXES else averaged_name(name): value for name, value in metrics.items()}
+    return {name if name in AXES else averaged_name(name): value for name, value in metrics.items()}
 
 
 @contextmanager
@@ -51,7 +49,7 @@ def logging_both(pl_module: LightningModule) -> Iterator[None]:
 
     def log_twice(name: str, *args: Any, **kwargs: Any) -> None:
         log(name, *args, **kwargs)
-        if name not in _AXES:
+        if name not in AXES:
             log(averaged_name(name), *args, **kwargs)
 
     with replaced(pl_module, "log", log_twice):
