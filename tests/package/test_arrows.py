@@ -13,11 +13,11 @@ import fastema
 PACKAGE = Path(fastema.__file__).parent
 FRONT = {"ema", "swa_utils", "checkpoint", "schedules", "posthoc"}
 GUESTS = {"advisor", "integrations", "segmentation", "cli", "__main__"}
-#: room -> the rooms that its modules may import beside itself
+#: A folder or module of fastema -> those that it may import beside itself.
 ALLOWED = {
     "backends": {"triton_kernels", "_C"},
     "core": {"backends"},
-    **{room: {"core", "backends", *FRONT} for room in FRONT},
+    **{part: {"core", "backends", *FRONT} for part in FRONT},
     "__init__": {"core", *FRONT},
     "advisor": {"core", "schedules"},
     "integrations": {"core", "backends", "advisor", *FRONT},
@@ -28,7 +28,7 @@ ALLOWED = {
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Yield the rooms that a module imports, also inside functions."""
+    """Yield the parts of fastema that a module imports, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -40,20 +40,20 @@ def imports(path: Path) -> Iterator[str]:
         for name in names:
             parts = name.split(".")
             if parts[0] == "fastema":
-                yield parts[1] if len(parts) > 1 and _is_room(parts[1]) else "__init__"
+                yield parts[1] if len(parts) > 1 and _is_part(parts[1]) else "__init__"
 
 
-def _is_room(name: str) -> bool:
+def _is_part(name: str) -> bool:
     return (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_room_imports_only_what_it_stands_on(path: Path) -> None:
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    allowed = ALLOWED[room] | {room} | ({"__init__"} if room in GUESTS | FRONT else set())
+def test_a_part_imports_only_those_below_it(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    allowed = ALLOWED[part] | {part} | ({"__init__"} if part in GUESTS | FRONT else set())
     assert set(imports(path)) <= allowed
 
 
-def test_every_room_has_its_place() -> None:
-    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
-    assert rooms == set(ALLOWED)
+def test_every_part_has_its_place() -> None:
+    parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert parts == set(ALLOWED)
