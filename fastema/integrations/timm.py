@@ -26,7 +26,6 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import repeat
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -237,7 +236,7 @@ class ModelEmaV3(nn.Module):
 
     def _versions(self) -> list[int]:
         try:
-            return [*map(attrgetter("tensor._version"), self._rounded)]
+            return [each.tensor._version for each in self._rounded]
         except RuntimeError:  # inference tensors have none
             return [0 if each.tensor.is_inference() else each.tensor._version for each in self._rounded]
 
