@@ -69,9 +69,8 @@ def train(plan: Plan, seed: int, settings: argparse.Namespace, folder: Path) -> 
     from fastema import FastEMA
     from fastema.segmentation.data.listing import hold_out, list_pairs
     from fastema.segmentation.data.loaders import ValidationSet, validation_loader
-    from fastema.segmentation.eval.scores import evaluate
+    from fastema.segmentation.eval.scores import evaluate, paired_error
     from fastema.segmentation.options import TrainOptions
-    from fastema.segmentation.report.summary import paired_error
     from fastema.segmentation.train.trainer import Trainer
 
     options = TrainOptions(
@@ -105,13 +104,13 @@ def train(plan: Plan, seed: int, settings: argparse.Namespace, folder: Path) -> 
     steps_per_epoch = trainer.stages.at(1).steps_per_epoch
     power_ious: list[float] = []
 
-    def update_power() -> None:
+    def update_power(*_: object) -> None:
         power.update()
         if power.num_updates % steps_per_epoch == 0:
             with power.swapped():
                 power_ious.append(fmean(evaluate(net, held_out, trainer.device)))
 
-    trainer.averages.after_update = update_power
+    trainer.optimizer.adamw.register_step_post_hook(update_power)
     started = time.process_time()
     trainer.fit()
     seconds = time.process_time() - started

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,12 @@ GROUPS = {
 _EMA = "exponential moving average"
 
 
+#: What a field's metadata holds beside the arguments of `add_argument`.
+OWN = ("group", "least")
+
+
 def _flag(group: str, help: str, default: Any = dataclasses.MISSING, metavar: str | None = None, **more: Any) -> Any:
-    """Return a field and how its flag is shown; `more` are arguments of `argparse`'s `add_argument`."""
+    """Return a field, how its flag is shown, and what it must be at least; `more` is for argparse's `add_argument`."""
     metadata = {"group": group, "help": help, "metavar": metavar, **more}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -77,13 +81,13 @@ class TrainOptions:
         action=argparse.BooleanOptionalAction,
     )
     val_fraction: float = _flag("data", "share of Train held out to validate on", 0.1, "F")
-    num_workers: int = _flag("data", "processes that read images beside the training", 0, "N")
+    num_workers: int = _flag("data", "processes that read images beside the training", 0, "N", least=0)
 
     backbone: str = _flag("model", "any timm model with a feature pyramid", "edgenext_base", "NAME")
     pretrained: bool = _flag("model", "start from random weights", True)
-    num_experts: int = _flag("model", "experts at every level of the decoder; 0: none", 7, "N")
+    num_experts: int = _flag("model", "experts at every level of the decoder; 0: none", 7, "N", least=0)
     top_k: int = _flag("model", "experts that each image is given to", 2, "K")
-    img_size: int = _flag("model", "images are trained on as squares of this size", 384, "PX")
+    img_size: int = _flag("model", "images are trained on as squares of this size", 384, "PX", least=SMALLEST_IMAGE)
     device: str = _flag("model", "auto, cpu, cuda, cuda:1, …", "auto", "DEV")
     amp: str = _flag(
         "model",
@@ -97,15 +101,15 @@ class TrainOptions:
         False,
     )
 
-    epochs: int = _flag("stages", "in all, both stages and those before a resume included", 30, "N")
-    stage1_epochs: int = _flag("stages", "how many of them are stage 1", 0, "N")
+    epochs: int = _flag("stages", "in all, both stages and those before a resume included", 30, "N", least=1)
+    stage1_epochs: int = _flag("stages", "how many of them are stage 1", 0, "N", least=0)
     skip_stage1: bool = _flag("stages", "all epochs are stage 2, whatever --stage1-epochs", False)
     progressive_unfreeze: bool = _flag(
         "stages", "in stage 2, open the backbone level by level, the deepest first, until half of the stage", False
     )
-    batch_size: int = _flag("stages", "images a batch, in all processes together", 8, "N")
-    stage2_batch_size: int | None = _flag("stages", "in stage 2 (default: --batch-size)", None, "N")
-    accumulation_steps: int = _flag("stages", "batches an optimizer step, in both stages", 1, "N")
+    batch_size: int = _flag("stages", "images a batch, in all processes together", 8, "N", least=1)
+    stage2_batch_size: int | None = _flag("stages", "in stage 2 (default: --batch-size)", None, "N", least=1)
+    accumulation_steps: int = _flag("stages", "batches an optimizer step, in both stages", 1, "N", least=1)
 
     lr: float = _flag("optimisation", "highest learning rate", 1e-3, "LR")
     stage2_lr: float | None = _flag("optimisation", "highest learning rate of stage 2 (default: --lr)", None, "LR")
@@ -117,10 +121,10 @@ class TrainOptions:
         choices=SCHEDULERS,
     )
     min_lr: float = _flag("optimisation", "learning rate at the end of a stage (not: none)", 1e-5, "LR")
-    warmup_epochs: int = _flag("optimisation", "linear warm-up at the start (not: onecycle)", 0, "N")
+    warmup_epochs: int = _flag("optimisation", "linear warm-up at the start (not: onecycle)", 0, "N", least=0)
     weight_decay: float = _flag("optimisation", "AdamW's, on weights only", 1e-4, "W")
     clip_grad: float = _flag("optimisation", "gradient norm limit; 0: none", 1.0, "NORM")
-    seed: int = _flag("optimisation", "of weights, order, augmentation and synthetic data", 0, "N")
+    seed: int = _flag("optimisation", "of weights, order, augmentation and synthetic data", 0, "N", least=0)
 
     use_ema: bool = _flag(_EMA, "validate the averaged weights every epoch", False)
     ema_decay: float = _flag(_EMA, "it looks back over 1 / (1 - D) steps", 0.999, "D")
@@ -145,6 +149,7 @@ class TrainOptions:
         "validation images, and write that average to best_posthoc.pth; 0: none",
         0,
         "N",
+        least=0,
     )
     ema_decay_type: str = _flag(_EMA, "constant, threshold, exp, warmup, linear", "threshold", "TYPE")
     ema_decay_args: Mapping[str, float] | None = _flag(
@@ -154,11 +159,13 @@ class TrainOptions:
         "NAME=X,…",
         type=_parse_decay_args,
     )
-    ema_start_epoch: int = _flag(_EMA, "start it before epoch N", 1, "N")
+    ema_start_epoch: int = _flag(_EMA, "start it before epoch N", 1, "N", least=1)
     ema_start: str = _flag(_EMA, "now, or auto: when the IoU so far shows that it helps", "now", choices=EMA_STARTS)
 
     resume_from: Path | None = _flag("checkpoints", "go on from a checkpoint of fastema train", None, "FILE")
-    save_every: int = _flag("checkpoints", "keep checkpoint_epoch{N}.pth of every Nth epoch; 0: of none", 0, "N")
+    save_every: int = _flag(
+        "checkpoints", "keep checkpoint_epoch{N}.pth of every Nth epoch; 0: of none", 0, "N", least=0
+    )
 
     @property
     def first_stage_epochs(self) -> int:
@@ -189,20 +196,19 @@ class TrainOptions:
 
     def check(self) -> None:
         """Raise `UserError` for a value that is not allowed, or two that do not go together."""
-        for name, least in (("batch_size", 1), ("epochs", 1), ("accumulation_steps", 1), ("ema_start_epoch", 1)):
-            _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-        for name in ("warmup_epochs", "stage1_epochs", "num_workers", "seed", "save_every", "num_experts", "snapshots"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(self.second_batch_size >= 1, "stage2_batch_size", self.stage2_batch_size, "at least 1")
-        _require(self.img_size >= SMALLEST_IMAGE, "img_size", self.img_size, f"at least {SMALLEST_IMAGE}")
+        for each in fields(self):
+            value, least, choices = getattr(self, each.name), each.metadata.get("least"), each.metadata.get("choices")
+            if least is not None and value is not None:
+                _require(value >= least, each.name, value, f"at least {least}" if least else "0 or more")
+            if choices is not None:
+                _require(value in choices, each.name, value, f"{', '.join(choices[:-1])} or {choices[-1]}")
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
-        for name, known in (("scheduler", SCHEDULERS), ("amp", PRECISIONS), ("ema_start", EMA_STARTS)):
-            _require(getattr(self, name) in known, name, getattr(self, name), f"{', '.join(known[:-1])} or {known[-1]}")
         if self.num_experts:
             _require(1 <= self.top_k <= self.num_experts, "top_k", self.top_k, f"from 1 to {self.num_experts} experts")
         self._check_rates()
         self._check_epochs()
         self._check_averages()
+        self._check_snapshots()
 
     def plain(self) -> dict[str, Any]:
         """Return the options as plain values, for a checkpoint."""
@@ -234,27 +240,23 @@ class TrainOptions:
             )
 
     def _check_averages(self) -> None:
+        for name, values in (("ema_decays", self.ema_decays), ("ema_profiles", self.ema_profiles)):
+            if len(set(values)) < len(values):
+                raise UserError(f"{option_flag(name)} must differ from each other, got {_listed(values)}")
         for decay in self.ema_decays:
             _require(0 <= decay <= 1, "ema_decays", decay, "in [0, 1] each")
-        if len(set(self.ema_decays)) < len(self.ema_decays):
-            given = ",".join(f"{decay:g}" for decay in self.ema_decays)
-            raise UserError(f"--ema-decays must differ from each other, got {given}")
         _require(0 <= self.ema_decay <= 1, "ema_decay", self.ema_decay, "in [0, 1]")
-        self._check_profiles()
-        if not self.use_ema:
-            return
-        within = f"at most --epochs {self.epochs}"
-        _require(self.ema_start_epoch <= self.epochs, "ema_start_epoch", self.ema_start_epoch, within)
-        if self.ema_start == "auto" and self.ema_start_epoch > 1:
-            raise UserError("--ema-start auto and --ema-start-epoch both say when the EMA starts: give one of them")
-
-    def _check_profiles(self) -> None:
-        given = ",".join(f"{sigma:g}" for sigma in self.ema_profiles)
         for sigma in self.ema_profiles:
             # 12 ** -0.5 is that of the plain mean, the widest there is.
-            _require(0 < sigma < 12**-0.5, "ema_profiles", given, "above 0 and below 0.2887 each")
-        if len(set(self.ema_profiles)) < len(self.ema_profiles):
-            raise UserError(f"--ema-profiles must differ from each other, got {given}")
+            within = 0 < sigma < 12**-0.5
+            _require(within, "ema_profiles", _listed(self.ema_profiles), "above 0 and below 0.2887 each")
+        if self.use_ema:
+            within = self.ema_start_epoch <= self.epochs
+            _require(within, "ema_start_epoch", self.ema_start_epoch, f"at most --epochs {self.epochs}")
+            if self.ema_start == "auto" and self.ema_start_epoch > 1:
+                raise UserError("--ema-start auto and --ema-start-epoch both say when the EMA starts: give one of them")
+
+    def _check_snapshots(self) -> None:
         _require(self.snapshots != 1, "snapshots", 1, "0, or at least 2: one holds no more than its own averages")
         if self.snapshots and not self.ema_profiles:
             raise UserError(
@@ -324,6 +326,10 @@ def option_flag(name: str) -> str:
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise UserError(f"{option_flag(name)} must be {expected}, got {value}")
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
 
 
 def _plain(value: Any) -> Any:

@@ -38,24 +38,14 @@ class Pair:
 
 @dataclass
 class Listing:
-    """The files of one split of a data set.
+    """The files of one split of a data set; `verify_pairs` sets the last two."""
 
-    Attributes:
-        folder: the parent of the images' and the masks' folder.
-        pairs: sorted by stem.
-        problems: descriptions by kind.
-        left_out: number of COD10K-NonCAM images that are not in `pairs`.
-        all_black: number of empty masks. Those images stay in: their IoU is 1 for an empty prediction, else 0.
-            Set by `verify_pairs`.
-        repeated: images of the same bytes, as `a.jpg = b.jpg`. Set by `verify_pairs`.
-    """
-
-    folder: Path
-    pairs: list[Pair] = field(default_factory=list)
-    problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    left_out: int = 0
-    all_black: int = 0
-    repeated: list[str] = field(default_factory=list)
+    folder: Path  # the parent of the images' and the masks' folder
+    pairs: list[Pair] = field(default_factory=list)  # sorted by stem
+    problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # descriptions by kind
+    left_out: int = 0  # COD10K-NonCAM images
+    all_black: int = 0  # empty masks; those images stay in
+    repeated: list[str] = field(default_factory=list)  # images of the same bytes, as `a.jpg = b.jpg`
 
     def notes(self) -> list[str]:
         """Return remarks on what is unusual but no problem."""
@@ -72,35 +62,27 @@ class Listing:
 def list_pairs(root: Path, split: str = "Train", cam_only: bool = True) -> Listing:
     """Pair the images and masks of one split by stem.
 
-    A root without folders Train and Test is one set, which is read for either split.
-
-    Args:
-        root: the data set's folder.
-        split: `Train` or `Test`.
-        cam_only: leave out `COD10K-NonCAM-*`, as the papers on COD10K do.
+    A root without folders Train and Test is one set, which is read for either split. `cam_only` leaves out
+    `COD10K-NonCAM-*`, as the papers on COD10K do.
     """
     images, masks = _find_folders(root, split)
-    image_files, mask_files = _by_stem(images), _by_stem(masks)
-    if not image_files:
+    (own_images, left_out), (own_masks, _) = _by_stem(images, cam_only), _by_stem(masks, cam_only)
+    if left_out and not own_images:
+        raise UserError(f"all {left_out} images in {images} are COD10K-NonCAM, which --cam-only leaves out")
+    if not own_images:
         raise UserError(f"no images in {images}: expected files like a.jpg there and a.png in {masks}")
-    listing = Listing(images.parent)
-    if cam_only:
-        listing.left_out = _drop_non_cam(image_files)
-        _drop_non_cam(mask_files)
-        if not image_files:
-            raise UserError(f"all {listing.left_out} images in {images} are COD10K-NonCAM, which --cam-only leaves out")
-    for stem, files in sorted(image_files.items()):
-        own_masks = mask_files.get(stem, [])
-        if len(files) > 1 or len(own_masks) > 1:
-            names = [file.name for file in files + own_masks]
+    listing = Listing(images.parent, left_out=left_out)
+    for stem in sorted(own_images.keys() | own_masks.keys()):
+        image, mask = own_images.get(stem, []), own_masks.get(stem, [])
+        if not image:
+            listing.problems["masks without an image"].append(f"{mask[0].name} (no {images.name}/{stem}.jpg)")
+        elif len(image) > 1 or len(mask) > 1:
+            names = [file.name for file in image + mask]
             listing.problems["stems with several images or masks"].append(first_few(names))
-        elif not own_masks:
-            listing.problems["images without a mask"].append(f"{files[0].name} (no {masks.name}/{stem}.png)")
+        elif not mask:
+            listing.problems["images without a mask"].append(f"{image[0].name} (no {masks.name}/{stem}.png)")
         else:
-            listing.pairs.append(Pair(files[0], own_masks[0]))
-    for stem, files in sorted(mask_files.items()):
-        if stem not in image_files:
-            listing.problems["masks without an image"].append(f"{files[0].name} (no {images.name}/{stem}.jpg)")
+            listing.pairs.append(Pair(image[0], mask[0]))
     return listing
 
 
@@ -150,20 +132,18 @@ def _find_folders(root: Path, split: str) -> tuple[Path, Path]:
     raise UserError(f"{root} is not a data set that is understood: expected {expected}; {where} has {found}")
 
 
-def _drop_non_cam(files: dict[str, list[Path]]) -> int:
-    stems = [stem for stem in files if stem.lower().startswith(NON_CAM)]
-    for stem in stems:
-        del files[stem]
-    return len(stems)
-
-
 def _subfolders(folder: Path) -> dict[str, Path]:
     # By lower-case name: both `image` and `Image` are common.
     return {child.name.lower(): child for child in sorted(folder.iterdir()) if child.is_dir()}
 
 
-def _by_stem(folder: Path) -> dict[str, list[Path]]:
+def _by_stem(folder: Path, cam_only: bool) -> tuple[dict[str, list[Path]], int]:
+    """Return a folder's image files by stem, and how many of COD10K-NonCAM were left out."""
     files: dict[str, list[Path]] = defaultdict(list)
+    left_out = 0
     for file in image_files(folder):
-        files[file.stem].append(file)
-    return files
+        if cam_only and file.name.lower().startswith(NON_CAM):
+            left_out += 1
+        else:
+            files[file.stem].append(file)
+    return files, left_out

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastema.segmentation.data.images import read_pair
 from fastema.segmentation.data.listing import Pair
+from fastema.segmentation.devices import accelerator
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.torchvision_shim import import_torchvision
 
@@ -26,8 +26,6 @@ import_torchvision()  # in a worker process too, which imports this module again
 
 from torchvision import tv_tensors  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
-
-T = TypeVar("T")
 
 
 class Draw(NamedTuple):
@@ -98,19 +96,11 @@ class ValidationSet(Dataset[tuple[Tensor, Tensor]]):
         return network_input(pixels, self._size), torch.from_numpy(truth).bool()
 
 
-def share_of(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
-    """Return one process's share: every `world_size`-th item from `rank` on.
-
-    Nothing is repeated to make the shares equal: that would change the mean over the validation images, and count a
-    training image twice.
-    """
-    return items[rank::world_size]
-
-
 class EpochSampler(Sampler[Draw]):
-    """This process's share of an order that depends on the seed and the epoch alone.
+    """This process's share, one in `world_size`, of an order that depends on the seed and the epoch alone.
 
-    The order and the augmentation of each image are the same for any number of processes.
+    The order and the augmentation of each image are the same for any number of processes. Nothing is repeated to make
+    the shares equal: that would count an image twice.
 
     Attributes:
         epoch: from 1; set it before each epoch.
@@ -124,12 +114,12 @@ class EpochSampler(Sampler[Draw]):
         self._world_size = world_size
 
     def __len__(self) -> int:
-        return len(share_of(range(self._count), self._rank, self._world_size))
+        return len(range(self._rank, self._count, self._world_size))
 
     def __iter__(self) -> Iterator[Draw]:
         generator = torch.Generator().manual_seed(mix_seed(self._seed, self.epoch))
         order = torch.randperm(self._count, generator=generator).tolist()
-        for index in share_of(order, self._rank, self._world_size):
+        for index in order[self._rank :: self._world_size]:
             yield Draw(index, mix_seed(self._seed, self.epoch, index))
 
 
@@ -138,28 +128,12 @@ def training_loader(dataset: TrainingSet, sampler: EpochSampler, batch_size: int
 
     Iterating raises `UserError` when a file cannot be read any more, or a worker dies.
     """
-    return _loader(dataset, batch_size, workers, default_collate, sampler)
+    return _Loader(dataset, batch_size, workers, sampler=sampler)
 
 
 def validation_loader(dataset: ValidationSet, batch_size: int, workers: int) -> DataLoader:
     """Return a loader of `Validation` batches in the dataset's order; errors as in `training_loader`."""
-    return _loader(dataset, batch_size, workers, _collate_validation)
-
-
-def _loader(
-    dataset: Dataset, batch_size: int, workers: int, collate: Callable[[list], Any], sampler: Sampler | None = None
-) -> DataLoader:
-    return _Loader(
-        _ErrorsAsSamples(dataset),
-        batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_interrupts,
-        collate_fn=partial(_collate_or_error, collate),
-        generator=torch.Generator().manual_seed(0),  # the global one is for dropout
-    )
+    return _Loader(dataset, batch_size, workers, collate_fn=_collate_validation)
 
 
 def _collate_validation(samples: list[tuple[Tensor, Tensor]]) -> Validation:
@@ -171,48 +145,36 @@ def _ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-# An exception in a worker reaches the trainer with the worker's traceback as its message. A `UserError` is returned as
-# a value instead, sample to batch, and raised where the batch is taken from the loader.
-
-
-class _ErrorsAsSamples(Dataset[Any]):
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: Any) -> Any:
-        try:
-            return self._dataset[index]
-        except UserError as error:
-            return error
-
-
-def _collate_or_error(collate: Callable[[list], Any], samples: list) -> Any:
-    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
-
-
 class _Loader(DataLoader[Any]):
+    def __init__(self, dataset: Dataset, batch_size: int, workers: int, **more: Any) -> None:
+        super().__init__(
+            dataset,
+            batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=accelerator() is not None,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator().manual_seed(0),  # the global one is for dropout
+            **more,
+        )
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
-        problem = None
         try:
-            for batch in batches:
-                if isinstance(batch, UserError):
-                    problem = batch
-                    break
-                yield batch
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+            yield from batches
+        except (UserError, RuntimeError) as error:
+            text = str(error)
+            if isinstance(error, UserError):
+                text = text.rpartition("UserError: ")[2].strip()  # a worker's has its traceback before it
+            elif text.startswith("DataLoader worker"):
+                text = (
+                    f"a process that reads images died ({text.splitlines()[0]}). If memory ran out, lower "
+                    "--num-workers; in a container, enlarge /dev/shm"
+                )
+            else:
                 raise
-            problem = UserError(
-                f"a process that reads images died ({str(error).splitlines()[0]}). If memory ran out, lower "
-                "--num-workers; in a container, enlarge /dev/shm"
-            )
-        if problem is not None:
             if self.num_workers > 0:
                 # Left to the garbage collector, which waits 5 s for each worker.
                 batches._shutdown_workers()  # type: ignore[attr-defined]
                 self._iterator = None
-            raise problem
+            raise UserError(text) from error

@@ -17,8 +17,7 @@ from PIL import Image
 # Part of the folder's name: raise it when the images change.
 _VERSION = 2
 
-IMAGE_COUNT = 480
-IMAGE_SIZE = 128
+IMAGE_COUNT, IMAGE_SIZE = 480, 128
 
 # Test has a quarter as many images as Train, from other seeds.
 _TEST_SHARE = 4
@@ -27,23 +26,17 @@ _TEST_SHARE = 4
 def ensure_dataset(parent: Path, seed: int, count: int = IMAGE_COUNT, size: int = IMAGE_SIZE) -> Path:
     """Return the folder of the generated data set in `parent`; generate it if it is not there.
 
-    It has COD10K's layout with Train and Test. It gets its name only when it is complete, so an interrupted run leaves
-    nothing that looks like a data set.
-
-    Args:
-        parent: where the folder is made.
-        seed: of all images.
-        count: training images.
-        size: of an image, pixels.
+    It has COD10K's layout: Train with `count` images of `size` pixels, and Test. It gets its name only when it is
+    complete, so an interrupted run leaves nothing that looks like a data set.
     """
     folder = parent / f"synthetic-v{_VERSION}-{count}x{size}-seed{seed}"
     if folder.is_dir():
         return folder
     partial = parent / f".{folder.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    tests = max(1, count // _TEST_SHARE)
     try:
         _write_split(partial / "Train", "synthetic", [[seed, index] for index in range(count)], size)
-        tests = max(1, count // _TEST_SHARE)
         _write_split(partial / "Test", "synthetic-test", [[seed, index, 1] for index in range(tests)], size)
         try:
             partial.rename(folder)

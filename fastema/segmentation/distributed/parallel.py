@@ -18,10 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from fastema.core.dtensor import is_dtensor, local_part
+from fastema.segmentation.devices import CPU
 from fastema.segmentation.distributed.process_group import Processes
 from fastema.segmentation.model.network import Decoded
-
-_CPU = torch.device("cpu")
 
 
 class ParallelModel:
@@ -39,7 +38,7 @@ class ParallelModel:
     """
 
     def __init__(
-        self, net: nn.Module, processes: Processes | None = None, device: torch.device = _CPU, shard: bool = False
+        self, net: nn.Module, processes: Processes | None = None, device: torch.device = CPU, shard: bool = False
     ) -> None:
         self.processes = processes or Processes()
         self.forward = net
@@ -57,7 +56,7 @@ class ParallelModel:
                 # Frozen levels and unchosen experts have no gradient. `sync_buffers` is for the buffers.
                 self.forward = self._replicas = DistributedDataParallel(
                     _WithUnusedParameter(net),
-                    device_ids=[device] if device.type == "cuda" else None,
+                    device_ids=None if device.type == "cpu" else [device],
                     broadcast_buffers=False,
                     find_unused_parameters=True,
                 )

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fastema.segmentation.devices import select_device
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import TrainOptions
 
@@ -28,19 +29,12 @@ _TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, seen from one of them; by default the only one.
-
-    Attributes:
-        rank: of this process.
-        world_size: number of processes.
-        local_rank: rank on this machine, and the number of its GPU.
-        launched: started by torchrun, or another launcher with its environment variables.
-    """
+    """The processes of a run, seen from one of them; by default the only one."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
-    launched: bool = False
+    local_rank: int = 0  # on this machine, and the number of its GPU
+    launched: bool = False  # by torchrun, or another launcher with its environment variables
 
     @property
     def is_first(self) -> bool:
@@ -64,7 +58,7 @@ class Processes:
         return values[0]
 
     def gather_shares(self, share: Sequence[T]) -> list[T]:
-        """Undo `share_of`: return every process's values in the original order. All processes must call this."""
+        """Return the items of which each process gives its `items[rank::world_size]`. All processes must call this."""
         shares = self.gather(share)
         values: list[Any] = [None] * sum(map(len, shares))
         for rank, own in enumerate(shares):
@@ -73,18 +67,21 @@ class Processes:
 
     def device(self, name: str) -> torch.device:
         """Return the device of a `--device` flag for this process; each has its own GPU."""
-        gpus = torch.cuda.device_count()
-        if self.world_size > 1 and gpus and name.startswith("cuda:"):
-            raise UserError(f"--device {name} is one GPU, and {self.world_size} processes need one each: --device cuda")
-        if self.world_size == 1 or not gpus or name not in ("auto", "cuda"):
+        gpus = torch.accelerator.device_count()
+        kind, _, index = (select_device(name).type if name == "auto" else name).partition(":")
+        if self.world_size == 1 or not gpus or kind == "cpu":
             return select_device(name)
+        if index:
+            raise UserError(
+                f"--device {name} is one GPU, and {self.world_size} processes need one each: --device {kind}"
+            )
         if self.local_rank >= gpus:
             raise UserError(
                 f"there are {gpus} GPUs here, and process {self.local_rank + 1} of this machine needs one of its own: "
                 f"torchrun --nproc-per-node {gpus}, or --device cpu"
             )
-        torch.cuda.set_device(self.local_rank)  # NCCL uses the current device
-        return select_device(f"cuda:{self.local_rank}")
+        torch.accelerator.set_device_index(self.local_rank)  # NCCL uses the current device
+        return select_device(f"{kind}:{self.local_rank}")
 
     def describe(self, sharded: bool) -> str:
         """Return `on 2 processes`, or an empty text for a single one."""
@@ -107,18 +104,6 @@ class Processes:
                 )
         if images is not None and images < self.world_size:
             raise UserError(f"{self.world_size} processes cannot share {images} training images: start fewer")
-
-
-def select_device(name: str) -> torch.device:
-    """Return the device of a `--device` flag; `auto` is the GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 @contextmanager

@@ -8,34 +8,25 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import fastema
 from fastema.segmentation.console import progress, say
 from fastema.segmentation.data import synthetic
+from fastema.segmentation.data.images import verify_pairs
 from fastema.segmentation.data.listing import Listing, hold_out, list_pairs
 from fastema.segmentation.data.loaders import ValidationSet, validation_loader
-from fastema.segmentation.data.verify import verify_pairs
-from fastema.segmentation.distributed.process_group import select_device
+from fastema.segmentation.devices import select_device
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import Scores, difference, mean_scores, score_weights
 from fastema.segmentation.model.load import AVERAGED, BASE, Checkpoint, load_both, read_checkpoint
 from fastema.segmentation.options import HELD_OUT, SYNTHETIC, EvaluateOptions
 
-T = TypeVar("T")
-
-_HEADINGS = {
-    "iou": "IoU ↑",
-    "dice": "Dice ↑",
-    "s_measure": "S ↑",
-    "weighted_f": "wF ↑",
-    "mean_e": "mean E ↑",
-    "mae": "MAE ↓",
-}
+_HEADINGS = ("IoU ↑", "Dice ↑", "S ↑", "wF ↑", "mean E ↑", "MAE ↓")  # of the fields of Scores
 _LABELS = {BASE: "base", AVERAGED: "EMA"}
 _CONVENTIONS = (
     "Means over images, at the masks' own sizes. IoU and Dice: probability above 0.5. S-measure, weighted F (wF), mean "
@@ -58,11 +49,11 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
 def _list_images(options: EvaluateOptions, checkpoint: Checkpoint, console: Console) -> Listing:
     root = Path(options.dataset_path)
     if options.dataset_path == SYNTHETIC:
-        root = synthetic.ensure_dataset(checkpoint.path.parent, _trained_with(checkpoint, "seed", int))
+        root = synthetic.ensure_dataset(checkpoint.path.parent, _trained_with(checkpoint, "seed"))
     held_out = options.split == HELD_OUT
     listing = list_pairs(root, "Train" if held_out else options.split, options.cam_only)
     if held_out:
-        listing.pairs = hold_out(listing.pairs, _trained_with(checkpoint, "val_fraction", float))[1]
+        listing.pairs = hold_out(listing.pairs, _trained_with(checkpoint, "val_fraction"))[1]
     verify_pairs(listing)
     notes = [f"{len(listing.pairs)} images", *listing.notes()]
     say(console, f"Data:  {listing.folder}{', held out' if held_out else ''}; {', '.join(notes)}")
@@ -75,9 +66,9 @@ def _list_images(options: EvaluateOptions, checkpoint: Checkpoint, console: Cons
     return listing
 
 
-def _trained_with(checkpoint: Checkpoint, name: str, kind: type[T]) -> T:
+def _trained_with(checkpoint: Checkpoint, name: str) -> Any:
     value = checkpoint.options.get(name)
-    if not isinstance(value, kind):
+    if value is None:
         raise UserError(f"{checkpoint.path} does not say which images it was trained on: its options have no {name}")
     return value
 
@@ -99,25 +90,22 @@ def _score(
     )
     dataset = ValidationSet(listing.pairs, checkpoint.img_size)
     loader = validation_loader(dataset, options.batch_size, options.num_workers)
-    with progress(console, "Evaluation", len(loader)) as bar:
+    with progress(console, "Evaluation", len(loader)) as advance:
         try:
-            return score_weights(net, weights, loader, device, bar.advance)
+            return score_weights(net, weights, loader, device, advance)
         except ValueError as error:
             raise UserError(f"{checkpoint.path} cannot be evaluated: {error}") from error
 
 
 def _print_table(console: Console, scores: Mapping[str, list[Scores]]) -> None:
-    table = Table("weights")
-    for heading in _HEADINGS.values():
-        table.add_column(heading, justify="right")
+    table = Table("weights", *(Column(heading, justify="right") for heading in _HEADINGS))
     for name, each in scores.items():
-        means = mean_scores(each)
-        table.add_row(_LABELS[name], *(f"{getattr(means, metric):.4f}" for metric in _HEADINGS))
+        table.add_row(_LABELS[name], *(f"{mean:.4f}" for mean in mean_scores(each)))
     if len(scores) == 2:
-        lead = difference(*scores.values())
+        leads = difference(*scores.values()).values()
         table.add_section()
-        table.add_row("EMA - base", *(f"{lead[metric].mean:+.4f}" for metric in _HEADINGS))
-        table.add_row("± std. error", *(f"{lead[metric].error:.4f}" for metric in _HEADINGS))
+        table.add_row("EMA - base", *(f"{lead.mean:+.4f}" for lead in leads))
+        table.add_row("± std. error", *(f"{lead.error:.4f}" for lead in leads))
     console.print(table)
     say(console, _CONVENTIONS)
 
@@ -140,9 +128,9 @@ def _record(
         "weights": [
             {
                 "name": name,
-                "means": asdict(mean_scores(each)),
+                "means": mean_scores(each)._asdict(),
                 "per_image": [
-                    {"image": pair.image.name, **asdict(one)} for pair, one in zip(listing.pairs, each, strict=True)
+                    {"image": pair.image.name, **one._asdict()} for pair, one in zip(listing.pairs, each, strict=True)
                 ],
             }
             for name, each in scores.items()

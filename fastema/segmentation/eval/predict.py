@@ -7,12 +7,10 @@ it. Only masks that this command wrote are replaced.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
@@ -22,22 +20,13 @@ from fastema.segmentation.console import progress, say
 from fastema.segmentation.data.images import read_image, reason
 from fastema.segmentation.data.listing import image_files
 from fastema.segmentation.data.loaders import network_input
-from fastema.segmentation.distributed.process_group import select_device
+from fastema.segmentation.devices import select_device
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.metrics import to_levels
 from fastema.segmentation.eval.scores import resized_logits
 from fastema.segmentation.model.load import load_net, read_checkpoint
-from fastema.segmentation.model.network import SegmentationNet
 
 _SIGNATURE = "fastema predict"  # in a mask's "Software" field
-
-
-@dataclass
-class _Masks:
-    net: SegmentationNet
-    device: torch.device
-    img_size: int
-    threshold: float | None
 
 
 def write_masks(
@@ -61,18 +50,26 @@ def write_masks(
     out.mkdir(parents=True, exist_ok=True)
     weights = weights or checkpoint.weights[-1]
     device = select_device(device_name)
-    masks = _Masks(load_net(checkpoint, device, weights), device, checkpoint.img_size, threshold)
+    net = load_net(checkpoint, device, weights)
     say(console, f"Model: {path}, {weights}; {checkpoint.architecture.backbone}, on {device}")
+
+    def mask_of(pixels: np.ndarray) -> np.ndarray:
+        images = network_input(pixels, checkpoint.img_size)[None].to(device)
+        probability = resized_logits(net, images, [pixels.shape[:2]])[0].sigmoid().numpy()
+        if np.isnan(probability).any():
+            raise UserError("the network's output has NaN in it")
+        return to_levels(probability if threshold is None else probability >= threshold)
+
     inputs = {file.resolve() for file in targets}
     problems = []
-    with progress(console, "Masks", len(targets)) as bar:
+    with progress(console, "Masks", len(targets)) as advance:
         for image, target in targets.items():
-            problem = _why_not_replaced(target, inputs) or _write_mask(masks, image, target)
+            problem = _why_not_replaced(target, inputs) or _write_mask(mask_of, image, target)
             if problem:
                 problems.append(f"{image} ({problem})")
             elif target.stem != image.stem:
                 say(console, f"Note:  {image} is not the only {image.stem}: its mask is {target.name}")
-            bar.advance()
+            advance()
     say(console, f"{len(targets) - len(problems)} of {len(targets)} masks written to {out}")
     if problems:
         raise UserError(f"no mask for {len(problems)} of {len(targets)} images: {first_few(problems, 10)}")
@@ -118,26 +115,22 @@ def _why_not_replaced(target: Path, inputs: set[Path]) -> str | None:
     return f"{target} is there already, and no mask of fastema predict"
 
 
-def _write_mask(masks: _Masks, image: Path, target: Path) -> str | None:
+def _write_mask(mask_of: Callable[[np.ndarray], np.ndarray], image: Path, target: Path) -> str | None:
     """Return why there is no mask, or None."""
     try:
         pixels = read_image(image)
     except Exception as error:  # Pillow raises anything on a damaged file
         return reason(error)
-    images = network_input(pixels, masks.img_size)[None].to(masks.device)
-    probability = resized_logits(masks.net, images, [pixels.shape[:2]])[0].sigmoid().numpy()
-    if np.isnan(probability).any():
-        return "the network's output has NaN in it"
-    if masks.threshold is None:
-        levels = to_levels(probability)
-    else:
-        levels = np.where(probability >= masks.threshold, np.uint8(255), np.uint8(0))
+    try:
+        mask = mask_of(pixels)
+    except UserError as error:
+        return str(error)
     signature = PngInfo()
     signature.add_text("Software", _SIGNATURE)
     # Renamed when complete: an interrupt leaves no half a mask, and a link is replaced, not written through.
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        Image.fromarray(levels).save(partial, format="PNG", pnginfo=signature)
+        Image.fromarray(mask).save(partial, format="PNG", pnginfo=signature)
         os.replace(partial, target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -55,8 +54,7 @@ def evaluate(net: nn.Module, loader: DataLoader, device: torch.device) -> list[f
         ]
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Every metric of one image, or the means over many. All but `mae` are better when higher.
 
     `iou` and `dice` are at a probability of 0.5; the others of the map that `as_published` makes.
@@ -71,11 +69,7 @@ class Scores:
 
 
 def score(logits: Tensor, truth: Tensor) -> Scores:
-    """Measure one image.
-
-    Args:
-        logits: float [H, W].
-        truth: bool [H, W].
+    """Measure the logits, float [H, W], against the truth, bool [H, W], of one image.
 
     Raises:
         ValueError: the shapes differ, or a logit is NaN.
@@ -85,14 +79,8 @@ def score(logits: Tensor, truth: Tensor) -> Scores:
     if logits.isnan().any():
         raise ValueError("the logits have NaN in them")
     published, mask = as_published(logits.sigmoid().numpy()), truth.numpy()
-    return Scores(
-        iou=iou(logits > 0, truth),
-        dice=dice(logits > 0, truth),
-        s_measure=s_measure(published, mask),
-        weighted_f=weighted_f(published, mask),
-        mean_e=mean_e(published, mask),
-        mae=mae(published, mask),
-    )
+    maps = (s_measure, weighted_f, mean_e, mae)
+    return Scores(iou(logits > 0, truth), dice(logits > 0, truth), *(metric(published, mask) for metric in maps))
 
 
 def score_weights(
@@ -102,23 +90,28 @@ def score_weights(
     device: torch.device,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Scores]]:
-    """Measure every image with several sets of weights, in one pass over the data.
+    """Return every image's scores, in the loader's order, for several sets of weights, in one pass over the data.
 
     Args:
-        net: the network.
+        net: on `device`.
         weights: by name, a context manager with these weights in `net`: `ema.swapped`, or `nullcontext` for its own.
         loader: of `Validation` batches.
         device: the network's.
         on_batch: called after every batch.
-
-    Returns:
-        Scores by name, in the loader's order.
 
     Raises:
         ValueError: a prediction has NaN in it.
     """
     scores: dict[str, list[Scores]] = {name: [] for name in weights}
     pending: list[tuple[str, Future[Scores]]] = []
+
+    def collect(futures: list[tuple[str, Future[Scores]]]) -> None:
+        for name, future in futures:
+            try:
+                scores[name].append(future.result())
+            except ValueError as error:
+                raise ValueError(f"image {len(scores[name]) + 1}, weights {name!r}: {error}") from error
+
     # Threads are enough: NumPy and SciPy release the GIL. The network is one batch ahead of the metrics, no more, so
     # that predictions do not pile up.
     with eval_mode(net), ThreadPoolExecutor() as threads:
@@ -129,15 +122,15 @@ def score_weights(
                     predictions = _logits(net, batch, device)
                 for prediction, truth in zip(predictions, batch.masks, strict=True):
                     pending.append((name, threads.submit(score, prediction, truth)))
-            _collect(before, scores)
+            collect(before)
             on_batch()
-        _collect(pending, scores)
+        collect(pending)
     return scores
 
 
 def mean_scores(scores: Sequence[Scores]) -> Scores:
     """Return the mean of every metric over images."""
-    return Scores(**{field.name: fmean(getattr(one, field.name) for one in scores) for field in fields(Scores)})
+    return Scores(*map(fmean, zip(*scores, strict=True)))
 
 
 class Difference(NamedTuple):
@@ -149,21 +142,16 @@ class Difference(NamedTuple):
 
 def difference(base: Sequence[Scores], other: Sequence[Scores]) -> dict[str, Difference]:
     """Return by metric how much `other` is above `base`, over the same images."""
-    differences = {}
-    for field in fields(Scores):
-        each = [getattr(o, field.name) - getattr(b, field.name) for b, o in zip(base, other, strict=True)]
-        error = stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
-        differences[field.name] = Difference(fmean(each), error)
-    return differences
+    columns = zip(Scores._fields, zip(*base, strict=True), zip(*other, strict=True), strict=True)
+    return {name: Difference(fmean(b) - fmean(a), paired_error(a, b)) for name, a, b in columns}
+
+
+def paired_error(base: Sequence[float], other: Sequence[float]) -> float:
+    """Return the standard error of the mean difference over the same images; NaN for a single image."""
+    if len(base) < 2:
+        return math.nan
+    return stdev(b - a for a, b in zip(base, other, strict=True)) / math.sqrt(len(base))
 
 
 def _logits(net: nn.Module, batch: Validation, device: torch.device) -> list[Tensor]:
     return resized_logits(net, batch.images.to(device), [mask.shape for mask in batch.masks])
-
-
-def _collect(pending: list[tuple[str, Future[Scores]]], scores: dict[str, list[Scores]]) -> None:
-    for name, future in pending:
-        try:
-            scores[name].append(future.result())
-        except ValueError as error:
-            raise ValueError(f"image {len(scores[name]) + 1}, weights {name!r}: {error}") from error

@@ -30,23 +30,14 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of `fastema train`, read and checked.
-
-    Attributes:
-        path: the file.
-        content: all that is in it.
-        architecture: of its network.
-        img_size: side of the network's square images, pixels.
-        weights: `net`, then `ema_net` if there was an EMA.
-        epoch: epochs that it was trained for; None if the file does not say.
-    """
+    """A checkpoint of `fastema train`, read and checked."""
 
     path: Path
     content: Mapping[str, Any]
     architecture: Architecture
-    img_size: int
-    weights: tuple[str, ...]
-    epoch: int | None
+    img_size: int  # side of the network's square images, pixels
+    weights: tuple[str, ...]  # `net`, then `ema_net` if there was an EMA
+    epoch: int | None  # epochs that it was trained for; None if the file does not say
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -55,12 +46,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, img_size: int | None = None) -> Checkpoint:
-    """Read a checkpoint and check that a network can be built from it.
-
-    Args:
-        path: the file.
-        img_size: replaces the one it was trained with.
-    """
+    """Read a checkpoint and check that a network can be built from it; `img_size` replaces the one of its training."""
     content = load_checkpoint(path)
     weights = tuple(name for name in (BASE, AVERAGED) if isinstance(content.get(name), Mapping))
     names = first_few([repr(name) for name in content], 6) or "nothing in it"
@@ -84,14 +70,9 @@ def read_checkpoint(path: Path, img_size: int | None = None) -> Checkpoint:
             "Use the version that it was trained with, or train again"
         )
     epoch = content.get("epoch")
-    return Checkpoint(
-        path=path,
-        content=content,
-        architecture=Architecture(**{name: options[name] for name in expected}),
-        img_size=options["img_size"] if img_size is None else img_size,
-        weights=weights,
-        epoch=epoch if isinstance(epoch, int) else None,
-    )
+    architecture = Architecture(**{name: options[name] for name in expected})
+    size = options["img_size"] if img_size is None else img_size
+    return Checkpoint(path, content, architecture, size, weights, epoch if isinstance(epoch, int) else None)
 
 
 def load_net(checkpoint: Checkpoint, device: torch.device, weights: str) -> SegmentationNet:

@@ -13,23 +13,16 @@ from torch import Tensor, nn
 
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.model.backbones import create_backbone
-from fastema.segmentation.model.experts import conv_norm_act, create_experts
-from fastema.segmentation.model.mixture_of_experts import Mixture
+from fastema.segmentation.model.experts import Mixture, conv_norm_act, create_experts
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Hold what is needed to build the network again, as plain values.
+    """Hold what is needed to build the network again, as plain values."""
 
-    Args:
-        backbone: name of a timm model.
-        num_experts: per level of the decoder; 0 for a plain decoder.
-        top_k: experts per image; ignored without experts.
-    """
-
-    backbone: str
-    num_experts: int = 7
-    top_k: int = 2
+    backbone: str  # name of a timm model
+    num_experts: int = 7  # per level of the decoder; 0 for a plain decoder
+    top_k: int = 2  # experts per image; ignored without experts
 
     def __post_init__(self) -> None:
         if self.num_experts < 0:
@@ -127,24 +120,13 @@ class SegmentationNet(nn.Module):
         logits, *side_logits = [_resize(level, images.shape[-2:]) for level in decoded.logits]
         return Output(logits, side_logits, decoded.balance, decoded.usage)
 
-    def backbone_levels(self) -> list[list[nn.Parameter]]:
-        """Return the backbone's parameters by depth, shallow first, each in exactly one level.
-
-        A parameter is in the shallowest level whose features depend on it; in the last if none do.
-        """
-        depths = _depths(self.backbone)
-        levels: list[list[nn.Parameter]] = [[] for _ in self.decoder.laterals]
-        for name, parameter in self.backbone.named_parameters():
-            levels[depths[name]].append(parameter)
-        return levels
-
     def backbone_stages(self) -> list[list[nn.Module]]:
         """Return the backbone's modules by depth: the largest that lie within one level.
 
         A parameter directly on a module that spans several levels (a vision transformer's position embedding) is in
         none of them.
         """
-        depths = _depths(self.backbone)
+        depths = parameter_depths(self.backbone)
         stages: list[list[nn.Module]] = [[] for _ in self.decoder.laterals]
         depth = 0
 
@@ -181,8 +163,8 @@ def create_net(architecture: Architecture, pretrained: bool) -> tuple[Segmentati
     return SegmentationNet(*shape, architecture.num_experts, architecture.top_k), backbone.weights
 
 
-def _depths(backbone: nn.Module) -> dict[str, int]:
-    """Return, by parameter name, the shallowest level of the pyramid that depends on it.
+def parameter_depths(backbone: nn.Module) -> dict[str, int]:
+    """Return, by parameter name, the shallowest level of the pyramid that depends on it; the last if none does.
 
     Found in autograd's graph, so it is right for any architecture.
     """

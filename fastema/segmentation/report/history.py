@@ -1,4 +1,4 @@
-"""The figures of each epoch: the line on the screen, the row in `history.csv`, plain values in every checkpoint.
+"""The figures of each epoch: plain values in every checkpoint, a line, a row in `history.csv`, a log for TensorBoard.
 
 The history in the checkpoint decides. The file gets a row an epoch, and is rewritten when it differs from the history,
 as after a resume from an earlier epoch.
@@ -8,46 +8,31 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastema.checkpoint import _replacing
+
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """The figures of one epoch, as plain values: `EpochRecord(**asdict(record)) == record`.
+    """The figures of one epoch, as plain values: `EpochRecord(**asdict(record)) == record`."""
 
-    Attributes:
-        epoch: from 1.
-        loss: mean over the training images.
-        iou: mean over the validation images, with the trained weights.
-        ema_iou: with the averaged weights; None without an EMA.
-        ema_error: standard error of `ema_iou - iou` over the images; None without an EMA, or with a single image.
-        lr: learning rate of the decoder in the last step.
-        ema_decay: of the last update; None without an EMA.
-        seconds: of the epoch, validation included.
-        stage: 1 with a frozen backbone, else 2.
-        data_wait: share of the training time in [0, 1] spent waiting for batches.
-        other_ema_ious: of further averages, by name (their final decay, such as `0.99`).
-        other_ema_decays: by the same names.
-        expert_usage: [levels][experts], share of the images that chose each expert; () without experts.
-    """
-
-    epoch: int
-    loss: float
-    iou: float
-    ema_iou: float | None
-    lr: float
-    ema_decay: float | None
-    seconds: float
-    stage: int = 2
-    data_wait: float = 0.0
-    other_ema_ious: dict[str, float] = field(default_factory=dict)
-    other_ema_decays: dict[str, float] = field(default_factory=dict)
-    expert_usage: Sequence[Sequence[float]] = ()
-    ema_error: float | None = None
+    epoch: int  # from 1
+    loss: float  # mean over the training images
+    iou: float  # mean over the validation images, with the trained weights
+    ema_iou: float | None  # with the averaged weights; None without an EMA
+    lr: float  # learning rate of the decoder in the last step
+    ema_decay: float | None  # of the last update; None without an EMA
+    seconds: float  # validation included
+    stage: int = 2  # 1 with a frozen backbone
+    data_wait: float = 0.0  # share of the training time in [0, 1] spent waiting for batches
+    other_ema_ious: dict[str, float] = field(default_factory=dict)  # by name: their final decay, such as `0.99`
+    other_ema_decays: dict[str, float] = field(default_factory=dict)  # by the same names
+    expert_usage: Sequence[Sequence[float]] = ()  # [levels][experts], share of the images that chose each
+    ema_error: float | None = None  # standard error of `ema_iou - iou` over the images; None for a single image
 
     @property
     def average_ious(self) -> list[float]:
@@ -81,34 +66,46 @@ class EpochRecord:
             "expert_usage": ";".join(" ".join(f"{share:.3f}" for share in level) for level in self.expert_usage),
         }
 
+    def scalars(self) -> dict[str, float]:
+        """Return the figures by their tags in TensorBoard."""
+        scalars = {
+            "loss": self.loss,
+            "iou/base": self.iou,
+            "iou/ema": self.ema_iou,
+            "ema/decay": self.ema_decay,
+            **{f"iou/ema_{name}": iou for name, iou in self.other_ema_ious.items()},
+            **{f"ema/decay_{name}": decay for name, decay in self.other_ema_decays.items()},
+            "learning_rate": self.lr,
+            "time/seconds": self.seconds,
+            "time/data_wait": self.data_wait,
+            "stage": self.stage,
+        }
+        for level, shares in enumerate(self.expert_usage):
+            scalars |= {f"experts/level{level}_expert{expert}": share for expert, share in enumerate(shares)}
+        return {tag: value for tag, value in scalars.items() if value is not None}
+
 
 def append_csv(path: Path, records: Sequence[EpochRecord]) -> None:
     """Append the last record's row; rewrite the file if it does not hold exactly the records before it.
 
     A kill leaves the rows so far, at worst with a last one cut off, which the next call repairs.
-
-    Args:
-        path: `history.csv`; it need not exist.
-        records: of the whole run, not empty.
     """
     before, now = _text(records[:-1]), _text(records)
     # An average that starts late adds columns, which changes the header.
-    if not now.startswith(before) or _content(path) != before:
+    if not now.startswith(before) or not path.exists() or path.read_bytes() != before:
         write_csv(path, records)
         return
-    with path.open("a", encoding="utf-8", newline="") as file:
+    with path.open("ab") as file:
         file.write(now[len(before) :])
 
 
 def write_csv(path: Path, records: Sequence[EpochRecord]) -> None:
     """Write the whole history, replacing the file atomically."""
-    temporary = path.with_suffix(".csv.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(_text(records))
-    os.replace(temporary, path)
+    with _replacing(path) as temporary:
+        temporary.write_bytes(_text(records))
 
 
-def _text(records: Sequence[EpochRecord]) -> str:
+def _text(records: Sequence[EpochRecord]) -> bytes:
     rows = [record.row() for record in records]
     # In the longest row's order, so that late averages have their columns beside the others'.
     columns = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
@@ -116,12 +113,38 @@ def _text(records: Sequence[EpochRecord]) -> str:
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue()
+    return text.getvalue().encode()
 
 
-def _content(path: Path) -> str | None:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError):
-        return None
+class TensorBoardLog:
+    """Log the epochs' figures for TensorBoard, where it is installed.
+
+    What was logged for `first_epoch` and later, before a resume, is hidden. Without `writes`, there is no log. `note`
+    says where it is, or that there is none.
+    """
+
+    def __init__(self, folder: Path, first_epoch: int = 1, writes: bool = True) -> None:
+        self._writer: Any = None
+        self.note = ""
+        if not writes:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.note = "TensorBoard: not installed, so there is no log for it; history.csv has the same figures"
+            return
+        self._writer = SummaryWriter(str(folder), purge_step=first_epoch)
+        self.note = f"TensorBoard: tensorboard --logdir {folder}"
+
+    def record(self, record: EpochRecord) -> None:
+        """Write an epoch's figures to disk."""
+        if self._writer is None:
+            return
+        for tag, value in record.scalars().items():
+            self._writer.add_scalar(tag, value, record.epoch)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """End the writer's thread."""
+        if self._writer is not None:
+            self._writer.close()

@@ -6,62 +6,43 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastema.segmentation.console import say
+from fastema.segmentation.eval.scores import paired_error
 from fastema.segmentation.report.history import EpochRecord
 from fastema.segmentation.report.timers import Timers
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Trained against averaged weights on the same validation images.
+    """Trained against averaged weights on the same validation images."""
 
-    Attributes:
-        base: IoU per image with the trained weights.
-        ema: IoU per image with the averaged weights.
-        updates: of the EMA so far.
-        window: updates that the EMA looks back over now.
-        updates_per_epoch: in this stage.
-        final_rate: the last learning rate, as a share of the highest.
-    """
-
-    base: Sequence[float]
+    base: Sequence[float]  # IoU per image
     ema: Sequence[float]
-    updates: int
-    window: float
-    updates_per_epoch: float
-    final_rate: float
-
-    @property
-    def difference(self) -> float:
-        """Mean IoU of the EMA minus that of the base."""
-        return fmean(self.ema) - fmean(self.base)
-
-    @property
-    def uncertainty(self) -> float:
-        """The standard error of the difference."""
-        error = paired_error(self.base, self.ema)
-        return math.inf if error is None else error
+    updates: int  # of the EMA so far
+    window: float  # updates that the EMA looks back over now
+    updates_per_epoch: float  # in this stage
+    final_rate: float  # the last learning rate, as a share of the highest
 
     def verdict(self) -> str:
         """Say which is better after the last epoch, with a likely reason if the EMA is not."""
+        lead = fmean(self.ema) - fmean(self.base)
+        error = paired_error(self.base, self.ema)
         # The error is over images only: order, augmentation and batch statistics differ with another seed.
         images = f"last epoch, {len(self.base)} validation images; another seed may differ by more"
-        if self.difference == 0:
+        if lead == 0:
             return f"neither, base and EMA are equal ({images}). {self._reason()}"
-        leader = "the EMA" if self.difference > 0 else "the base"
-        by = f"by {abs(self.difference):.4f} IoU"
-        if math.isfinite(self.uncertainty):
-            by += f" ± {self.uncertainty:.4f}"
-        if abs(self.difference) < 2 * self.uncertainty:
-            sentence = f"neither clearly; {leader} was ahead {by}, which is within the noise ({images})."
-        else:
+        leader = "the EMA" if lead > 0 else "the base"
+        by = f"by {abs(lead):.4f} IoU" + ("" if math.isnan(error) else f" ± {error:.4f}")
+        if abs(lead) >= 2 * error:
             sentence = f"{leader} {by} ({images})."
-        return sentence if self.difference > 0 else f"{sentence} {self._reason()}"
+        else:
+            sentence = f"neither clearly; {leader} was ahead {by}, which is within the noise ({images})."
+        return sentence if lead > 0 else f"{sentence} {self._reason()}"
 
     def _reason(self) -> str:
         epochs = f"{self.window / max(1.0, self.updates_per_epoch):.1f} epochs"
@@ -82,13 +63,6 @@ class Comparison:
         )
 
 
-def paired_error(base: Sequence[float], ema: Sequence[float]) -> float | None:
-    """Return the standard error of the mean difference over the same images; None for a single image."""
-    if len(base) < 2:
-        return None
-    return stdev(e - b for e, b in zip(ema, base, strict=True)) / math.sqrt(len(base))
-
-
 def print_summary(
     console: Console,
     history: Sequence[EpochRecord],
@@ -97,28 +71,16 @@ def print_summary(
     files: Sequence[Path],
     averages: Sequence[str] = ("EMA",),
 ) -> None:
-    """Print base and EMA side by side, what the EMA cost, and the files.
-
-    Args:
-        console: to print to.
-        history: of the run, not empty.
-        comparison: after the last epoch; None without an EMA.
-        timers: of this process.
-        files: that the run wrote.
-        averages: their names, the main one first.
-    """
+    """Print base and EMA side by side, what the EMA cost, and the files; `averages` are names, the main one first."""
     several = len(averages) > 1
-    table = Table(title=f"Validation IoU, {len(history)} epochs", title_justify="left")
-    for heading in ("weights", "best", "in epoch", "last"):
-        table.add_column(heading, justify="left" if heading == "weights" else "right")
-    scores = {"base": [(record.iou, record.epoch) for record in history]}
-    for i, name in enumerate(averages):
-        each = [(record.average_ious[i], record.epoch) for record in history if len(record.average_ious) > i]
-        scores[f"EMA {name}" if several else "EMA"] = each
-    for label, each in scores.items():
+    columns = (Column(heading, justify="right") for heading in ("best", "in epoch", "last"))
+    table = Table("weights", *columns, title=f"Validation IoU, {len(history)} epochs", title_justify="left")
+    for i, name in enumerate(["base", *(f"EMA {name}" if several else "EMA" for name in averages)]):
+        ious = [(record.epoch, [record.iou, *record.average_ious]) for record in history]
+        each = [(epoch, iou[i]) for epoch, iou in ious if len(iou) > i]
         if each:
-            best, epoch = max(each, key=lambda pair: pair[0])
-            table.add_row(label, f"{best:.4f}", str(epoch), f"{each[-1][0]:.4f}")
+            epoch, best = max(each, key=lambda pair: pair[1])
+            table.add_row(name, f"{best:.4f}", str(epoch), f"{each[-1][1]:.4f}")
     console.print(table)
     if comparison is not None:
         say(console, f"Better: {f'base or EMA {averages[0]}? ' if several else ''}{comparison.verdict()}")

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 
 from fastema import FastEMA
+from fastema.segmentation.devices import CPU, synchronize
 
 T = TypeVar("T")
 
@@ -20,24 +21,20 @@ _SWAPS = 50
 
 @dataclass
 class Timers:
-    """Wall-clock seconds of each optimizer step, each EMA update, and each swap in and out.
-
-    Attributes:
-        device: synchronised before and after what is timed.
-    """
+    """Wall-clock seconds of each optimizer step, each EMA update, and each swap in and out."""
 
     step: list[float] = field(default_factory=list)
     update: list[float] = field(default_factory=list)
     swap: list[float] = field(default_factory=list)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = CPU  # synchronised before and after what is timed
 
     @contextmanager
     def timed(self, seconds: list[float]) -> Iterator[None]:
         """Append the time of a block to a list."""
-        self._synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
         yield
-        self._synchronize()
+        synchronize(self.device)
         seconds.append(time.perf_counter() - start)
 
     def measure_swaps(self, ema: FastEMA) -> None:
@@ -56,39 +53,26 @@ class Timers:
             f"swap in and back {_short(swap)} (medians of this run)"
         )
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
-
-class TimedIterator(Generic[T]):
-    """Iterate over something and add up the time spent in `next()`.
-
-    Attributes:
-        seconds: so far, over all passes; the start of workers counts.
+def timed_items(items: Iterable[T], seconds: list[float]) -> Iterator[T]:
+    """Iterate, and append the time spent in each `next()` to a list; the start of workers counts.
 
     Examples:
-        >>> batches = TimedIterator([1, 2, 3])
-        >>> sum(batches), batches.seconds < 1
+        >>> waited = []
+        >>> sum(timed_items([1, 2, 3], waited)), sum(waited) < 1
         (6, True)
     """
-
-    def __init__(self, items: Iterable[T]) -> None:
-        self.seconds = 0.0
-        self._items = items
-
-    def __iter__(self) -> Iterator[T]:
+    started = time.perf_counter()
+    iterator = iter(items)
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            seconds.append(time.perf_counter() - started)
+        yield item
         started = time.perf_counter()
-        iterator = iter(self._items)
-        while True:
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self.seconds += time.perf_counter() - started
-            yield item
-            started = time.perf_counter()
 
 
 def _short(seconds: float) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,6 +14,7 @@ from torch.optim import Optimizer
 
 from fastema import FastEMA
 from fastema.advisor import distinct_decays, settle_epochs
+from fastema.posthoc import Snapshots
 from fastema.segmentation.distributed.parallel import ParallelModel
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import TrainOptions
@@ -35,18 +38,21 @@ class SavedAverage:
         return self.weights
 
 
+@contextmanager
+def _as_user_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the EMA cannot be set up: {error}") from error
+
+
 def forgets_start(options: TrainOptions, steps_per_epoch: int, total_steps: int) -> bool:
     """Return whether the averages forget the weights they start from within an epoch."""
     if options.ema_profiles:
         return True
-    decay_type, decay_args = options.ema_decay_type, dict[str, Any](options.ema_decay_args or {})
-    try:
-        settled = settle_epochs(
-            options.decays, steps_per_epoch, decay_type=decay_type, total_steps=total_steps, **decay_args
-        )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the EMA cannot be set up: {error}") from error
-    return max(settled) <= 1
+    schedule: dict[str, Any] = {"decay_type": options.ema_decay_type, **(options.ema_decay_args or {})}
+    with _as_user_errors():
+        return max(settle_epochs(options.decays, steps_per_epoch, total_steps=total_steps, **schedule)) <= 1
 
 
 class Averages:
@@ -59,11 +65,6 @@ class Averages:
         start_epoch: the averages start before this epoch.
         total_steps: optimizer steps from there to the end of the run, for schedules with an end.
         timers: get the time of every update.
-
-    Attributes:
-        decays: of the averages that can differ in this run, each with those that are left out for it.
-        names: of the averages, the main one first.
-        after_update: called after every update.
     """
 
     def __init__(
@@ -77,41 +78,36 @@ class Averages:
     ) -> None:
         self.start_epoch = start_epoch
         self.total_steps = total_steps
-        self.names = options.average_names
+        self.names = options.average_names  # the main one first
+        # Of the averages that can differ in this run, each with those that are left out for it.
         self.decays: dict[float, tuple[float, ...]] = {}
-        self.after_update: Callable[[], None] | None = None
+        self._snapshot_count = options.snapshots
+        self._snapshots: Snapshots | None = None
+        self._due: set[int] = set()
         decay_type, decay_args = options.ema_decay_type, dict[str, Any](options.ema_decay_args or {})
         decays: list[float] = [options.ema_decay]
-        try:
+        with _as_user_errors():
             if options.ema_profiles:
                 decay_type, decay_args = "power", {"sigma_rel": list(options.ema_profiles)}
             else:
                 self.decays = distinct_decays(options.decays, decay_type, max(1, total_steps), **decay_args)
                 decays = list(self.decays)
                 self.names = [f"{decay:g}" for decay in decays]
-            self.ema = FastEMA(
-                net,
-                decays if len(decays) > 1 else decays[0],
-                decay_type=decay_type,
-                total_steps=total_steps,
-                **decay_args,
-            )
-        except (ValueError, TypeError) as error:
-            raise UserError(f"the EMA cannot be set up: {error}") from error
+            several = decays if len(decays) > 1 else decays[0]
+            self.ema = FastEMA(net, several, decay_type=decay_type, total_steps=total_steps, **decay_args)
 
         def after_step(*_: object) -> None:
             with timers.timed(timers.update):
                 self.ema.update()
-            if self.after_update is not None:
-                self.after_update()
+            if self.ema.num_updates in self._due:
+                self._save_snapshot()
 
         # As FastEMA.attach does, but timed. It does not run for a step that a gradient scaler skips.
         optimizer.register_step_post_hook(after_step)
 
     def decays_now(self) -> list[float]:
         """Return each average's decay in its last update, or before that in its first."""
-        decays = self.ema.decay_at(max(1, self.ema.num_updates))
-        return list(decays) if isinstance(decays, tuple) else [decays]
+        return _as_list(self.ema.decay_at(max(1, self.ema.num_updates)))
 
     def with_each(self, score: Callable[[], T]) -> list[T]:
         """Call `score` with each average in the network, the main one first."""
@@ -120,6 +116,29 @@ class Averages:
             with self.ema.swapped(which=which):
                 scores.append(score())
         return scores
+
+    # --- snapshots ---------------------------------------------------------------------------------------------------
+
+    def start_snapshots(self, folder: Path) -> str:
+        """Save evenly spaced snapshots from now on, if the options want any; return what they will take, once."""
+        if self._snapshots is not None or not self._snapshot_count:
+            return ""
+        count = self._snapshot_count
+        self._snapshots = Snapshots(folder, self.ema, limit=count, verbose=False)
+        self._due = {max(1, round(self.total_steps * (i + 1) / count)) for i in range(count)}
+        return self._snapshots.disk_use().removeprefix("fastema: ")
+
+    def save_last_snapshot(self) -> bool:
+        """Save one at the end of the run, whose last steps a scaler may have skipped; return whether there are any."""
+        if self._snapshots is not None and self.ema.num_updates not in self._due:
+            self._save_snapshot()
+        return self._snapshots is not None
+
+    def _save_snapshot(self) -> None:
+        assert self._snapshots is not None
+        self._snapshots.save()
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def saved(self, parallel: ParallelModel) -> list[SavedAverage]:
         """Return every average for a checkpoint, the main one first. All processes must call this."""
@@ -133,44 +152,29 @@ class Averages:
         return saved
 
     def load(self, state: dict[str, Any]) -> list[str]:
-        """Load the averages of a checkpoint.
+        """Load the averages of a checkpoint; return the names of those that start from the weights.
 
         As many as before continue in their order with the new decays. Otherwise each takes the saved one of the same
         decay, or one that was the same so far, or starts from the weights where there is none.
-
-        Returns:
-            The names of those that start from the weights.
         """
         own = self.ema.state_dict()
         mine, saved = _as_list(own["shadow"]), _as_list(state.get("shadow", {}))
         fresh: list[str] = []
         if len(mine) != len(saved):
+            decays = _as_list(self.ema.decay)
             by_decay = dict(zip(_as_list(state.get("decay")), saved, strict=False))
-            by_decay |= self._same_so_far(by_decay, state)
-            fresh = [name for name, decay in self._named_decays() if decay not in by_decay]
-            saved = [by_decay.get(decay, start) for (_, decay), start in zip(self._named_decays(), mine, strict=True)]
+            if state.get("decay_type") == "threshold":
+                same = distinct_decays([*by_decay, *decays], "threshold", max(1, int(state["step"])))
+                by_decay |= {own: by_decay[first] for first in by_decay for own in same.get(first, ()) if own in decays}
+            fresh = [name for name, decay in zip(self.names, decays, strict=True) if decay not in by_decay]
+            saved = [by_decay.get(decay, start) for decay, start in zip(decays, mine, strict=True)]
         shadow = saved if isinstance(own["shadow"], list) else saved[0]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # another decay: said already, with all that changed
-                configured = {key: own[key] for key in ("decay", "decay_type", "decay_args")}
-                self.ema.load_state_dict({**state, **configured, "shadow": shadow})
-        except ValueError as error:
-            raise UserError(f"the EMA cannot be set up: {error}") from error
+        configured = {key: own[key] for key in ("decay", "decay_type", "decay_args")}
+        with _as_user_errors(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # another decay: said already, with all that changed
+            self.ema.load_state_dict({**state, **configured, "shadow": shadow})
         return fresh
-
-    def _same_so_far(self, by_decay: dict[float, Any], state: dict[str, Any]) -> dict[float, Any]:
-        """Return own decays with the saved average of another decay that was the same in all updates so far."""
-        if state.get("decay_type") != "threshold":
-            return {}
-        own = [decay for _, decay in self._named_decays() if decay not in by_decay]
-        groups = distinct_decays([*by_decay, *own], "threshold", max(1, int(state["step"])))
-        return {same: by_decay[first] for first, others in groups.items() for same in others if first in by_decay}
-
-    def _named_decays(self) -> Iterator[tuple[str, float]]:
-        decays = self.ema.decay
-        return zip(self.names, decays if isinstance(decays, tuple) else (decays,), strict=True)
 
 
 def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,4 +1,4 @@
-"""Write a run's checkpoints, and read one to resume from.
+"""The folder of a run: is there room, an earlier run's files, checkpoints, and one to resume from.
 
 An epoch is written once, as `last.pth`. The other names (best, every so many epochs) are hard links to the same file;
 since `last.pth` is only ever replaced as a whole, they keep their content.
@@ -6,7 +6,6 @@ since `last.pth` is only ever replaced as a whole, they keep their content.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import shutil
@@ -17,38 +16,88 @@ from typing import Any
 
 import torch
 
-from fastema.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from fastema.checkpoint import CheckpointError, _replacing, load_checkpoint, save_checkpoint
+from fastema.segmentation.devices import accelerator
 from fastema.segmentation.distributed.parallel import ParallelModel
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.model.network import SegmentationNet
 from fastema.segmentation.options import TrainOptions, option_flag
 from fastema.segmentation.report.history import EpochRecord
 from fastema.segmentation.train.averages import Averages
-from fastema.segmentation.train.optimizer import TrainOptimizer
+from fastema.segmentation.train.epoch import TrainOptimizer
 
-LAST, BEST, BEST_EMA = "last.pth", "best_model.pth", "best_ema.pth"
+LAST, BEST, BEST_EMA, BEST_POSTHOC = "last.pth", "best_model.pth", "best_ema.pth", "best_posthoc.pth"
+TENSORBOARD, SNAPSHOTS = "tensorboard", "snapshots"
 
-# Needed to resume.
-_NEEDED = ("net", "optimizer", "history", "options")
-# Must be equal for the weights to fit.
-_ARCHITECTURE = ("backbone", "num_experts", "top_k")
-# Not reported as changed.
-_PLACES = ("resume_from", "checkpoint_dir")
+
+def ensure_writable(folder: Path) -> None:
+    """Make the folder and write a trial file, so that a run does not find it read-only after hours."""
+    trial = folder / f".trial.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with trial.open("wb") as file:
+                file.write(b"\0" * 4096)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            trial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--checkpoint-dir {folder} cannot be written to: {error.strerror or error}. Nothing was trained; give a "
+            "folder that can be, or make room"
+        ) from error
+
+
+def require_space(folder: Path, checkpoint_bytes: int, snapshot_bytes: int = 0) -> None:
+    """Raise `UserError` where the checkpoints of a run, of `checkpoint_bytes` each, do not fit.
+
+    In the worst case there are best base, best EMA and last, and a new one before an old one goes; and all snapshots.
+    """
+
+    def size(count: int) -> str:
+        return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+    free = shutil.disk_usage(folder).free
+    if free < 4 * checkpoint_bytes + snapshot_bytes:
+        snapshots = f", its snapshots take {size(snapshot_bytes)}" if snapshot_bytes else ""
+        raise UserError(
+            f"no space left for this run in {folder}: its checkpoints are {size(checkpoint_bytes)} each, and up to 4 "
+            f"are there at once{snapshots}; {size(free)} are free. Make room, or give another --checkpoint-dir"
+        )
+
+
+def move_previous_run(folder: Path, keep: Path | None) -> Path | None:
+    """Move an earlier run's files to `previous/`, replacing what was there; return that folder.
+
+    Nothing is moved, and None returned, if there was no run, or `keep`, the checkpoint to resume from, is in `folder`.
+    """
+    if (keep is not None and is_inside(keep, folder)) or not (folder / LAST).exists():
+        return None
+    previous = folder / "previous"
+    shutil.rmtree(previous, ignore_errors=True)
+    previous.mkdir()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".pth", ".csv", ".png") or file.name in (TENSORBOARD, SNAPSHOTS):
+            file.rename(previous / file.name)
+    return previous
+
+
+def is_inside(file: Path, folder: Path) -> bool:
+    """Return whether a file is in a folder, at any depth."""
+    return folder.resolve() in file.resolve().parents
 
 
 def read_resumable(path: Path, options: TrainOptions) -> dict[str, Any]:
     """Read a checkpoint to resume from."""
     checkpoint = load_checkpoint(path)
-    missing = [name for name in _NEEDED if name not in checkpoint]
-    if missing:
+    if missing := [name for name in ("net", "optimizer", "history", "options") if name not in checkpoint]:
         raise UserError(
             f"{path} cannot be resumed from: it has no {', '.join(missing)}; was it written by fastema train?"
         )
     trained, asked = checkpoint["options"], options.plain()
-    differing = [name for name in _ARCHITECTURE if trained.get(name, 0) != asked[name]]
-    if not asked["num_experts"]:
-        differing = [name for name in differing if name != "top_k"]
-    if differing:
+    needed = ("backbone", "num_experts", "top_k") if asked["num_experts"] else ("backbone", "num_experts")
+    if differing := [name for name in needed if trained.get(name, 0) != asked[name]]:
         before = " ".join(f"{option_flag(name)} {trained.get(name, 0)}" for name in differing)
         now = " ".join(f"{option_flag(name)} {asked[name]}" for name in differing)
         raise UserError(f"{path} was trained with {before}, not {now}")
@@ -60,11 +109,15 @@ def read_resumable(path: Path, options: TrainOptions) -> dict[str, Any]:
 
 def changed_options(checkpoint: dict[str, Any], options: TrainOptions) -> list[str]:
     """List what differs from the checkpoint's options, as `--flag old → new`."""
+
+    def shown(value: Any) -> str:
+        return ",".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
     before, now = checkpoint["options"], options.plain()
     changed = [
-        f"{option_flag(name)} {_shown(before.get(name, 'unset'))} → {_shown(value)}"
+        f"{option_flag(name)} {shown(before.get(name, 'unset'))} → {shown(value)}"
         for name, value in now.items()
-        if name not in _PLACES and before.get(name, value) != value
+        if name not in ("resume_from", "checkpoint_dir") and before.get(name, value) != value
     ]
     if "teacher_checkpoint" in before and "teacher_checkpoint" not in now:
         changed.append("no teacher any more: go on with fastema distill to keep it")
@@ -72,30 +125,19 @@ def changed_options(checkpoint: dict[str, Any], options: TrainOptions) -> list[s
 
 
 def write_epoch(
-    folder: Path,
+    options: TrainOptions,
     net: SegmentationNet,
     averages: Averages | None,
     optimizer: TrainOptimizer,
     history: Sequence[EpochRecord],
-    options: TrainOptions,
     bests_after: int,
     parallel: ParallelModel,
 ) -> None:
-    """Write `last.pth`, and link the other names that this epoch earned.
+    """Write `last.pth`, and link the other names that this epoch earned. All processes must call this.
 
-    The first process writes, the same for any number of processes. All must call this.
-
-    Args:
-        folder: the run's.
-        net: with its trained weights.
-        averages: None before they start.
-        optimizer: with its scaler.
-        history: up to this epoch.
-        options: stored as plain values.
-        bests_after: epochs up to this one do not count for `best_*.pth`; their files are in another folder.
-        parallel: the network over the processes.
+    Epochs up to `bests_after` do not count for `best_*.pth`; their files are in another folder.
     """
-    record = history[-1]
+    record, last = history[-1], options.checkpoint_dir / LAST
     candidates = [each for each in history if each.epoch > bests_after]
     best = max(candidates, key=lambda each: (each.iou, each.epoch))
     best_average = max((iou for each in candidates for iou in each.average_ious), default=None)
@@ -107,60 +149,51 @@ def write_epoch(
         "epoch": record.epoch,
         "history": [asdict(each) for each in history],
         "options": options.plain(),
-        "rng": rng_states(),
+        "rng": _rng_states(),
         "bests": {"iou": best.iou, "ema_iou": best_average},
         "ema_start_epoch": None if averages is None else averages.start_epoch,
     }
     if not parallel.processes.is_first:
         return
-    last = folder / LAST
     save_checkpoint(last, ema=saved[0] if saved else None, **content)
     if record is best:
-        _link(last, folder / BEST)
+        _link(last, BEST)
     if options.save_every and record.epoch % options.save_every == 0:
-        _link(last, folder / f"checkpoint_epoch{record.epoch}.pth")
+        _link(last, f"checkpoint_epoch{record.epoch}.pth")
     scores = record.average_ious
     if saved and scores and max(scores) >= (best_average or 0.0):
         which = scores.index(max(scores))
         if which == 0:
-            _link(last, folder / BEST_EMA)
+            _link(last, BEST_EMA)
         else:
-            save_checkpoint(folder / BEST_EMA, ema=saved[which], **content)
+            save_checkpoint(last.with_name(BEST_EMA), ema=saved[which], **content)
 
 
-def rng_states() -> dict[str, Any]:
-    """Return the states of this process's random generators, as plain values and tensors."""
+def _rng_states() -> dict[str, Any]:
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
+    if (device := accelerator()) is not None:
+        states[device.type] = torch.get_device_module(device).get_rng_state_all()
     return states
 
 
 def restore_rng(states: dict[str, Any]) -> None:
-    """Restore the generators. Every epoch seeds torch's again; the others continue from here."""
+    """Restore the random generators. Every epoch seeds torch's again; the others continue from here."""
     torch.set_rng_state(states["torch"])
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
-    if "cuda" in states and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    device = accelerator()
+    if device is not None and len(states.get(device.type, ())) == torch.accelerator.device_count():
+        torch.get_device_module(device).set_rng_state_all(states[device.type])
 
 
-def _link(source: Path, target: Path) -> None:
-    """Replace `target` atomically by a hard link to `source`, or a copy where the file system has no links."""
-    target = Path(os.path.realpath(target))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+def _link(source: Path, name: str) -> None:
+    """Replace a file beside `source` atomically by a hard link to it, or a copy where the file system has no links."""
+    target = Path(os.path.realpath(source.with_name(name)))
     try:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
+        with _replacing(target) as temporary:
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {target}: {error.strerror}; what was there before is untouched") from error
-
-
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastema.segmentation.console import say
 from fastema.segmentation.data.listing import Pair
 from fastema.segmentation.data.loaders import ValidationSet, validation_loader
+from fastema.segmentation.devices import CPU, Precision
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.load import load_net, read_checkpoint
@@ -26,7 +27,6 @@ from fastema.segmentation.model.network import Output, SegmentationNet
 from fastema.segmentation.options import DistillOptions
 from fastema.segmentation.report.timers import Timers
 from fastema.segmentation.train.losses import BALANCE_WEIGHT, MakeObjective, Objective, training_loss
-from fastema.segmentation.train.optimizer import Precision
 
 
 class Teacher(nn.Module):
@@ -51,15 +51,15 @@ class Teacher(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         """Map images, float [N, 3, H, W] in [0, 1], to logits [N, 1, H, W] at the images' size."""
-        size = images.shape[-2:]
-        own = torch.Size((self.img_size, self.img_size))
         with torch.no_grad():
-            if size == own:
-                return self.net(images)
-            output: Output = self.net(F.interpolate(images, own, mode="bilinear", align_corners=False, antialias=True))
-            return output._replace(
-                logits=F.interpolate(output.logits, size, mode="bilinear", align_corners=False, antialias=True)
-            )
+            output: Output = self.net(_resized(images, torch.Size((self.img_size, self.img_size))))
+            return output._replace(logits=_resized(output.logits, images.shape[-2:]))
+
+
+def _resized(maps: Tensor, size: torch.Size) -> Tensor:
+    if maps.shape[-2:] == size:
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def load_teacher(path: Path, backbone: str | None = None) -> Teacher:
@@ -70,24 +70,18 @@ def load_teacher(path: Path, backbone: str | None = None) -> Teacher:
         backbone: the expected one, without regard to a pretraining tag (`name.tag`).
     """
     checkpoint = read_checkpoint(path)
-    architecture = checkpoint.architecture
+    architecture, weights = checkpoint.architecture, checkpoint.weights[-1]
     if backbone is not None and backbone.partition(".")[0] != architecture.backbone.partition(".")[0]:
         raise UserError(
             f"--teacher-checkpoint {path} has the backbone {architecture.backbone}, not {backbone}: give the "
             "checkpoint that you mean, or leave out --teacher-backbone, which is only a check"
         )
-    weights = checkpoint.weights[-1]
-    net = load_net(checkpoint, torch.device("cpu"), weights)
-    parts = [f"{weights} of {path}", architecture.backbone]
-    if architecture.num_experts:
-        parts.append(f"{architecture.num_experts} experts a level")
-    if checkpoint.epoch is not None:
-        parts[0] += f" after epoch {checkpoint.epoch}"
-    parts.append(f"{sum(parameter.numel() for parameter in net.parameters()) / 1e6:.1f} M parameters")
-    val_fraction = checkpoint.options.get("val_fraction")
-    return Teacher(
-        net, checkpoint.img_size, "; ".join(parts), val_fraction if isinstance(val_fraction, float) else None
-    )
+    net = load_net(checkpoint, CPU, weights)
+    epoch = "" if checkpoint.epoch is None else f" after epoch {checkpoint.epoch}"
+    experts = f"{architecture.num_experts} experts a level; " if architecture.num_experts else ""
+    millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
+    origin = f"{weights} of {path}{epoch}; {architecture.backbone}; {experts}{millions:.1f} M parameters"
+    return Teacher(net, checkpoint.img_size, origin, checkpoint.options.get("val_fraction"))
 
 
 @dataclass
@@ -150,13 +144,7 @@ class Distillation:
         return make_objective
 
     def loss(self, output: Output, masks: Tensor, taught: Tensor) -> Tensor:
-        """Return the mean loss of a batch, a scalar.
-
-        Args:
-            output: the student's.
-            masks: float [N, 1, H, W] of 0 and 1.
-            taught: the teacher's logits, [N, 1, H, W].
-        """
+        """Return the mean loss of a batch: student's output, masks of 0 and 1, teacher's logits, each [N, 1, H, W]."""
         to_masks = training_loss(output, masks, balance_weight=0.0)
         to_teacher = distillation_loss(output.logits, taught, self.temperature)
         return (1 - self.weight) * to_masks + self.weight * to_teacher + BALANCE_WEIGHT * output.balance

@@ -8,8 +8,8 @@ from typing import TypeAlias
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastema.segmentation.devices import Precision
 from fastema.segmentation.model.network import Output
-from fastema.segmentation.train.optimizer import Precision
 
 # The structure loss of F3Net (Wei, Wang, Huang, AAAI 2020): width of the outline's surroundings, pixels, and how much
 # more the outline weighs.
@@ -47,31 +47,20 @@ def training_loss(output: Output, masks: Tensor, balance_weight: float = BALANCE
         balance_weight: of the experts' balance loss.
     """
     weights = _outline_weights(masks)
-    loss = _structure_loss(output.logits, masks, weights)
-    for level, logits in enumerate(output.side_logits, start=1):
-        loss = loss + _SIDE_DECAY**level * _structure_loss(logits, masks, weights)
+    levels = [output.logits, *output.side_logits]
+    loss = sum(_SIDE_DECAY**level * structure_loss(logits, masks, weights) for level, logits in enumerate(levels))
     return loss + balance_weight * output.balance
 
 
-def structure_loss(logits: Tensor, masks: Tensor) -> Tensor:
+def structure_loss(logits: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return weighted binary cross-entropy plus weighted IoU loss per image, averaged over the batch.
 
     Args:
         logits: [N, 1, H, W].
         masks: float [N, 1, H, W] of 0 and 1.
+        weights: of the pixels, [N, 1, H, W], larger at the masks' outlines unless given.
     """
-    return _structure_loss(logits, masks, _outline_weights(masks))
-
-
-def _outline_weights(masks: Tensor) -> Tensor:
-    """Return [N, 1, H, W]: from 1, far from any outline, to 6, where a pixel is unlike all of its surroundings."""
-    # A square's mean is a mean along each side, at a fifteenth of the work.
-    rows = F.avg_pool2d(masks, (1, _WINDOW), stride=1, padding=(0, _WINDOW // 2))
-    surroundings = F.avg_pool2d(rows, (_WINDOW, 1), stride=1, padding=(_WINDOW // 2, 0))
-    return 1 + _EMPHASIS * (surroundings - masks).abs()
-
-
-def _structure_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
+    weights = _outline_weights(masks) if weights is None else weights
     # With a mean in place of reduction="none", as in much published code, the weights cancel out.
     entropy = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
     weighted_entropy = (weights * entropy).sum((2, 3)) / weights.sum((2, 3))
@@ -81,3 +70,11 @@ def _structure_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
     total = ((predictions + masks) * weights).sum((2, 3))
     weighted_iou = 1 - (intersection + 1) / (total - intersection + 1)
     return (weighted_entropy + weighted_iou).mean()
+
+
+def _outline_weights(masks: Tensor) -> Tensor:
+    """Return [N, 1, H, W]: from 1, far from any outline, to 6, where a pixel is unlike all of its surroundings."""
+    # A square's mean is a mean along each side, at a fifteenth of the work.
+    rows = F.avg_pool2d(masks, (1, _WINDOW), stride=1, padding=(0, _WINDOW // 2))
+    surroundings = F.avg_pool2d(rows, (_WINDOW, 1), stride=1, padding=(_WINDOW // 2, 0))
+    return 1 + _EMPHASIS * (surroundings - masks).abs()

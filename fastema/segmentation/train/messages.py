@@ -25,16 +25,10 @@ from fastema.segmentation.train.stages import Stage
 _EPOCHS_FOR_A_FINDING = 3
 # Chosen for a smaller share of the images on every level, an expert hardly learns.
 _IDLE = 0.01
-# The advisor's names of our learning-rate schedules.
-_LR_SCHEDULES = {
-    "cosine": "cosine",
-    "cosine_restart": "restarts",
-    "onecycle": "cosine",
-    "wsd": "wsd",
-    "none": "constant",
-}
 # Share of the training time spent waiting for images that is reported.
 _LONG_WAIT = 0.2
+# The advisor's names of our learning-rate schedules, where they differ.
+_LR_SCHEDULES = {"cosine_restart": "restarts", "onecycle": "cosine", "none": "constant"}
 
 
 class Messages:
@@ -57,44 +51,36 @@ class Messages:
     def model(self, net: nn.Module, weights: str, device: torch.device, processes: Processes) -> None:
         """Print what is trained, from which weights, and where."""
         options = self._options
-        parameters = sum(parameter.numel() for parameter in net.parameters())
-        experts = f"{options.num_experts} experts a level, {options.top_k} an image" if options.num_experts else ""
-        self.say(f"Model: {_join(options.backbone, experts)}; {parameters / 1e6:.1f} M parameters")
+        millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
+        experts = f", {options.num_experts} experts a level, {options.top_k} an image" if options.num_experts else ""
+        self.say(f"Model: {options.backbone}{experts}; {millions:.1f} M parameters")
         precision = options.amp if options.amp != "none" else ""
-        place = _join(f"on {device}", precision, processes.describe(options.fsdp))
+        place = ", ".join(filter(None, [f"on {device}", precision, processes.describe(options.fsdp)]))
         self.say(f"       weights: {options.resume_from or weights}; {place}")
 
     def averages(self, averages: Averages, updates_per_epoch: int) -> None:
         """Print which averages start, and what to expect of them."""
-        options, several = self._options, len(averages.names) > 1
-        self._windows(averages, updates_per_epoch, several)
-        outlook = expect(
-            max(1, averages.total_steps), _LR_SCHEDULES[options.scheduler], options.min_lr / options.second_lr
-        )
-        self.say(f"EMA: {outlook.text}")
-
-    def _windows(self, averages: Averages, updates_per_epoch: int, several: bool) -> None:
-        options = self._options
+        options, names, total = self._options, averages.names, averages.total_steps
         if options.ema_profiles:
-            self.say(f"EMA: {', '.join(averages.names)}, power profiles, backend {averages.ema.backend_name}")
-            for name, sigma in zip(averages.names, options.ema_profiles, strict=True):
+            self.say(f"EMA: {', '.join(names)}, power profiles, backend {averages.ema.backend_name}")
+            for name, sigma in zip(names, options.ema_profiles, strict=True):
                 age = 1 / (gamma_of(sigma) + 2)
-                self.say(
-                    f"EMA {name}: mean age {age:.1%} of the run, {age * averages.total_steps:,.0f} updates at its end"
-                )
-            return
-        decays = f"{'decays' if several else 'decay'} {', '.join(averages.names)}"
-        self.say(f"EMA: {decays}, {options.ema_decay_type}, backend {averages.ema.backend_name}")
-        for decay, same in averages.decays.items():
-            if same:
-                names = ", ".join(f"{each:g}" for each in same)
-                self.say(
-                    f"EMA: {names} left out: in a run of {averages.total_steps:,} updates the threshold schedule makes "
-                    f"it the same average as {decay:g}"
-                )
-        for name, decay in zip(averages.names, averages.decays, strict=True):
-            expected = describe_window(decay, options.ema_decay_type, updates_per_epoch, averages.total_steps)
-            self.say(f"{f'EMA {name}' if several else 'EMA'}: {expected}")
+                self.say(f"EMA {name}: mean age {age:.1%} of the run, {age * total:,.0f} updates at its end")
+        else:
+            plural = "s" if len(names) > 1 else ""
+            backend = averages.ema.backend_name
+            self.say(f"EMA: decay{plural} {', '.join(names)}, {options.ema_decay_type}, backend {backend}")
+            for decay, same in averages.decays.items():
+                if same:
+                    self.say(
+                        f"EMA: {', '.join(f'{each:g}' for each in same)} left out: in a run of {total:,} updates the "
+                        f"threshold schedule makes it the same average as {decay:g}"
+                    )
+            for name, decay in zip(names, averages.decays, strict=True):
+                expected = describe_window(decay, options.ema_decay_type, updates_per_epoch, total)
+                self.say(f"{f'EMA {name}' if plural else 'EMA'}: {expected}")
+        schedule = _LR_SCHEDULES.get(options.scheduler, options.scheduler)
+        self.say(f"EMA: {expect(max(1, total), schedule, options.min_lr / options.second_lr).text}")
 
     def stage(self, stage: Stage, opened: int, levels: int) -> None:
         """Print what trains, if that changes: `opened` of the backbone's `levels` levels."""
@@ -113,10 +99,10 @@ class Messages:
 
     def epoch(self, history: Sequence[EpochRecord], averages: Averages | None, updates_per_epoch: int) -> None:
         """Print the last epoch's line, and what changed since the epoch before."""
-        record = history[-1]
+        record, options = history[-1], self._options
         self.say(record.line("" if averages is None else averages.names[0]))
         if record.expert_usage:
-            names = expert_names(self._options.num_experts)
+            names = expert_names(options.num_experts)
             self.say(usage_line(names, record.expert_usage))
             idle = idle_experts(names, record.expert_usage)
             if self.changed("idle", idle) and idle:
@@ -124,15 +110,15 @@ class Messages:
         if record.data_wait >= _LONG_WAIT and self.changed("data", True):
             self.say(
                 f"Data: {record.data_wait:.0%} of the training time went by waiting for images; try more --num-workers "
-                f"than {self._options.num_workers}"
+                f"than {options.num_workers}"
             )
-        if averages is None or self._options.ema_profiles:  # a profile's window grows with the run
+        if averages is None or options.ema_profiles:  # a profile's window grows with the run
             return
         finding = latest_finding(
             [record.iou for record in history],
             [record.ema_iou for record in history],
             next(iter(averages.decays)),
-            self._options.ema_decay_type,
+            options.ema_decay_type,
             updates_per_epoch,
             averages.total_steps,
         )
@@ -148,9 +134,10 @@ def describe_window(decay: float, decay_type: str, updates_per_epoch: int, total
     settle = settle_epochs(decay, updates_per_epoch, decay_type=decay_type, total_steps=total_steps)
     # A schedule drops the starting weights at once, but still has to fill the widest window that it gets to.
     last = max(Decays(decay, decay_type, total_steps, 0, {}).at(step)[0] for step in (1, max(1, total_steps)))
-    wait = math.ceil(max(settle, lag(last, updates_per_epoch)))
-    text = f"looks back over up to {window(last):,.0f} updates, {lag(last, updates_per_epoch):.3g} epochs"
-    return f"{text}; judge it after {wait} {'epoch' if wait == 1 else 'epochs'}"
+    epochs = lag(last, updates_per_epoch)
+    wait = math.ceil(max(settle, epochs))
+    judge = f"judge it after {wait} {'epoch' if wait == 1 else 'epochs'}"
+    return f"looks back over up to {window(last):,.0f} updates, {epochs:.3g} epochs; {judge}"
 
 
 def latest_finding(
@@ -173,12 +160,7 @@ def latest_finding(
 
 
 def usage_line(names: Sequence[str], usage: Sequence[Sequence[float]]) -> str:
-    """Format each expert's share of the images, the most chosen first.
-
-    Args:
-        names: of the experts.
-        usage: [levels][experts].
-    """
+    """Format each expert's share of the images, the most chosen first; `usage` is [levels][experts]."""
     means = sorted((fmean(shares), name) for name, shares in zip(names, zip(*usage, strict=True), strict=True))
     listed = ", ".join(f"{name} {mean:.0%}" for mean, name in reversed(means))
     return f"  Experts, share of images (mean of {len(usage)} levels): {listed}"
@@ -187,7 +169,3 @@ def usage_line(names: Sequence[str], usage: Sequence[Sequence[float]]) -> str:
 def idle_experts(names: Sequence[str], usage: Sequence[Sequence[float]]) -> list[str]:
     """Return the experts that hardly any image chose on any level."""
     return [name for name, shares in zip(names, zip(*usage, strict=True), strict=True) if max(shares) < _IDLE]
-
-
-def _join(*parts: str) -> str:
-    return ", ".join(filter(None, parts))

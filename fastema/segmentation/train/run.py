@@ -11,15 +11,15 @@ from rich.console import Console
 from fastema.checkpoint import CheckpointError
 from fastema.segmentation.console import progress, say
 from fastema.segmentation.data import synthetic
+from fastema.segmentation.data.images import verify_pairs
 from fastema.segmentation.data.listing import Pair, hold_out, list_pairs
-from fastema.segmentation.data.verify import verify_pairs
+from fastema.segmentation.devices import explain_out_of_memory
 from fastema.segmentation.distributed.process_group import Processes
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import SYNTHETIC, DistillOptions, TrainOptions
-from fastema.segmentation.out_of_memory import explain_out_of_memory
+from fastema.segmentation.train.checkpoints import LAST, ensure_writable, move_previous_run
 from fastema.segmentation.train.distillation import Distillation, load_teacher
 from fastema.segmentation.train.losses import MakeObjective, supervised
-from fastema.segmentation.train.run_dir import ensure_writable, move_previous_run
 from fastema.segmentation.train.signals import sigterm_raises
 from fastema.segmentation.train.trainer import Trainer
 
@@ -46,7 +46,13 @@ def run_training(
         try:
             trainer.fit()
         except KeyboardInterrupt as interrupt:
-            raise type(interrupt)(*_how_to_resume(options, console)) from None
+            last = options.checkpoint_dir / LAST
+            if last.exists():
+                raise type(interrupt)(f"go on with --resume-from {last}") from None
+            if options.resume_from is not None:
+                raise type(interrupt)(f"no epoch was finished; start again from {options.resume_from}") from None
+            say(console, "No epoch was finished, so there is nothing to go on from")
+            raise type(interrupt) from None
         return trainer
 
 
@@ -64,25 +70,14 @@ def run_distillation(options: DistillOptions, processes: Processes) -> Trainer:
 
 
 def _read_data(options: TrainOptions, console: Console) -> tuple[Sequence[Pair], Sequence[Pair]]:
+    root = Path(options.dataset_path)
     if options.dataset_path == SYNTHETIC:
         say(console, f"Data: camouflage, generated once and kept in {options.checkpoint_dir}")
         root = synthetic.ensure_dataset(options.checkpoint_dir, options.seed)
-    else:
-        root = Path(options.dataset_path)
     listing = list_pairs(root, cam_only=options.cam_only)
-    with progress(console, "Reading every file", len(listing.pairs)) as bar:
-        pairs = verify_pairs(listing, bar.advance)
+    with progress(console, "Reading every file", len(listing.pairs)) as advance:
+        pairs = verify_pairs(listing, advance)
     training, validation = hold_out(pairs, options.val_fraction)
     counts = f"{len(training)} images to train on, {len(validation)} held out to validate on"
     say(console, "\n      ".join([f"Data: {root}, every file read; {counts}", *listing.notes()]))
     return training, validation
-
-
-def _how_to_resume(options: TrainOptions, console: Console) -> list[str]:
-    last = options.checkpoint_dir / "last.pth"
-    if last.exists():
-        return [f"go on with --resume-from {last}"]
-    if options.resume_from is not None:
-        return [f"no epoch was finished; start again from {options.resume_from}"]
-    say(console, "No epoch was finished, so there is nothing to go on from")
-    return []

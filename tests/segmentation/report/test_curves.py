@@ -15,8 +15,8 @@ if missing_packages():
 import numpy as np
 from PIL import Image
 
-from fastema.segmentation.report.curves import _BASE, _EMA, _OTHERS, write_curves
 from fastema.segmentation.report.history import EpochRecord
+from fastema.segmentation.report.pictures import BASE, EMA, OTHERS, write_curves
 
 
 def run(epochs: int, ema: bool = True, stage1: int = 0, others: tuple[str, ...] = ()) -> list[EpochRecord]:
@@ -57,7 +57,7 @@ def pixels_of(picture: np.ndarray, colour: str) -> np.ndarray:
 def test_base_and_average_are_told_apart(tmp_path: Path) -> None:
     picture = drawn(tmp_path / "curves.png", run(60))
     assert picture.shape == (600, 1000, 3)
-    average, base = pixels_of(picture, _EMA), pixels_of(picture, _BASE)
+    average, base = pixels_of(picture, EMA), pixels_of(picture, BASE)
     assert average[0, 1] > 100  # IoU
     assert average[1, 1] > 100  # its window
     assert average[:, 0].tolist() == [0, 0]
@@ -66,16 +66,16 @@ def test_base_and_average_are_told_apart(tmp_path: Path) -> None:
 
 def test_without_an_average_none_is_drawn(tmp_path: Path) -> None:
     picture = drawn(tmp_path / "curves.png", run(60, ema=False))
-    assert pixels_of(picture, _EMA).sum() == 0
-    assert pixels_of(picture, _BASE)[0, 1] > 100
+    assert pixels_of(picture, EMA).sum() == 0
+    assert pixels_of(picture, BASE)[0, 1] > 100
 
 
 def test_every_average_has_a_colour_of_its_own(tmp_path: Path) -> None:
     picture = drawn(tmp_path / "curves.png", run(60, others=("0.9", "0.9999")))
-    for colour in _OTHERS[:2]:
+    for colour in OTHERS[:2]:
         assert pixels_of(picture, colour)[0, 1] > 20
         assert pixels_of(picture, colour)[1, 1] > 20
-    assert pixels_of(picture, _OTHERS[2]).sum() == 0
+    assert pixels_of(picture, OTHERS[2]).sum() == 0
 
 
 def test_the_second_stage_is_marked_in_all_four(tmp_path: Path) -> None:

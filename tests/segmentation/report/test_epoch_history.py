@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +16,7 @@ import torch
 from fastema import cli
 from fastema.advisor.history_files import read_history
 from fastema.segmentation.report import history as history_module
-from fastema.segmentation.report.history import EpochRecord, append_csv, write_csv
-from fastema.segmentation.report.tensorboard import TensorBoardLog
+from fastema.segmentation.report.history import EpochRecord, TensorBoardLog, append_csv, write_csv
 
 
 def record(epoch: int, ema: bool = True, **changes: Any) -> EpochRecord:
@@ -149,7 +149,7 @@ def test_a_disk_that_is_full_leaves_the_file_as_it_was(tmp_path: Path, monkeypat
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(history_module.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         write_csv(path, [record(1), record(2)])
     assert path.read_text() == before

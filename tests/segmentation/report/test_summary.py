@@ -21,7 +21,7 @@ from rich.console import Console
 
 from fastema.segmentation.console import progress
 from fastema.segmentation.report.history import EpochRecord, write_csv
-from fastema.segmentation.report.prediction_grid import Example, write_predictions
+from fastema.segmentation.report.pictures import Example, write_predictions
 from fastema.segmentation.report.summary import Comparison, print_summary
 from fastema.segmentation.report.timers import Timers
 from fastema.segmentation.train.messages import idle_experts, usage_line
@@ -159,18 +159,18 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
     now = [0.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=100)
-    with progress(console, "Epoch 1/2", 4) as bar:
+    with progress(console, "Epoch 1/2", 4) as advance:
         for seconds in (3.0, 9.0, 1.0, 60.0):
             now[0] += seconds
-            bar.advance("loss 0.5000")
+            advance("loss 0.5000")
     assert console.file.getvalue() == "  Epoch 1/2: 2/4 loss 0.5000\n"  # type: ignore[attr-defined]
 
 
 def test_a_live_bar_on_a_terminal() -> None:
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
-    with progress(console, "Epoch 1/2", 4) as bar:
+    with progress(console, "Epoch 1/2", 4) as advance:
         for _ in range(4):
-            bar.advance("loss 0.5000")
+            advance("loss 0.5000")
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "Epoch 1/2" in text
     assert "4/4" in text

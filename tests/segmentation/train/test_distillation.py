@@ -22,6 +22,7 @@ from fastema.cli.train import options_of
 from fastema.segmentation.data.listing import hold_out, list_pairs
 from fastema.segmentation.data.loaders import ValidationSet, validation_loader
 from fastema.segmentation.data.synthetic import ensure_dataset
+from fastema.segmentation.devices import Precision
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.load import load_net, read_checkpoint
@@ -32,7 +33,6 @@ from fastema.segmentation.train import trainer as trainer_module
 from fastema.segmentation.train.checkpoints import changed_options
 from fastema.segmentation.train.distillation import Distillation, Teacher, distillation_loss, load_teacher, mean_iou
 from fastema.segmentation.train.losses import BALANCE_WEIGHT, structure_loss
-from fastema.segmentation.train.optimizer import Precision
 from fastema.segmentation.train.trainer import Trainer
 from segmentation.runs import Pairs, differences, output_of, tiny_options, tiny_run
 from segmentation.tiny_network import random_net

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastema.segmentation.model.network import Output
-from fastema.segmentation.train.epoch import EpochResult, train_epoch
-from fastema.segmentation.train.lr_schedule import LRSchedule
-from fastema.segmentation.train.optimizer import NotFiniteError
-from fastema.segmentation.train.stages import Stage
+from fastema.segmentation.train.epoch import EpochResult, NotFiniteError, train_epoch
+from fastema.segmentation.train.stages import LRSchedule, Stage
 
 VALUES = torch.arange(1.0, 11.0)  # ten images, each of one pixel
 

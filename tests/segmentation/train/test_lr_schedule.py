@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, LRScheduler, OneCycleLR
 
-from fastema.segmentation.train.lr_schedule import LRSchedule, first_cycle
+from fastema.segmentation.train.stages import LRSchedule, first_cycle
 
 HIGHEST, LOWEST = 2e-4, 1e-5
 

@@ -20,7 +20,7 @@ from fastema.segmentation.data.loaders import ValidationSet, validation_loader
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.load import load_net, read_checkpoint
-from fastema.segmentation.train.run_dir import move_previous_run
+from fastema.segmentation.train.checkpoints import move_previous_run
 from fastema.segmentation.train.trainer import Trainer
 from segmentation.runs import differences, output_of, tiny_options, tiny_run
 

@@ -22,7 +22,7 @@ from fastema.checkpoint import CheckpointError, load_checkpoint, load_weights
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.train import checkpoints
 from fastema.segmentation.train import trainer as trainer_module
-from fastema.segmentation.train.run_dir import ensure_writable, move_previous_run, require_space
+from fastema.segmentation.train.checkpoints import ensure_writable, move_previous_run, require_space
 from fastema.segmentation.train.trainer import Trainer
 from segmentation.phases import PHASE_1, PHASE_2
 from segmentation.runs import differences
@@ -254,7 +254,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(pairs, tmp_path
 
 
 def test_float16_is_refused_on_a_cpu(pairs, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--amp fp16 needs a CUDA device, and this run is on cpu: .* Use --amp bf16"):
+    with pytest.raises(UserError, match=r"--amp fp16 needs a GPU, and this run is on cpu: .* Use --amp bf16"):
         trainer(pairs, options(tmp_path / "run", amp="fp16"))
 
 
@@ -535,10 +535,8 @@ def test_a_disk_that_fills_up_names_the_last_good_checkpoint(
 def test_a_disk_that_is_full_is_found_before_the_training(
     pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastema.segmentation.train import run_dir
-
-    usage = run_dir.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(run_dir.shutil, "disk_usage", lambda _: usage._replace(free=30_000_000))
+    usage = checkpoints.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage._replace(free=30_000_000))
     with pytest.raises(UserError, match=r"no space left for this run in .*: its checkpoints are \d+\.\d MB each"):
         trainer(pairs, options(tmp_path / "run", use_ema=True))
     require_space(tmp_path, 1_000_000)
