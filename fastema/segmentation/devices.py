@@ -12,11 +12,10 @@ from fastema.backends.streams import has_streams
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import TrainOptions
 
+CPU = torch.device("cpu")
+
 # Messages of the CPU allocator on Linux, Windows and macOS.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator", "Cannot allocate memory")
-
-
-CPU = torch.device("cpu")
 
 
 def accelerator() -> torch.device | None:

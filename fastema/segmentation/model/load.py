@@ -17,8 +17,7 @@ from fastema import FastEMA
 from fastema.checkpoint import CheckpointError, load_checkpoint, load_weights
 from fastema.core.text import first_few
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.model.backbones import check_input_size
-from fastema.segmentation.model.network import Architecture, SegmentationNet, create_net
+from fastema.segmentation.model.network import Architecture, SegmentationNet, check_input_size, create_net
 
 BASE, AVERAGED = "net", "ema_net"
 

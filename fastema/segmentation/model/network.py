@@ -156,6 +156,15 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def check_input_size(net: nn.Module, name: str, size: int) -> None:
+    """Raise `UserError` if the network cannot take square images of `size`; some transformers take only their own."""
+    try:
+        with eval_mode(net), torch.no_grad():
+            net(torch.zeros(1, 3, size, size))
+    except Exception as error:  # whatever the backbone raises
+        raise UserError(f"backbone {name} cannot take --img-size {size}: {error}") from error
+
+
 def create_net(architecture: Architecture, pretrained: bool) -> tuple[SegmentationNet, str]:
     """Create the network; return it and the source of its backbone's weights, in words."""
     backbone = create_backbone(architecture.backbone, pretrained)

@@ -165,7 +165,7 @@ class Averages:
             by_decay = dict(zip(_as_list(state.get("decay")), saved, strict=False))
             if state.get("decay_type") == "threshold":
                 same = distinct_decays([*by_decay, *decays], "threshold", max(1, int(state["step"])))
-                by_decay |= {own: by_decay[first] for first in by_decay for own in same.get(first, ()) if own in decays}
+                by_decay = {own: by_decay[first] for first in by_decay for own in same.get(first, ())} | by_decay
             fresh = [name for name, decay in zip(self.names, decays, strict=True) if decay not in by_decay]
             saved = [by_decay.get(decay, start) for decay, start in zip(decays, mine, strict=True)]
         shadow = saved if isinstance(own["shadow"], list) else saved[0]

@@ -12,9 +12,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from fastema.checkpoint import CheckpointError, _replacing, load_checkpoint, save_checkpoint
 from fastema.segmentation.devices import accelerator
@@ -32,16 +34,12 @@ TENSORBOARD, SNAPSHOTS = "tensorboard", "snapshots"
 
 def ensure_writable(folder: Path) -> None:
     """Make the folder and write a trial file, so that a run does not find it read-only after hours."""
-    trial = folder / f".trial.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with trial.open("wb") as file:
-                file.write(b"\0" * 4096)
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            trial.unlink(missing_ok=True)
+        with TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise UserError(
             f"--checkpoint-dir {folder} cannot be written to: {error.strerror or error}. Nothing was trained; give a "
@@ -54,16 +52,12 @@ def require_space(folder: Path, checkpoint_bytes: int, snapshot_bytes: int = 0) 
 
     In the worst case there are best base, best EMA and last, and a new one before an old one goes; and all snapshots.
     """
-
-    def size(count: int) -> str:
-        return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
     free = shutil.disk_usage(folder).free
     if free < 4 * checkpoint_bytes + snapshot_bytes:
-        snapshots = f", its snapshots take {size(snapshot_bytes)}" if snapshot_bytes else ""
+        snapshots = f", its snapshots take {decimal(snapshot_bytes)}" if snapshot_bytes else ""
         raise UserError(
-            f"no space left for this run in {folder}: its checkpoints are {size(checkpoint_bytes)} each, and up to 4 "
-            f"are there at once{snapshots}; {size(free)} are free. Make room, or give another --checkpoint-dir"
+            f"no space left for this run in {folder}: its checkpoints are {decimal(checkpoint_bytes)} each, and up to "
+            f"4 are there at once{snapshots}; {decimal(free)} are free. Make room, or give another --checkpoint-dir"
         )
 
 

@@ -24,9 +24,9 @@ from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.load import load_net, read_checkpoint
 from fastema.segmentation.model.network import Output, SegmentationNet
-from fastema.segmentation.options import DistillOptions
+from fastema.segmentation.options import TrainOptions
 from fastema.segmentation.report.timers import Timers
-from fastema.segmentation.train.losses import BALANCE_WEIGHT, MakeObjective, Objective, training_loss
+from fastema.segmentation.train.losses import BALANCE_WEIGHT, Objective, training_loss
 
 
 class Teacher(nn.Module):
@@ -119,29 +119,23 @@ class Distillation:
 
         return objective
 
-    def announced_objective(
-        self, options: DistillOptions, validation: Sequence[Pair], console: Console
-    ) -> MakeObjective:
-        """Return `make_objective`, which also prints how good the teacher is on the validation images."""
+    def announce(
+        self, options: TrainOptions, validation: Sequence[Pair], device: torch.device, console: Console
+    ) -> None:
+        """Print how good the teacher, on its device, is on the validation images."""
         teacher = self.teacher
-
-        def make_objective(net: nn.Module, precision: Precision) -> Objective:
-            objective = self.make_objective(net, precision)
-            score = mean_iou(teacher, validation, options.img_size, options.num_workers, precision.device)
-            say(console, f"Teacher: IoU {score:.4f} ({teacher.origin})")
-            if teacher.img_size != options.img_size:
-                size = f"images of {options.img_size} pixels resized to its {teacher.img_size}"
-                say(console, f"Teacher: shown the {size}")
-            if teacher.val_fraction is not None and teacher.val_fraction < options.val_fraction:
-                say(
-                    console,
-                    f"Teacher: it held out {teacher.val_fraction:.0%} of its images, this run "
-                    f"{options.val_fraction:.0%}: if they are the same images, it was trained on some that are "
-                    "validated on here, and so is better on them than on new ones",
-                )
-            return objective
-
-        return make_objective
+        score = mean_iou(teacher, validation, options.img_size, options.num_workers, device)
+        say(console, f"Teacher: IoU {score:.4f} ({teacher.origin})")
+        if teacher.img_size != options.img_size:
+            size = f"images of {options.img_size} pixels resized to its {teacher.img_size}"
+            say(console, f"Teacher: shown the {size}")
+        if teacher.val_fraction is not None and teacher.val_fraction < options.val_fraction:
+            say(
+                console,
+                f"Teacher: it held out {teacher.val_fraction:.0%} of its images, this run {options.val_fraction:.0%}: "
+                "if they are the same images, it was trained on some that are validated on here, and so is better on "
+                "them than on new ones",
+            )
 
     def loss(self, output: Output, masks: Tensor, taught: Tensor) -> Tensor:
         """Return the mean loss of a batch: student's output, masks of 0 and 1, teacher's logits, each [N, 1, H, W]."""

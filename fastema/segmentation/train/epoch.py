@@ -144,20 +144,18 @@ def train_epoch(
         NotFiniteError: loss or gradient are not finite any more.
     """
     step = stage.step_before(epoch)
-    left = images
-    group_left = group = min(stage.group_size, left)
     own = own_of_group = 0  # images of this process
     loss_sum, usage_sum = 0.0, torch.zeros(())
     step_seconds: list[float] = []
     waits: list[float] = []
     started = step_started = time.perf_counter()
     batches = pad_batches(timed_items(loader, waits), math.ceil(images / stage.batch_size))
-    for (pictures, masks), counts in batches:
+    for batch, ((pictures, masks), counts) in enumerate(batches):
         count = len(pictures) if counts else 0
-        batch = min(stage.batch_size, left)
-        left -= batch
-        group_left -= batch
-        with parallel.reduce_gradients(now=group_left == 0):
+        first = batch * stage.batch_size
+        group = min(stage.group_size, images - first // stage.group_size * stage.group_size)
+        ends_group = first % stage.group_size + stage.batch_size >= group
+        with parallel.reduce_gradients(now=ends_group):
             loss, output = objective(pictures.to(device, non_blocking=True), masks.to(device, non_blocking=True))
             loss_sum += _checked_finite(loss, "loss") * count
             usage_sum = usage_sum + output.usage.cpu() * count
@@ -165,12 +163,11 @@ def train_epoch(
             optimizer.backward(loss * (count * parallel.processes.world_size / group))
         own += count
         own_of_group += count
-        if group_left == 0:
+        if ends_group:
             parallel.sync_buffers(own_of_group)
             own_of_group = 0
             step += 1
             optimizer.step(stage.schedule.at(step))
-            group_left = group = min(stage.group_size, left)
             now = time.perf_counter()
             step_seconds.append(now - step_started)
             step_started = now

@@ -54,8 +54,9 @@ class Messages:
         millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
         experts = f", {options.num_experts} experts a level, {options.top_k} an image" if options.num_experts else ""
         self.say(f"Model: {options.backbone}{experts}; {millions:.1f} M parameters")
-        precision = options.amp if options.amp != "none" else ""
-        place = ", ".join(filter(None, [f"on {device}", precision, processes.describe(options.fsdp)]))
+        place = f"on {device}" if options.amp == "none" else f"on {device}, {options.amp}"
+        if options.fsdp or processes.world_size > 1:
+            place += f", {'sharded over' if options.fsdp else 'on'} {processes.world_size} processes"
         self.say(f"       weights: {options.resume_from or weights}; {place}")
 
     def averages(self, averages: Averages, updates_per_epoch: int) -> None:

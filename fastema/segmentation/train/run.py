@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 from rich.console import Console
 
@@ -19,18 +18,13 @@ from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import SYNTHETIC, DistillOptions, TrainOptions
 from fastema.segmentation.train.checkpoints import LAST, ensure_writable, move_previous_run
 from fastema.segmentation.train.distillation import Distillation, load_teacher
-from fastema.segmentation.train.losses import MakeObjective, supervised
+from fastema.segmentation.train.losses import supervised
 from fastema.segmentation.train.signals import sigterm_raises
 from fastema.segmentation.train.trainer import Trainer
 
-#: Build an objective's factory from the validation images; it may print.
-ObjectiveFor: TypeAlias = Callable[[Sequence[Pair], Console], MakeObjective]
 
-
-def run_training(
-    options: TrainOptions, processes: Processes, objective_for: ObjectiveFor = lambda *_: supervised
-) -> Trainer:
-    """Read the data and train to the last epoch."""
+def run_training(options: TrainOptions, processes: Processes, distillation: Distillation | None = None) -> Trainer:
+    """Read the data and train to the last epoch, from a teacher or without one."""
     console = Console(quiet=not processes.is_first)
     with sigterm_raises():
         processes.check(options)
@@ -39,8 +33,10 @@ def run_training(
         training, validation = processes.from_first(lambda: _read_data(options, console))
         stage = 1 if options.first_stage_epochs else 2
         with explain_out_of_memory(options, stage, processes.device(options.device), "before the first step"):
-            make_objective = objective_for(validation, console)
+            make_objective = supervised if distillation is None else distillation.make_objective
             trainer = Trainer(options, training, validation, console, make_objective, processes)
+            if distillation is not None:
+                distillation.announce(options, validation, trainer.device, console)
         if processes.is_first and (previous := move_previous_run(options.checkpoint_dir, keep=options.resume_from)):
             say(console, f"The files of the run that was here before are in {previous} now")
         try:
@@ -64,7 +60,7 @@ def run_distillation(options: DistillOptions, processes: Processes) -> Trainer:
     except CheckpointError as error:
         raise UserError(f"--teacher-checkpoint: {error}") from error
     distillation = Distillation(teacher, options.distill_weight, options.temperature)
-    trainer = run_training(options, processes, lambda *given: distillation.announced_objective(options, *given))
+    trainer = run_training(options, processes, distillation)
     say(trainer.console, f"Teacher: {distillation.cost(trainer.timers.step)}")
     return trainer
 

@@ -37,8 +37,7 @@ from fastema.segmentation.distributed.parallel import ParallelModel
 from fastema.segmentation.distributed.process_group import Processes
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import evaluate, paired_error, predict
-from fastema.segmentation.model.backbones import check_input_size
-from fastema.segmentation.model.network import Architecture, SegmentationNet, create_net
+from fastema.segmentation.model.network import Architecture, SegmentationNet, check_input_size, create_net
 from fastema.segmentation.options import TrainOptions
 from fastema.segmentation.report.history import EpochRecord, TensorBoardLog, append_csv
 from fastema.segmentation.report.pictures import Example, write_curves, write_predictions
@@ -192,8 +191,8 @@ class Trainer:
         self.history = [EpochRecord(**record) for record in checkpoint["history"]]
         if "rng" in checkpoint:
             restore_rng(checkpoint["rng"])
-        changes = changed_options(checkpoint, self.options)
-        self._say("; ".join([f"Resuming from {origin} after epoch {self.epoch}", *filter(None, [", ".join(changes)])]))
+        changed = f"; {', '.join(changes)}" if (changes := changed_options(checkpoint, self.options)) else ""
+        self._say(f"Resuming from {origin} after epoch {self.epoch}{changed}")
 
     # --- averages ----------------------------------------------------------------------------------------------------
 
@@ -339,13 +338,7 @@ class Trainer:
     def _save(self) -> None:
         try:
             write_epoch(
-                self.options,
-                self.net,
-                self.averages,
-                self.optimizer,
-                self.history,
-                self._bests_after,
-                self._parallel,
+                self.options, self.net, self.averages, self.optimizer, self.history, self._bests_after, self._parallel
             )
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {self._last_good()}") from error

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from fastema import FastEMA
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.model import backbones
-from fastema.segmentation.model.backbones import check_input_size, create_backbone, packaged_weights
+from fastema.segmentation.model.backbones import create_backbone, packaged_weights
 from fastema.segmentation.model.network import (
     Architecture,
     PyramidDecoder,
     SegmentationNet,
+    check_input_size,
     create_net,
     parameter_depths,
 )
