@@ -96,7 +96,6 @@ def train(plan: Plan, seed: int, settings: argparse.Namespace, folder: Path) -> 
     held_out = validation_loader(ValidationSet(validation, options.img_size), 8, 0)
     test = validation_loader(ValidationSet(list_pairs(settings.data, "Test").pairs, options.img_size), 8, 0)
     trainer = Trainer(options, training, validation, Console(file=StringIO()))
-    assert trainer.averages is not None
     net, ema = trainer.net, trainer.averages.ema
     power = FastEMA(net, decay_type="power", sigma_rel=SIGMA_REL)
     # Where the threshold schedule makes both decays one average, the trainer keeps that one.

@@ -56,58 +56,57 @@ def forgets_start(options: TrainOptions, steps_per_epoch: int, total_steps: int)
 
 
 class Averages:
-    """The averages of a network, updated after every step that its optimizer makes.
+    """The averages of a network: none at first, and once started, updated after every step that its optimizer makes.
 
     Args:
-        net: with the weights to start from.
+        net: with the weights to start from, at the start.
         optimizer: of the network.
         options: decays and schedule.
-        start_epoch: the averages start before this epoch.
-        total_steps: optimizer steps from there to the end of the run, for schedules with an end.
         timers: get the time of every update.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: Optimizer,
-        options: TrainOptions,
-        start_epoch: int,
-        total_steps: int,
-        timers: Timers,
-    ) -> None:
-        self.start_epoch = start_epoch
-        self.total_steps = total_steps
-        self.names = options.average_names  # the main one first
+    ema: FastEMA  # once started
+
+    def __init__(self, net: nn.Module, optimizer: Optimizer, options: TrainOptions, timers: Timers) -> None:
+        self.names: list[str] = []  # of the averages that have started, the main one first
         # Of the averages that can differ in this run, each with those that are left out for it.
         self.decays: dict[float, tuple[float, ...]] = {}
-        self._snapshot_count = options.snapshots
+        self.start_epoch: int | None = None
+        self.total_steps = 0
+        self._net, self._optimizer, self._options, self._timers = net, optimizer, options, timers
         self._snapshots: Snapshots | None = None
         self._due: set[int] = set()
+
+    def start(self, epoch: int, total_steps: int) -> None:
+        """Start before an epoch, `total_steps` optimizer steps before the end of the run."""
+        options = self._options
+        self.start_epoch, self.total_steps = epoch, total_steps
         decay_type, decay_args = options.ema_decay_type, dict[str, Any](options.ema_decay_args or {})
         decays: list[float] = [options.ema_decay]
+        names = options.average_names
         with _as_user_errors():
             if options.ema_profiles:
                 decay_type, decay_args = "power", {"sigma_rel": list(options.ema_profiles)}
             else:
                 self.decays = distinct_decays(options.decays, decay_type, max(1, total_steps), **decay_args)
                 decays = list(self.decays)
-                self.names = [f"{decay:g}" for decay in decays]
+                names = [f"{decay:g}" for decay in decays]
             several = decays if len(decays) > 1 else decays[0]
-            self.ema = FastEMA(net, several, decay_type=decay_type, total_steps=total_steps, **decay_args)
+            self.ema = FastEMA(self._net, several, decay_type=decay_type, total_steps=total_steps, **decay_args)
+        self.names = names
 
         def after_step(*_: object) -> None:
-            with timers.timed(timers.update):
+            with self._timers.timed(self._timers.update):
                 self.ema.update()
-            if self.ema.num_updates in self._due:
-                self._save_snapshot()
+            if self._snapshots is not None and self.ema.num_updates in self._due:
+                self._snapshots.save()
 
         # As FastEMA.attach does, but timed. It does not run for a step that a gradient scaler skips.
-        optimizer.register_step_post_hook(after_step)
+        self._optimizer.register_step_post_hook(after_step)
 
     def decays_now(self) -> list[float]:
         """Return each average's decay in its last update, or before that in its first."""
-        return _as_list(self.ema.decay_at(max(1, self.ema.num_updates)))
+        return _as_list(self.ema.decay_at(max(1, self.ema.num_updates))) if self.names else []
 
     def with_each(self, score: Callable[[], T]) -> list[T]:
         """Call `score` with each average in the network, the main one first."""
@@ -121,9 +120,9 @@ class Averages:
 
     def start_snapshots(self, folder: Path) -> str:
         """Save evenly spaced snapshots from now on, if the options want any; return what they will take, once."""
-        if self._snapshots is not None or not self._snapshot_count:
+        count = self._options.snapshots
+        if self._snapshots is not None or not self.names or not count:
             return ""
-        count = self._snapshot_count
         self._snapshots = Snapshots(folder, self.ema, limit=count, verbose=False)
         self._due = {max(1, round(self.total_steps * (i + 1) / count)) for i in range(count)}
         return self._snapshots.disk_use().removeprefix("fastema: ")
@@ -131,17 +130,15 @@ class Averages:
     def save_last_snapshot(self) -> bool:
         """Save one at the end of the run, whose last steps a scaler may have skipped; return whether there are any."""
         if self._snapshots is not None and self.ema.num_updates not in self._due:
-            self._save_snapshot()
+            self._snapshots.save()
         return self._snapshots is not None
-
-    def _save_snapshot(self) -> None:
-        assert self._snapshots is not None
-        self._snapshots.save()
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def saved(self, parallel: ParallelModel) -> list[SavedAverage]:
         """Return every average for a checkpoint, the main one first. All processes must call this."""
+        if not self.names:
+            return []
         state = parallel.gather_state(self.ema.state_dict())
         saved = []
         for which, shadow in enumerate(_as_list(state["shadow"])):

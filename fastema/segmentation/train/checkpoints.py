@@ -121,7 +121,7 @@ def changed_options(checkpoint: dict[str, Any], options: TrainOptions) -> list[s
 def write_epoch(
     options: TrainOptions,
     net: SegmentationNet,
-    averages: Averages | None,
+    averages: Averages,
     optimizer: TrainOptimizer,
     history: Sequence[EpochRecord],
     bests_after: int,
@@ -135,7 +135,7 @@ def write_epoch(
     candidates = [each for each in history if each.epoch > bests_after]
     best = max(candidates, key=lambda each: (each.iou, each.epoch))
     best_average = max((iou for each in candidates for iou in each.average_ious), default=None)
-    saved = [] if averages is None else averages.saved(parallel)
+    saved = averages.saved(parallel)
     content: dict[str, Any] = {
         "net": parallel.gather_state(net.state_dict()),
         "optimizer": parallel.gather_state(optimizer.adamw.state_dict()),
@@ -143,9 +143,9 @@ def write_epoch(
         "epoch": record.epoch,
         "history": [asdict(each) for each in history],
         "options": options.plain(),
-        "rng": _rng_states(),
+        "rng": rng_states(),
         "bests": {"iou": best.iou, "ema_iou": best_average},
-        "ema_start_epoch": None if averages is None else averages.start_epoch,
+        "ema_start_epoch": averages.start_epoch,
     }
     if not parallel.processes.is_first:
         return
@@ -163,7 +163,8 @@ def write_epoch(
             save_checkpoint(last.with_name(BEST_EMA), ema=saved[which], **content)
 
 
-def _rng_states() -> dict[str, Any]:
+def rng_states() -> dict[str, Any]:
+    """Return the states of this process's random generators, as plain values and tensors."""
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if (device := accelerator()) is not None:
         states[device.type] = torch.get_device_module(device).get_rng_state_all()

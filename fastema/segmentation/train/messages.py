@@ -98,10 +98,10 @@ class Messages:
             parts = "everything trains, the backbone at a tenth of the rate"
         self.say(f"Stage {stage.number}: {parts}; {images}")
 
-    def epoch(self, history: Sequence[EpochRecord], averages: Averages | None, updates_per_epoch: int) -> None:
+    def epoch(self, history: Sequence[EpochRecord], averages: Averages, updates_per_epoch: int) -> None:
         """Print the last epoch's line, and what changed since the epoch before."""
         record, options = history[-1], self._options
-        self.say(record.line("" if averages is None else averages.names[0]))
+        self.say(record.line(*averages.names[:1]))
         if record.expert_usage:
             names = expert_names(options.num_experts)
             self.say(usage_line(names, record.expert_usage))
@@ -113,7 +113,7 @@ class Messages:
                 f"Data: {record.data_wait:.0%} of the training time went by waiting for images; try more --num-workers "
                 f"than {options.num_workers}"
             )
-        if averages is None or options.ema_profiles:  # a profile's window grows with the run
+        if not averages.decays:  # a profile's window grows with the run
             return
         finding = latest_finding(
             [record.iou for record in history],

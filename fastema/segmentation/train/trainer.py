@@ -98,7 +98,6 @@ class Trainer:
         self.options = options
         self.console = console
         self.history: list[EpochRecord] = []
-        self.averages: Averages | None = None
         self.device = self.processes.device(options.device)
         self.timers = Timers(device=self.device)
         self.stages = plan_stages(options, len(training))
@@ -124,6 +123,7 @@ class Trainer:
         self._levels = self.net.backbone_stages()
         self._parallel = ParallelModel(self.net, self.processes, self.device, options.fsdp)
         self.optimizer = TrainOptimizer(self.net, options.weight_decay, options.clip_grad, precision)
+        self.averages = Averages(self.net, self.optimizer.adamw, options, self.timers)
         if resumed is not None:
             self._resume(resumed)
         # A run that continues in another folder needs best files there, so its bests count from here.
@@ -148,7 +148,7 @@ class Trainer:
     @property
     def ema(self) -> FastEMA | None:
         """The FastEMA, once it has started."""
-        return None if self.averages is None else self.averages.ema
+        return self.averages.ema if self.averages.names else None
 
     def fit(self) -> None:
         """Train to the last epoch; write checkpoints, history, summary and pictures."""
@@ -209,14 +209,14 @@ class Trainer:
             raise UserError(
                 f"--ema-profiles cannot change in mid-run: {origin} was trained with {had}, not {want}. Give the same"
             )
-        fresh = self._build_averages(checkpoint.get("ema_start_epoch") or 1).load(checkpoint["ema"])
-        if fresh:
+        self._start_averages(checkpoint.get("ema_start_epoch") or 1)
+        if fresh := self.averages.load(checkpoint["ema"]):
             self._say(f"{origin} has no EMA of decay {', '.join(fresh)}: from the weights of epoch {self.epoch}")
 
     def _start_averages_when_due(self, origin: Path | None = None) -> None:
         """Start the averages before the next epoch if --ema-start-epoch or the advisor (--ema-start auto) says so."""
         options, stage = self.options, self.stages.at(self.epoch + 1)
-        if self.averages is not None or not options.use_ema or self.epoch >= options.epochs:
+        if self.averages.names or not options.use_ema or self.epoch >= options.epochs:
             return
         if options.ema_start == "auto":
             if forgets_start(options, stage.steps_per_epoch, self.stages.total_steps):
@@ -229,7 +229,7 @@ class Trainer:
             return
         elif origin is not None:
             self._say(f"{origin} has no EMA: it starts here, from the weights of epoch {self.epoch}")
-        self._build_averages(self.epoch + 1)
+        self._start_averages(self.epoch + 1)
 
     def _advisor_says_start(self) -> bool:
         """Ask the advisor about the epochs so far; print its advice when it changes."""
@@ -246,11 +246,9 @@ class Trainer:
             self._say(f"EMA: not started, {advice.pattern}: {advice.reason}")
         return False
 
-    def _build_averages(self, start_epoch: int) -> Averages:
-        total_steps = self.stages.total_steps - self.stages.steps_before(start_epoch)
-        self.averages = Averages(self.net, self.optimizer.adamw, self.options, start_epoch, total_steps, self.timers)
-        self._messages.averages(self.averages, self.stages.at(start_epoch).steps_per_epoch)
-        return self.averages
+    def _start_averages(self, epoch: int) -> None:
+        self.averages.start(epoch, self.stages.total_steps - self.stages.steps_before(epoch))
+        self._messages.averages(self.averages, self.stages.at(epoch).steps_per_epoch)
 
     # --- an epoch ----------------------------------------------------------------------------------------------------
 
@@ -265,7 +263,7 @@ class Trainer:
         torch.manual_seed(mix_seed(self.options.seed, epoch, *filter(None, [self.processes.rank])))
         loader = self._loader_of(stage)
         # Not before the files of an earlier run were moved.
-        if self.averages is not None and (disk_use := self.averages.start_snapshots(self._file(SNAPSHOTS))):
+        if disk_use := self.averages.start_snapshots(self._file(SNAPSHOTS)):
             self._say(f"Snapshots: {disk_use}")
         with progress(self.console, f"Epoch {epoch}/{self.options.epochs}", len(loader)) as advance:
             try:
@@ -308,13 +306,12 @@ class Trainer:
             with self._parallel.unsharded():
                 return score()
 
-        return [score_unsharded(), *([] if self.averages is None else self.averages.with_each(score_unsharded))]
+        return [score_unsharded(), *self.averages.with_each(score_unsharded)]
 
     def _record(self, epoch: int, result: EpochResult, ious: Ious, seconds: float) -> None:
         base, averaged = ious
         scores = [fmean(one) for one in averaged]
-        names = [] if self.averages is None else self.averages.names
-        decays: list[float] = [] if self.averages is None else self.averages.decays_now()
+        names, decays = self.averages.names, self.averages.decays_now()
         self.history.append(
             EpochRecord(
                 epoch=epoch,
@@ -355,7 +352,7 @@ class Trainer:
 
     def _finish(self, base: list[float], averaged: list[list[float]]) -> None:
         comparison, options = None, self.options
-        if self.averages is not None and averaged:
+        if averaged:
             self.timers.measure_swaps(self.averages.ema)
             stage = self.stages.at(self.epoch)
             comparison = Comparison(
@@ -367,7 +364,7 @@ class Trainer:
                 final_rate=self.history[-1].lr / stage.schedule.highest,
             )
         examples = self._examples()
-        has_snapshots = self.averages is not None and self.averages.save_last_snapshot()
+        has_snapshots = self.averages.save_last_snapshot()
         trained = self._parallel.gather_state(self.net.state_dict()) if has_snapshots else {}
         if not self.processes.is_first:
             return
@@ -375,8 +372,7 @@ class Trainer:
         write_curves(self._file("curves.png"), self.history)
         written = (BEST, BEST_EMA, LAST, "history.csv", "curves.png", "predictions.png")
         files = [self._file(name) for name in written if self._file(name).exists()]
-        names = ["EMA"] if self.averages is None else self.averages.names
-        print_summary(self.console, self.history, comparison, self.timers, files, names)
+        print_summary(self.console, self.history, comparison, self.timers, files, self.averages.names)
         if has_snapshots:
             images = ValidationSet(self._validation_pairs, options.img_size)
             loader = validation_loader(images, options.batch_size, options.num_workers)
@@ -390,7 +386,7 @@ class Trainer:
         if not self.processes.is_first:  # it has the first images
             self._with_each(lambda: None)
             return []
-        averages = [] if self.averages is None else self.averages.names
+        averages = self.averages.names
         names = ["base", *(f"EMA {name}" if len(averages) > 1 else "EMA" for name in averages)]
         batch: Validation = next(iter(self._validation))
         columns = dict(zip(names, self._with_each(lambda: predict(self.net, batch, self.device)), strict=True))
