@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import socket
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from fastema.core import dtensor
+from fastema.core.atomic_files import replacing
 from fastema.core.policy import clean_name
 from fastema.core.text import first_few
 from fastema.ema import FastEMA
@@ -28,7 +28,6 @@ StrPath: TypeAlias = str | os.PathLike[str]
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _DOS_DIRECTORY = 0x10  # of an entry's attributes in a zip
-
 
 __all__ = ["CheckpointError", "load_checkpoint", "load_weights", "save_checkpoint"]
 
@@ -96,7 +95,7 @@ def save_checkpoint(
 
     target = Path(os.path.realpath(path))
     try:
-        with _replacing(target) as temporary:
+        with replacing(target) as temporary:
             _write(content, temporary)
             _check_loadable(temporary, target)
     except (OSError, RuntimeError) as error:
@@ -121,9 +120,8 @@ def load_checkpoint(path: StrPath) -> dict[str, Any]:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a checkpoint: {_checkpoints_in(path)}")
     try:
-        with path.open(
-            "rb"
-        ) as file:  # opened once: what is checked is what is read, even if another process saves meanwhile
+        # Opened once: what is checked is what is read, even if another process saves meanwhile.
+        with path.open("rb") as file:
             _refuse_damaged(file, path)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except PermissionError as error:
@@ -226,51 +224,6 @@ def _check_loadable(temporary: Path, target: Path) -> None:
             f"not written to {target}: load_checkpoint() would refuse {first_few(sorted(refused), 5)}. "
             "Save tensors and plain Python values (int, float, str, list, dict) only"
         )
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`, which takes its place on success and vanishes on any error."""
-    host = socket.gethostname()
-    _remove_leftovers(target, host)
-    temporary = target.with_name(f".{target.name}.{host}-{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        yield temporary
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
-
-
-def _remove_leftovers(target: Path, host: str) -> None:
-    """Remove temporary files of processes of this machine that were killed in the middle of a save."""
-    for leftover in target.parent.glob(f".{target.name}.{host}-*.tmp"):
-        process = leftover.name.removesuffix(".tmp").rpartition("-")[2]
-        if process.isdecimal() and not _is_alive(int(process)):
-            leftover.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the file system can; the file is whole in any case."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

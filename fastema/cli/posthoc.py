@@ -196,7 +196,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _write(result: Averaged, path: Path) -> None:
     """Write a safetensors file atomically; tied weights are written under each of their names."""
-    from fastema.checkpoint import _replacing
+    from fastema.core.atomic_files import replacing
     from fastema.posthoc.files import require_safetensors
 
     seen: set[int] = set()
@@ -205,7 +205,7 @@ def _write(result: Averaged, path: Path) -> None:
         tensors[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
     about = {"made_by": "fastema posthoc", "average": str(result.target), "step": str(result.step)}
-    with _replacing(path.absolute()) as temporary:
+    with replacing(path.absolute()) as temporary:
         require_safetensors().torch.save_file(tensors, temporary, {**about, "profile_error": f"{result.error:.6f}"})
 
 

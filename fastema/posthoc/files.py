@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastema.checkpoint import _replacing, _sync_folder
+from fastema.core.atomic_files import flush, replacing, sync_folder
 from fastema.posthoc.profiles import Profile
 
 FORMAT = 1
@@ -155,7 +155,7 @@ def write(path: Path, manifest: Manifest, values: Mapping[str, Callable[[], Tens
     length += -length % 8
     sums: dict[str, int] = {}
     try:
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             with temporary.open("wb") as file:
                 file.seek(8 + length)
                 for key in kinds:
@@ -164,7 +164,7 @@ def write(path: Path, manifest: Manifest, values: Mapping[str, Callable[[], Tens
                     file.write(_bytes_of(tensor))
                 file.seek(0)
                 file.write(length.to_bytes(8, "little") + _header(manifest, kinds, sums).ljust(length))
-            _flush(temporary)
+            flush(temporary)
             with reading(temporary) as reader:
                 for key in kinds:
                     reader.read([key])
@@ -202,21 +202,16 @@ def write_sharded(path: Path, manifest: Manifest, tensors: Mapping[str, Any]) ->
         try:
             sums = {each.name: _file_checksum(each) for each in sorted(temporary.iterdir())}
             (temporary / _MANIFEST).write_text(_dumped(manifest, sums))
-            _flush(temporary / _MANIFEST)
+            flush(temporary / _MANIFEST)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             failure = [f"cannot write the snapshot {path}: {error}"]
     dist.broadcast_object_list(failure)
     if failure[0] is not None:
         raise SnapshotError(failure[0])
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _dumped(manifest: Manifest, sums: Mapping[str, int]) -> str:

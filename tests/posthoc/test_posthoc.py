@@ -575,7 +575,7 @@ def test_a_full_disk_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     run(tmp_path, 10, 10)
-    monkeypatch.setattr(files, "_flush", full)
+    monkeypatch.setattr(files, "flush", full)
     with pytest.raises(SnapshotError, match=r"cannot write the snapshot .*step-000000000020.*No space left"):
         run_on(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000000010.safetensors"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastema.checkpoint import _replacing
+from fastema.core.atomic_files import replacing
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def append_csv(path: Path, records: Sequence[EpochRecord]) -> None:
 
 def write_csv(path: Path, records: Sequence[EpochRecord]) -> None:
     """Write the whole history, replacing the file atomically."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(_text(records))
 
 

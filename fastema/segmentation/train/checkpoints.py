@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from rich.filesize import decimal
 
-from fastema.checkpoint import CheckpointError, _replacing, load_checkpoint, save_checkpoint
+from fastema.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from fastema.core.atomic_files import replacing
 from fastema.segmentation.devices import accelerator
 from fastema.segmentation.distributed.parallel import ParallelModel
 from fastema.segmentation.errors import UserError
@@ -185,7 +186,7 @@ def _link(source: Path, name: str) -> None:
     """Replace a file beside `source` atomically by a hard link to it, or a copy where the file system has no links."""
     target = Path(os.path.realpath(source.with_name(name)))
     try:
-        with _replacing(target) as temporary:
+        with replacing(target) as temporary:
             try:
                 os.link(source, temporary)
             except OSError:
