@@ -26,9 +26,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE_SECONDS = 480.0
-GPU_TESTS = ("backends/test_gpu", "backends/test_gpu_claims", "core/test_offload_gpu", "swa_utils/test_swa_utils_gpu")
+GPU_TESTS = (
+    *("backends/test_gpu", "backends/test_gpu_claims"),
+    *("core/shadow/test_offload_gpu", "swa_utils/test_swa_utils_gpu"),
+)
 CORE_TESTS = (
-    *(f"core/{name}" for name in ("test_ema", "test_exchange", "test_update", "test_several_decays")),
+    *("core/test_ema", "core/swap/test_exchange", "core/shadow/test_update", "core/decay/test_several_decays"),
     "swa_utils/test_swa_utils",
     "backends/test_backends",
 )

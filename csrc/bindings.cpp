@@ -45,7 +45,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("probe_cuda", &fastema::probe_cuda, py::arg("index"), py::call_guard<py::gil_scoped_release>(),
              "Why the CUDA kernels cannot run on this device, or None.");
   module.def("advance_clock", &fastema::advance_clock, py::call_guard<py::gil_scoped_release>(),
-             "One optimizer step of fastema.core.device_schedule.DeviceSchedule, on its GPU.");
+             "One optimizer step of fastema.core.decay.device_schedule.DeviceSchedule, on its GPU.");
   module.def("cpu_isa", [] { return fastema::isa_name(fastema::best_isa()); }, "The instruction set in use.");
 
   py::enum_<Isa>(module, "Isa")

@@ -76,8 +76,8 @@ class Plan {
 // Whether this build has the CUDA kernels.
 bool has_cuda();
 
-// One optimizer step of fastema/core/device_schedule.py in one launch: see ClockArgs in cuda_kernels.h. All tensors on
-// one CUDA device.
+// One optimizer step of fastema/core/decay/device_schedule.py in one launch: see ClockArgs in cuda_kernels.h. All
+// tensors on one CUDA device.
 void advance_clock(const at::Tensor& table, int64_t update_every, const std::optional<at::Tensor>& found_inf,
                    const at::Tensor& step, const at::Tensor& num_updates, const at::Tensor& weights,
                    const at::Tensor& skip);

@@ -8,9 +8,9 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     import torch  # noqa: F401
 
-from fastema.core import decays as _decays
 from fastema.core import threads as _threads
-from fastema.core.swap import SwapError
+from fastema.core.decay import decays as _decays
+from fastema.core.swap.swap import SwapError
 from fastema.ema import FastEMA
 from fastema.schedules import EMA_DECAY_FUNCTIONS, IDecayFunction
 

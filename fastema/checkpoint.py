@@ -18,9 +18,9 @@ from typing import IO, Any, Protocol, TypeAlias
 import torch
 from torch import nn
 
-from fastema.core import dtensor
 from fastema.core.atomic_files import replacing
-from fastema.core.policy import clean_name
+from fastema.core.model import dtensor
+from fastema.core.model.policy import clean_name
 from fastema.core.text import first_few
 from fastema.ema import FastEMA
 

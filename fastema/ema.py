@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from fastema import backends
 from fastema.backends.atomic import Step, run_atomically
 from fastema.backends.streams import is_capturing
-from fastema.core import compile as compiled
-from fastema.core import state, swap
 from fastema.core.checks import checked_count, checked_device, checked_shadow_dtype
-from fastema.core.decays import Decays
-from fastema.core.device_schedule import DeviceSchedule
+from fastema.core.decay.decays import Decays
+from fastema.core.decay.device_schedule import DeviceSchedule
+from fastema.core.decay.schedules import takes_argument
 from fastema.core.hooks import StepGroup, checked_optimizer
-from fastema.core.policy import Buffers, Policy, Source, checked_source, collect, named_tensors
-from fastema.core.schedules import takes_argument
-from fastema.core.shadow import Shadow
+from fastema.core.model import compiled
+from fastema.core.model.policy import Buffers, Policy, Source, checked_source, collect, named_tensors
+from fastema.core.shadow import state
+from fastema.core.shadow.shadow import Shadow
+from fastema.core.swap import swap
 from fastema.core.threads import OneThread, one_thread
 
 # Attributes that a pickle or a copy rebuilds.

@@ -7,4 +7,4 @@ class HalfWay(IDecayFunction):
 EMA_DECAY_FUNCTIONS["half_way"] = HalfWay
 """
 
-from fastema.core.schedules import *  # noqa: F403
+from fastema.core.decay.schedules import *  # noqa: F403

@@ -47,9 +47,11 @@ from torch.optim.swa_utils import SWALR
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
 from fastema.backends.streams import is_capturing
-from fastema.core.compile import refuse_freezing
-from fastema.core.paired_modules import PairedModules, Update, UseTorchFallback, tensors_by_name
-from fastema.core.swap import Swap
+from fastema.core.averaged_model.paired_modules import PairedModules, tensors_by_name
+from fastema.core.averaged_model.pairs import UseTorchFallback
+from fastema.core.averaged_model.update import Update
+from fastema.core.model.compiled import refuse_freezing
+from fastema.core.swap.swap import Swap
 
 __all__ = [
     "SWALR",

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from fastema.core.checks import difference, refuse_differences
-from fastema.core.policy import AVERAGED_DTYPES, Rule
-from fastema.core.storages import shadow_dtype
+from fastema.core.model.policy import AVERAGED_DTYPES, Rule
+from fastema.core.shadow.storages import shadow_dtype
 from fastema.integrations.external_average import ExternalAverage, shadow_like
 
 __all__ = ["EMAModel"]

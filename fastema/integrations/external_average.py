@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from fastema.core import state
-from fastema.core.policy import Policy, Source
-from fastema.core.shadow import Planes
-from fastema.core.storages import shadow_dtype
+from fastema.core.model.policy import Policy, Source
+from fastema.core.shadow import state
+from fastema.core.shadow.shadow import Planes
+from fastema.core.shadow.storages import shadow_dtype
 from fastema.ema import FastEMA
 
 

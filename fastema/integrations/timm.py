@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from fastema import backends
 from fastema.backends import contract, planes
 from fastema.core.checks import difference, refuse_differences
-from fastema.core.policy import AVERAGED_DTYPES, Policy, Rule, Source, named_tensors
-from fastema.core.storages import shadow_dtype
+from fastema.core.model.policy import AVERAGED_DTYPES, Policy, Rule, Source, named_tensors
+from fastema.core.shadow.storages import shadow_dtype
 from fastema.integrations.external_average import ExternalAverage, shadow_like
 
 __all__ = ["ModelEmaV3"]

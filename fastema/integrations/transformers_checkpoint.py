@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastema.core.extras import require
-from fastema.core.policy import Rule
-from fastema.core.state import by_name
+from fastema.core.model.policy import Rule
+from fastema.core.shadow.state import by_name
 from fastema.ema import FastEMA
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastema.core import dtensor, state
 from fastema.core.checks import checked_count
-from fastema.core.shadow import Planes
+from fastema.core.model import dtensor
+from fastema.core.shadow import state
+from fastema.core.shadow.shadow import Planes
 from fastema.posthoc import files
 from fastema.posthoc.files import COPY, Manifest, SnapshotError, tensor_key
 from fastema.posthoc.profiles import profiles_of

@@ -19,11 +19,16 @@ import torch
 from fastema.backends import native
 
 ROOT = Path(__file__).parents[2]
-ON_GPU = ["backends/test_gpu", "backends/test_gpu_claims", "core/test_offload_gpu", "swa_utils/test_swa_utils_gpu"]
+ON_GPU = [
+    "backends/test_gpu",
+    "backends/test_gpu_claims",
+    "core/shadow/test_offload_gpu",
+    "swa_utils/test_swa_utils_gpu",
+]
 #: Tests that know of no device, with the accelerator as the default one.
 OF_NO_DEVICE = [
-    *(f"core/test_{name}" for name in ("ema", "exchange", "several_decays", "states", "decays", "hooks")),
-    "core/test_changes_inside_a_swap",
+    *("core/test_ema", "core/test_hooks", "core/decay/test_decays", "core/decay/test_several_decays"),
+    *("core/shadow/test_states", "core/swap/test_exchange", "core/swap/test_changes_inside_a_swap"),
     "checkpoint/test_checkpoint",
 ]
 #: What does not hold on a device, or not on this one; and why.
@@ -95,7 +100,7 @@ def test_on_a_device_with_kernels() -> None:
 
 def test_on_a_device_without_kernels() -> None:
     """Somebody else's accelerator, as the installed fastema._C finds it; and the accelerator itself."""
-    tests = ["accelerator/test_on_device", "accelerator/test_on_fastema", "core/test_offload_gpu"]
+    tests = ["accelerator/test_on_device", "accelerator/test_on_fastema", "core/shadow/test_offload_gpu"]
     assert passed_on_accelerator("plain", tests) > 50
 
 

@@ -23,7 +23,7 @@ from cases.gpu import DEVICE, gpu, on
 from fastema import FastEMA, backends
 from fastema.backends import native, streams
 from fastema.checkpoint import load_checkpoint, save_checkpoint
-from fastema.core import offload
+from fastema.core.shadow import offload
 
 pytestmark = pytest.mark.gpu
 HAS_KERNELS = native.why_unusable(DEVICE) is None

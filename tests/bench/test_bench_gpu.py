@@ -95,7 +95,7 @@ def test_the_tests_of_a_stage_exist() -> None:
     assert [name for name in tests if not (gpu.ROOT / name).is_file()] == []
     found = [path for path in gpu.ROOT.glob("tests/*/test_*.py") if path.parent.name != "accelerator"]
     marked = {path for path in found if _is_for_a_gpu(path)}
-    assert gpu.ROOT / "tests/core/test_offload_gpu.py" in marked
+    assert gpu.ROOT / "tests/core/shadow/test_offload_gpu.py" in marked
     assert {str(path.relative_to(gpu.ROOT)) for path in marked} <= set(tests)
 
 

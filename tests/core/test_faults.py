@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import fastema
 from fastema import FastEMA
-from fastema.core import compile as compiled
-from fastema.core import swap
+from fastema.core.model import compiled
+from fastema.core.swap import swap
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

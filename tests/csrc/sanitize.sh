@@ -11,11 +11,12 @@ runtime=$(g++ -print-file-name="lib${kinds%%,*}.so")
 case $kinds in
 address*)
   runtime="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
-  tests="exchange shadow update several_decays capturable peer_bugs faults threads"
+  tests="swap/test_exchange shadow/test_shadow shadow/test_update decay/test_several_decays decay/test_capturable
+         test_peer_bugs test_faults test_threads"
   ;;
 thread)
   runtime=$(g++ -print-file-name=libtsan.so)
-  tests="update exchange several_decays threads"
+  tests="shadow/test_update swap/test_exchange decay/test_several_decays test_threads"
   export OMP_NUM_THREADS=2 # conftest.py sets 1 otherwise
   ;;
 esac
@@ -29,7 +30,7 @@ import fastema, pytest
 assert '$build' in fastema.__file__, fastema.__file__
 # Left out: the torch backend, where nothing of ours is compiled; and forks, whose children load another build.
 sys.exit(pytest.main(['-q', '-k', 'not torch and not fork', '-p', 'no:cacheprovider', '-o', 'pythonpath=',
-                      '--durations=5', *(f'tests/core/test_{name}.py' for name in '$tests'.split())]))
+                      '--durations=5', *(f'tests/core/{name}.py' for name in '''$tests'''.split())]))
 "
 
 if [ "$kinds" = thread ]; then # the host side of a GPU, on a device whose streams are threads: a missing wait is a report

@@ -7,15 +7,14 @@ storage, the shadow holds that span alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastema.backends.streams import current_stream, has_streams
-from fastema.core.policy import Managed
+from fastema.core.memory import Run, allocate, element_runs, flat, gaps, merged, view_in, whole, without
+from fastema.core.model.policy import Managed
+from fastema.core.swap.buffers import SwapBuffer
 
 _UNIT = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 _COMPLEX = {torch.float64: torch.complex128}
@@ -33,124 +32,6 @@ def shadow_dtype(live: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 def _unit(dtype: torch.dtype) -> torch.dtype:
     """Return what a kernel sees: complex numbers are pairs."""
     return _UNIT.get(dtype, dtype)
-
-
-def flat(storage: torch.UntypedStorage, begin: int, end: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Return bytes [begin, end) of `storage` as a 1-D tensor."""
-    tensor = torch.empty(0, dtype=dtype, device=storage.device)
-    return tensor.set_(storage, begin // dtype.itemsize, ((end - begin) // dtype.itemsize,), (1,))
-
-
-def whole(storage: torch.UntypedStorage) -> Tensor:
-    """Return all bytes of `storage` as a 1-D tensor."""
-    return flat(storage, 0, storage.nbytes())
-
-
-def view_in(storage: torch.UntypedStorage, like: Tensor, dtype: torch.dtype, offset: Any) -> Tensor:
-    """Return a tensor of the shape and strides of `like` that begins `offset` elements into `storage`."""
-    view = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, like.shape, like.stride())
-    view = view.conj() if like.is_conj() else view  # flags beside the memory
-    return torch._neg_view(view) if like.is_neg() else view
-
-
-def allocate(nbytes: int, device: torch.device, like: torch.UntypedStorage) -> torch.UntypedStorage:
-    """Return new memory that can take the place of `like`'s."""
-    # What takes the place of pinned memory must be pinned: offloaded parameters are copied to the GPU meanwhile.
-    pin = device.type == "cpu" == like.device.type and whole(like).is_pinned()  # a storage's own method warns in 2.10
-    return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin).untyped_storage()
-
-
-# ---- which bytes are managed ----
-
-
-@dataclass(frozen=True)
-class Run:
-    """Bytes [begin, end) of a storage, seen as elements of `dtype`, averaged or copied."""
-
-    begin: int
-    end: int
-    dtype: torch.dtype
-    copy: bool
-
-
-def element_runs(tensor: Tensor) -> list[tuple[int, int]]:
-    """Return the elements [begin, end) of its storage that `tensor` covers, ascending.
-
-    Raises:
-        ValueError: two indices of the tensor share an element (it was expanded).
-    """
-    if tensor.numel() == 0:
-        return []
-    dense = span = 1  # elements that lie together; elements from first to last
-    outer: list[tuple[int, int]] = []
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride < span:
-            raise ValueError(
-                f"has overlapping elements (shape {tuple(tensor.shape)}, strides {tensor.stride()}): it was expanded; "
-                "make it contiguous()"
-            )
-        if not outer and stride == dense:
-            dense *= size
-        else:
-            outer.append((stride, size))
-        span += stride * (size - 1)
-    begins = torch.tensor([tensor.storage_offset()], device="cpu")
-    for stride, size in outer:
-        begins = (begins[:, None] + stride * torch.arange(size, device="cpu")).flatten()
-    return [(begin, begin + dense) for begin in begins.sort().values.tolist()]
-
-
-def merged(runs: Iterable[Run]) -> list[Run]:
-    """Return the union of runs of one rule, ascending and disjoint; neighbours of one dtype become one run.
-
-    Raises:
-        ValueError: tensors of different dtypes overlap.
-    """
-    result: list[Run] = []
-    for run in sorted(runs, key=lambda run: (run.begin, run.end)):
-        last = result[-1] if result else None
-        if last is None or run.begin > last.end or (run.begin == last.end and run.dtype != last.dtype):
-            result.append(run)
-        elif run.dtype != last.dtype:
-            raise ValueError(
-                f"shares memory as {run.dtype} with a tensor that is {last.dtype}: average only one of them"
-            )
-        elif run.end > last.end:
-            result[-1] = Run(last.begin, run.end, run.dtype, run.copy)
-    return result
-
-
-def without(runs: Iterable[Run], taken: list[Run]) -> list[Run]:
-    """Return `runs` minus the bytes of `taken`; both are merged()."""
-    result: list[Run] = []
-    for run in runs:
-        begin = run.begin
-        for other in taken:
-            if other.end <= begin or other.begin >= run.end:
-                continue
-            if other.begin > begin:
-                result.append(Run(begin, other.begin, run.dtype, run.copy))
-            begin = max(begin, other.end)
-        if begin < run.end:
-            result.append(Run(begin, run.end, run.dtype, run.copy))
-    return result
-
-
-def gaps(runs: Iterable[Run], nbytes: int) -> list[tuple[int, int]]:
-    """Return the bytes [begin, end) of a storage of `nbytes` that no run covers; `runs` are disjoint."""
-    result, position = [], 0
-    for run in sorted(runs, key=lambda run: run.begin):
-        if run.begin > position:
-            result.append((position, run.begin))
-        position = run.end
-    if position < nbytes:
-        result.append((position, nbytes))
-    return result
-
-
-# ---- a storage and its shadows ----
 
 
 class ShadowStorage:
@@ -281,52 +162,6 @@ class ShadowStorage:
                 part = flat(storage, run.begin - self.begin, run.end - self.begin)
                 parts.append((flat(self.live, run.begin, run.end), part))
         return SwapBuffer(self.live, storage, rest, casts, parts, self.begin)
-
-
-@dataclass
-class SwapBuffer:
-    """A storage that changes places with a live one, or whose contents do so with a part of it."""
-
-    live: torch.UntypedStorage
-    storage: torch.UntypedStorage
-    rest: list[tuple[Tensor, Tensor]]  # of the two: the bytes that nothing manages
-    casts: list[tuple[Tensor, Tensor]]  # scratch <- average; empty where the storage is the shadow itself
-    parts: list[tuple[Tensor, Tensor]]  # bytes of the two whose contents change places; empty: the pointers do
-    begin: int  # the byte of the live storage at which this one begins
-
-    def __post_init__(self) -> None:
-        self.nbytes = self.storage.nbytes()  # in use; scratch memory is given back meanwhile
-
-    @property
-    def needs_filling(self) -> bool:
-        return bool(self.rest or self.casts)
-
-    def fill(self) -> None:
-        """Cast the average into scratch memory, and copy what is not managed, before the exchange."""
-        if self.casts and self.storage.nbytes() != self.nbytes:
-            self.storage.resize_(self.nbytes)
-        for scratch, average in self.casts:
-            scratch.copy_(average)
-        self.copy_rest()
-
-    def copy_rest(self) -> None:
-        """Copy the bytes that nothing manages to the side that goes into the model."""
-        for other, live in self.rest:
-            other.copy_(live)
-
-    def free(self) -> None:
-        """Give scratch memory back, after it came out."""
-        # numpy() marks a storage as fixed: an array taken in the block still reads the scratch memory.
-        if self.casts and self.storage.resizable() and self.live.resizable():
-            scratch = self.casts[0][0]
-            if has_streams(scratch.device):  # what reads it was enqueued before on this stream, not the allocating one
-                scratch.record_stream(current_stream(scratch.device))
-            self.storage.resize_(0)
-
-    def view_of(self, tensor: Tensor) -> Tensor:
-        """Return the place of a live tensor in this storage."""
-        offset = tensor.storage_offset() - self.begin // tensor.dtype.itemsize
-        return view_in(self.storage, tensor, tensor.dtype, offset)
 
 
 def _span(runs: list[Run], nbytes: int) -> tuple[int, int]:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from fastema import backends
 from fastema.backends import contract, planes
 from fastema.backends import torch as plain_torch
-from fastema.core import dtensor, offload, swap
-from fastema.core.policy import Managed
-from fastema.core.storages import ShadowStorage
-from fastema.core.swap import Swap, SwapEntry
+from fastema.core.model import dtensor
+from fastema.core.model.policy import Managed
+from fastema.core.shadow import offload
+from fastema.core.shadow.storages import ShadowStorage
+from fastema.core.swap import swap
+from fastema.core.swap.swap import Swap, SwapEntry
 
 _OWNER = "another FastEMA is applied to the same model: the live weights are its average now; restore() that one first"
 _DROPPED = (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastema.backends import native
 from fastema.backends.streams import Streams
-from fastema.core.decays import Decays
+from fastema.core.decay.decays import Decays
 
 _MAX_ROWS = 1 << 22  # 32 MiB for one decay
 

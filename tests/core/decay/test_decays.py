@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastema import EMA_DECAY_FUNCTIONS, FastEMA, IDecayFunction
-from fastema.core.decays import Decays
+from fastema.core.decay.decays import Decays
 from fastema.schedules import PowerDecay, gamma_of, sigma_rel_of
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fastema import FastEMA
-from fastema.core import compile as compiled
-from fastema.core import swap
+from fastema.core.model import compiled
+from fastema.core.swap import swap
 
 CYCLES = 4_000
 STATM = Path("/proc/self/statm")

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from fastema.backends import planes
 from fastema.backends.atomic import Step, run_atomically
-from fastema.core import dtensor
 from fastema.core.checks import difference, refuse_differences
-from fastema.core.policy import Managed, Source, named_tensors
-from fastema.core.shadow import Planes, Shadow
-from fastema.core.swap import place_of
+from fastema.core.model import dtensor
+from fastema.core.model.policy import Managed, Source, named_tensors
+from fastema.core.shadow.shadow import Planes, Shadow
+from fastema.core.swap.swap import place_of
 from fastema.core.text import first_few
 
 Place: TypeAlias = tuple[Any, ...]

@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastema.backends.atomic import run_atomically
-from fastema.core import dtensor
+from fastema.core.model import dtensor
 
 Rule = Literal["average", "copy", "skip"]
 Buffers = Literal["auto", "average", "copy", "skip"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastema.core.checks import checked_count, checked_decays
-from fastema.core.schedules import make_schedule, schedule_class, takes_argument
+from fastema.core.decay.schedules import make_schedule, schedule_class, takes_argument
 
 
 def updates_back(decay: float) -> float:

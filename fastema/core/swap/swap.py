@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fastema.backends.contract import StorageExchange
 from fastema.backends.torch import ContentsExchange
-from fastema.core import dtensor
-from fastema.core.storages import SwapBuffer, whole
+from fastema.core.memory import whole
+from fastema.core.model import dtensor
+from fastema.core.swap.buffers import SwapBuffer
 from fastema.core.text import first_few
 
 #: The swaps that are entered now, by id; empty: no model has averages in it.

@@ -1,0 +1,160 @@
+"""The update of an averaged module: one launch per device, and torch's operations where memory does not match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastema import backends
+from fastema.backends import contract
+from fastema.backends import torch as plain_torch
+from fastema.core.averaged_model.pairs import Pair, UseTorchFallback, span, strides
+from fastema.core.memory import element_runs, whole
+from fastema.core.model.policy import AVERAGED_DTYPES
+
+_PLAIN_FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def _has_no_flags(tensor: Tensor) -> bool:
+    return not (tensor.is_conj() or tensor.is_neg())
+
+
+def _flat_pair(pair: Pair, memory: torch.UntypedStorage) -> tuple[Tensor, Tensor] | None:
+    """Return both tensors as contiguous 1-D memory in one order of elements; None: that is impossible.
+
+    `memory`: the storage to use for the averaged tensor.
+    """
+    a, b = pair.averaged.detach(), pair.live.detach()
+    if not (_has_no_flags(a) and _has_no_flags(b)):
+        return None
+    in_order = a.is_contiguous() and b.is_contiguous()
+    if not in_order and (strides(a) != strides(b) or len(element_runs(a)) != 1):
+        return None
+    count = a.numel()
+    averaged = torch.empty(0, dtype=a.dtype, device=a.device).set_(memory, a.storage_offset(), (count,), (1,))
+    return averaged, b.as_strided((count,), (1,), b.storage_offset())
+
+
+def _has_kernel(pair: Pair) -> bool:
+    dtypes = (pair.averaged.dtype, pair.live.dtype)
+    if pair.averaged.device != pair.live.device:
+        return False
+    return all(dtype in _PLAIN_FLOATS for dtype in dtypes) or (pair.copy and dtypes[0] == dtypes[1])
+
+
+class Update:
+    """Average or copy every pair: averaged <- averaged + weight * (live - averaged), one launch per device.
+
+    Raises:
+        UseTorchFallback: pairs for which torch has a rule of its own, or an error.
+    """
+
+    def __init__(self, pairs: list[Pair], host: Any) -> None:
+        self._pairs = [(pair.averaged.detach(), pair.live.detach()) for pair in pairs]
+        self._host = host
+        # Bytes of an averaged storage, and of a second one over its memory for the kernels: csrc/storage_exchange.h.
+        self._memory: dict[int, tuple[Tensor, Tensor]] = {}
+        flat_pairs: dict[torch.device, list[tuple[Tensor, Tensor, bool, Tensor]]] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []  # these three use torch's operations
+        self._mixed: list[tuple[Tensor, Tensor]] = []
+        self._alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        selected = {device: self._backend_for(device) for device in {pair.averaged.device for pair in pairs}}
+        for pair, (averaged, live) in zip(pairs, self._pairs, strict=True):
+            if averaged.numel() == 0:
+                continue
+            self._refuse_irregular(pair)
+            device = averaged.device
+            has_kernel = selected[device] is not None and _has_kernel(pair)
+            flats = _flat_pair(pair, self._memory_of(averaged)) if has_kernel else None
+            if flats is not None:
+                flat_pairs.setdefault(device, []).append((*flats, pair.copy, pair.averaged))
+            elif pair.copy:
+                self._copies.append((averaged, live))
+            elif averaged.dtype != live.dtype:
+                self._mixed.append((averaged, live))
+            else:
+                group = self._alike.setdefault((device, averaged.dtype), ([], []))
+                group[0].append(averaged)
+                group[1].append(live)
+        self._refuse_overlaps(pairs)
+        self._plans: list[tuple[str, contract.Plan]] = []
+        for device, rows in flat_pairs.items():
+            averaged_flats, lives, copies, views = (list(column) for column in zip(*rows, strict=True))
+            plan = selected[device].Plan([averaged_flats], lives, copies, views)
+            self._plans.append((device.type, plan))
+
+    def _memory_of(self, averaged: Tensor) -> torch.UntypedStorage:
+        storage = averaged.untyped_storage()
+        if storage._cdata not in self._memory:
+            self._memory[storage._cdata] = whole(storage), self._host.second_owner(whole(storage))
+        return self._memory[storage._cdata][1].untyped_storage()
+
+    def settle(self) -> None:
+        """Copy what the kernels wrote to the memory that the averages have now."""
+        for average, memory in self._memory.values():
+            if average.data_ptr() != memory.data_ptr():
+                average.copy_(memory)
+
+    @staticmethod
+    def _backend_for(device: torch.device) -> Any:
+        """Return the backend whose plan to use; None: torch's foreach operations."""
+        module = backends.select(backends.default_name(), device)
+        return None if module is plain_torch else module
+
+    @staticmethod
+    def _refuse_irregular(pair: Pair) -> None:
+        a, b = pair.averaged, pair.live
+        if not (a.is_contiguous() or _is_disjoint(a)):
+            raise UseTorchFallback  # expanded: nothing can be written to it
+        if not pair.copy and (not {a.dtype, b.dtype} <= AVERAGED_DTYPES or a.is_complex() != b.is_complex()):
+            raise UseTorchFallback
+
+    @staticmethod
+    def _refuse_overlaps(pairs: list[Pair]) -> None:
+        """Raise UseTorchFallback where averaged tensors share memory: torch averages it once for each tensor.
+
+        Live tensors may overlap each other, averaged ones nothing.
+        """
+        spans = []
+        for pair in pairs:
+            own = span(pair.averaged)
+            if own != span(pair.live):
+                spans.append((*span(pair.live), False))
+            spans.append((*own, True))
+        ends: dict[tuple[str, bool], int] = {}
+        for device, begin, end, is_averaged in sorted(spans):
+            for other in (True, False) if is_averaged else (True,):
+                if begin < end and begin < ends.get((device, other), 0):
+                    raise UseTorchFallback
+            ends[device, is_averaged] = max(end, ends.get((device, is_averaged), 0))
+
+    def start(self) -> None:
+        """Run the first update: copy everything."""
+        for averaged, live in self._pairs:
+            averaged.copy_(live)
+
+    @torch.no_grad()
+    def run(self, weight_on: Callable[[str], float]) -> None:
+        """Run a later update. `weight_on`: return the weight of the live side for a device type."""
+        for device_type, plan in self._plans:
+            plan.update([weight_on(device_type)], False)
+        for (device, _), (averages, lives) in self._alike.items():
+            here = [live.to(device) for live in lives]
+            torch._foreach_lerp_(averages, here, weight_on(device.type))
+        for averaged, live in self._mixed:
+            wide = torch.promote_types(averaged.dtype, torch.float32)  # by the average's dtype, as in the kernels
+            result = torch.lerp(averaged.to(wide), live.to(averaged.device, wide), weight_on(averaged.device.type))
+            averaged.copy_(result)
+        for averaged, live in self._copies:
+            averaged.copy_(live)
+
+
+def _is_disjoint(tensor: Tensor) -> bool:
+    try:
+        element_runs(tensor)
+    except ValueError:
+        return False
+    return True

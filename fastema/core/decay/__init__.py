@@ -1,0 +1,1 @@
+"""The decay of each update: schedules, and their values on the host and on the device."""

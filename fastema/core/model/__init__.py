@@ -1,0 +1,1 @@
+"""The model: which of its tensors are averaged, also where it is sharded or compiled."""

@@ -1,0 +1,1 @@
+"""The averages of a model: their storages, their updates and their states."""

@@ -1,0 +1,1 @@
+"""The swap of averaged and live weights."""
