@@ -120,7 +120,7 @@ def _move(lives: list[Tensor]) -> None:
 
 
 def _exchanging(ema: FastEMA) -> Callable[[], object]:
-    (plan,) = ema._shadow.plans
+    (plan,) = ema._shadow.plans.by_device
     return lambda: plan.exchange(0)
 
 

@@ -288,8 +288,7 @@ class FastEMA:
 
     def _before_step(self) -> None:
         self._refuse_while_applied("optimizer.step()")
-        if self._shadow.offloaded:
-            self._shadow.order_writes()
+        self._shadow.plans.order_writes()
 
     def _after_step(self, found_inf: Tensor | None) -> None:
         self._versions_at_attach = None
@@ -422,7 +421,7 @@ class FastEMA:
     @property
     def backend_name(self) -> str:
         """Name of the backend: "native", "triton" or "torch"; several where devices differ."""
-        return self._shadow.backend_name
+        return self._shadow.plans.backend_name
 
     def decay_at(self, step: int) -> Any:
         """Return the decay that an update at optimizer step `step` (from 1) uses, or the tuple of them.
@@ -466,7 +465,7 @@ class FastEMA:
         Raises:
             RuntimeError: the latest average failed in its thread; raised once. Earlier averages are intact.
         """
-        self._shadow.synchronize()
+        self._shadow.plans.synchronize()
 
     # ---- state ----
 
@@ -528,7 +527,7 @@ class FastEMA:
         checked_shadow_dtype(self._dtype, decays.highest)
         with torch.no_grad():
             run_atomically([*steps, *self._counting(*counters), *self._replacing_decays(decays)])
-        self._shadow.note_writes()
+        self._shadow.plans.note_writes()
         for key, value in decays.config().items():
             if value != own[key]:
                 warnings.warn(
@@ -721,7 +720,7 @@ class FastEMA:
         self._replaced |= state.replaced_buffers(self._shadow)
         new = self._build_shadow()
         state.carry_over(self._shadow, new)
-        new.note_writes()
+        new.plans.note_writes()
         if self._clock is not None and not self._shadow.is_on_cpu:
             self._captured.append(self._shadow)  # captured graphs still use it
         self._shadow = new

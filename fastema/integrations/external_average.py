@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastema.core.model.policy import Policy, Source
 from fastema.core.shadow import state
-from fastema.core.shadow.shadow import Planes
+from fastema.core.shadow.averages import Planes
 from fastema.core.shadow.storages import shadow_dtype
 from fastema.ema import FastEMA
 

@@ -334,7 +334,7 @@ def test_a_swap_with_a_cast_on_a_late_stream(when: str, held: Any) -> None:
 
 
 def plan_of(ema: FastEMA) -> Any:
-    (plan,) = ema._shadow.offloaded
+    (plan,) = ema._shadow.plans.offloaded
     return plan
 
 

@@ -231,11 +231,11 @@ def test_every_plan_of_a_model_gets_found_inf_on_its_own_device() -> None:
         ) -> None:
             self.seen.append(skip)
 
-    shadow = FastEMA(small_model(), decay=0.5)._shadow
-    shadow.plans = [Recorder(), Recorder()]
-    shadow._plan_devices = [torch.device("meta"), torch.device("cpu")]
-    shadow.update([0.5], True, torch.ones(1))
-    assert [plan.seen[0].device.type for plan in shadow.plans] == ["meta", "cpu"]
+    plans = FastEMA(small_model(), decay=0.5)._shadow.plans
+    plans.by_device = [Recorder(), Recorder()]
+    plans.devices = [torch.device("meta"), torch.device("cpu")]
+    plans.update([0.5], True, torch.ones(1))
+    assert [plan.seen[0].device.type for plan in plans.by_device] == ["meta", "cpu"]
 
 
 # ---- memory on streams ----

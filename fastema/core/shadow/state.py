@@ -18,7 +18,8 @@ from fastema.backends.atomic import Step, run_atomically
 from fastema.core.checks import difference, refuse_differences
 from fastema.core.model import dtensor
 from fastema.core.model.policy import Managed, Source, named_tensors
-from fastema.core.shadow.shadow import Planes, Shadow
+from fastema.core.shadow.averages import Planes
+from fastema.core.shadow.shadow import Shadow
 from fastema.core.swap.swap import place_of
 from fastema.core.text import first_few
 

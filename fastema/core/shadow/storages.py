@@ -7,6 +7,7 @@ storage, the shadow holds that span alone.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -162,6 +163,25 @@ class ShadowStorage:
                 part = flat(storage, run.begin - self.begin, run.end - self.begin)
                 parts.append((flat(self.live, run.begin, run.end), part))
         return SwapBuffer(self.live, storage, rest, casts, parts, self.begin)
+
+
+def refuse_two_storages_over_one_memory(entries: list[Managed]) -> None:
+    """Raise ValueError where two storages share memory. `entries`: one tensor of each storage."""
+    spans = []
+    for entry in entries:
+        storage = entry.tensor.untyped_storage()
+        if storage.nbytes() == 0:
+            continue
+        if storage.data_ptr() == 0:
+            raise ValueError(f"{entry.name!r} has no memory: its storage was freed, or it is a fake tensor")
+        spans.append((str(storage.device), storage.data_ptr(), storage.data_ptr() + storage.nbytes(), entry.name))
+    spans.sort()
+    for (device, _, end, name), (next_device, begin, _, next_name) in pairwise(spans):
+        if device == next_device and begin < end:
+            raise ValueError(
+                f"{name!r} and {next_name!r} are different storages over the same memory, which an exchange of "
+                "pointers cannot follow: clone() one of them, or make one a view of the other"
+            )
 
 
 def _span(runs: list[Run], nbytes: int) -> tuple[int, int]:

@@ -127,7 +127,7 @@ def pair(seam: Seam, model: nn.Module | None = None, **arguments: Any) -> tuple[
     with seam.off():
         ordinary = FastEMA(twin, **arguments)
     offloaded._shadow.is_on_cpu = ordinary._shadow.is_on_cpu = False
-    assert offloaded._shadow.offloaded and not ordinary._shadow.offloaded
+    assert offloaded._shadow.plans.offloaded and not ordinary._shadow.plans.offloaded
     return offloaded, ordinary, model, twin
 
 
@@ -247,14 +247,14 @@ def test_only_what_attached_optimizers_step_is_left_to_their_hooks(seam: Seam) -
     ema = FastEMA(model, decay=0.5, decay_type="constant")
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
     handle = ema.attach(optimizer)
-    (plan,) = ema._shadow.offloaded
+    (plan,) = ema._shadow.plans.offloaded
     late = {live.untyped_storage().data_ptr() for _, live in plan._late}
     assert late == {parameter.data_ptr() for parameter in model[0].parameters()}
     assert len(plan._late) + len(plan._at_once) == len(plan._pairs)
 
     model[0].weight.data = model[0].weight.detach().clone()  # a rebuilt plan knows the optimizer too
     ema.update()
-    (rebuilt,) = ema._shadow.offloaded
+    (rebuilt,) = ema._shadow.plans.offloaded
     assert rebuilt is not plan
     late = {live.untyped_storage().data_ptr() for _, live in rebuilt._late}
     assert late == {parameter.data_ptr() for parameter in model[0].parameters()}
@@ -269,7 +269,7 @@ def test_a_storage_that_others_write_to_as_well_is_safe_at_once(seam: Seam) -> N
     stepped, other = nn.Parameter(room[:4]), room[4:]
     ema = FastEMA([("stepped", stepped), ("other", other)])
     ema.attach(torch.optim.SGD([stepped], lr=0.1))
-    assert not ema._shadow.offloaded[0]._late
+    assert not ema._shadow.plans.offloaded[0]._late
 
 
 def test_an_update_waits_for_the_one_before(seam: Seam) -> None:
@@ -311,7 +311,7 @@ def saved(ema: FastEMA) -> dict[str, Tensor]:
 
 def synchronized(ema: FastEMA) -> list[bytes]:
     ema.synchronize()
-    return [raw(view) for view in ema._shadow._views[0]]
+    return [raw(average.view) for average in ema._shadow._averages[0]]
 
 
 READERS: dict[str, Callable[[FastEMA], Any]] = {
@@ -441,7 +441,7 @@ def test_the_thread_and_the_memory_go_with_the_ema(seam: Seam) -> None:
     train_step(model, optimizer, 1)
     (thread,) = set(threads()) - before
     shadow = weakref.ref(ema._shadow)
-    plan = weakref.ref(ema._shadow.offloaded[0])
+    plan = weakref.ref(ema._shadow.plans.offloaded[0])
     del ema, model, optimizer
     gc.collect()
     thread.join(10)
@@ -524,7 +524,7 @@ def test_a_forked_process_reads_what_is_done_and_refuses_what_is_half_done() -> 
 
 
 def test_weights_on_the_cpu_are_averaged_directly() -> None:
-    assert not FastEMA(small_model(), device="cpu")._shadow.offloaded
+    assert not FastEMA(small_model(), device="cpu")._shadow.plans.offloaded
     cpu, cuda, meta = (torch.device(name) for name in ("cpu", "cuda:0", "meta"))
     assert offload.transfer_between(cpu, cpu) is None
     assert offload.transfer_between(cuda, cuda) is None

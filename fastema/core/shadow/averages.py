@@ -1,0 +1,62 @@
+"""The average of one tensor: where it is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastema.backends import planes
+from fastema.core.model import dtensor
+from fastema.core.model.policy import Managed
+from fastema.core.shadow.storages import ShadowStorage
+
+
+@dataclass
+class Average:
+    """The average of a managed tensor, or the copy of one whose rule is "copy"."""
+
+    entry: Managed
+    view: Tensor  # of the shadow; of two planes the high one
+    low: Tensor | None  # the low plane
+    storage: ShadowStorage | None  # None: the model reassigns the tensor, and `view` is a tensor of its own
+
+    @classmethod
+    def of(cls, entry: Managed, storage: ShadowStorage | None, which: int) -> Average:
+        if storage is None:
+            return cls(entry, entry.tensor.detach().clone(), None, None)
+        return cls(entry, storage.view_of(entry.tensor, which), storage.low_of(entry.tensor, which), storage)
+
+    @property
+    def is_direct(self) -> bool:
+        """True if a swap exchanges the average's own memory with the model's."""
+        return self.storage is not None and self.storage.is_direct
+
+    def copy_loose(self, skip: Tensor | None) -> None:
+        """Copy the tensor that is in the module's slot now, unless `skip` is not 0."""
+        live, shadow = self.entry.current().detach(), self.view
+        if (shadow.shape, shadow.dtype, shadow.device) != (live.shape, live.dtype, live.device):
+            self.view = live.clone()
+        elif skip is None:
+            shadow.copy_(live)
+        else:
+            shadow.copy_(torch.where(skip.to(shadow.device) != 0, shadow, live))
+
+
+@dataclass(frozen=True)
+class Planes:
+    """A float32 average that is kept in two planes; of a DTensor, the part in this process."""
+
+    whole: Tensor  # the live tensor
+    high: Tensor
+    low: Tensor
+
+    def shown(self) -> Tensor:
+        """Return a tensor of the average's dtype and shape, and without its values or memory."""
+        like = self.low.new_empty((), dtype=torch.float32).expand(self.low.shape)
+        return dtensor.as_dtensor_like(self.whole, like)
+
+    def value(self) -> Tensor:
+        """Return the average, a copy."""
+        return dtensor.as_dtensor_like(self.whole, planes.join(self.high, self.low))
