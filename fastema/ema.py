@@ -7,11 +7,10 @@ one kernel launch over all of them. To evaluate the average, the data pointers o
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,30 +22,16 @@ from fastema.core.checks import checked_count, checked_device, checked_shadow_dt
 from fastema.core.decay.decays import Decays
 from fastema.core.decay.device_schedule import DeviceSchedule
 from fastema.core.decay.schedules import takes_argument
-from fastema.core.hooks import StepGroup, checked_optimizer
+from fastema.core.hooks import AttachedHandle, AttachedOptimizers
 from fastema.core.model import compiled
-from fastema.core.model.policy import Buffers, Policy, Source, checked_source, collect, named_tensors
+from fastema.core.model.policy import Buffers, Managed, Policy, Source, checked_source, collect
 from fastema.core.shadow import state
 from fastema.core.shadow.shadow import Shadow
 from fastema.core.swap import swap
 from fastema.core.threads import OneThread, one_thread
 
 # Attributes that a pickle or a copy rebuilds.
-_REBUILT = frozenset(("_shadow", "_clock", "_decays", "_one_thread", "_attached", "_versions_at_attach", "_captured"))
-
-
-class LoadResult(NamedTuple):
-    """Keys that `load_state_dict(strict=False)` did not match, as in `nn.Module.load_state_dict`."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-class AttachedHandle:
-    """Handle of `FastEMA.attach`; `remove()` ends the updates."""
-
-    def __init__(self, remove: Callable[[], None]) -> None:
-        self.remove = remove
+_REBUILT = frozenset(("_shadow", "_clock", "_decays", "_one_thread", "_attached", "_captured"))
 
 
 class FastEMA:
@@ -134,8 +119,7 @@ class FastEMA:
         self._backend = backends.default_name() if backend is None else backend
         self._source = checked_source(model)
         self._capturable = capturable
-        self._attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepGroup] = weakref.WeakKeyDictionary()
-        self._versions_at_attach: int | None = None  # None: nothing is attached, or an optimizer has stepped since
+        self._attached = AttachedOptimizers()
         self._replaced: set[str] = set()  # names of copied buffers that the model reassigns
         self._one_thread = OneThread()
         self._step = 0
@@ -274,25 +258,19 @@ class FastEMA:
         Raises:
             TypeError: something that has no step hooks: a schedule-free or Lookahead wrapper, a list, a module.
         """
-        if not optimizers:
-            raise TypeError("attach() needs an optimizer")
-        inner = list(dict.fromkeys(checked_optimizer(optimizer) for optimizer in optimizers))
-        for optimizer in inner:
-            if optimizer in self._attached:
-                self._attached.pop(optimizer).discard(optimizer)
-        group = StepGroup(inner, self._before_step, self._after_step)
-        self._attached.update(dict.fromkeys(inner, group))
-        self._versions_at_attach = self._shadow.versions()
-        self._defer_copies(self._shadow)
-        return AttachedHandle(partial(_detach, weakref.ref(self), weakref.WeakSet(inner), group))
+        versions = self._shadow.versions()
+        return self._attached.add(optimizers, versions, self._before_step, self._after_step, self._defer_copies)
 
     def _before_step(self) -> None:
         self._refuse_while_applied("optimizer.step()")
         self._shadow.plans.order_writes()
 
     def _after_step(self, found_inf: Tensor | None) -> None:
-        self._versions_at_attach = None
+        self._attached.note_step()
         self.update(found_inf=found_inf)
+
+    def _defer_copies(self) -> None:
+        self._shadow.defer_copies_until_step(self._attached.parameters())
 
     # ---- the swap ----
 
@@ -332,7 +310,7 @@ class FastEMA:
         modules = self._source.modules() if isinstance(self._source, nn.Module) else ()
         compiled.refuse_freezing((entry.whole for entry in self._shadow.managed), modules)
         self._warn_about_nonfinite()
-        self._warn_about_steps_unseen()
+        self._attached.warn_about_steps_unseen(self._shadow.versions())
         self._warn_about_tensors_unused()
         self._shadow.apply(which, in_place)
 
@@ -416,7 +394,7 @@ class FastEMA:
     @property
     def num_updates(self) -> int:
         """Number of updates that were averaged. With `capturable=True` this waits for the device."""
-        return self._num_updates if self._clock is None else int(self._clock.num_updates)
+        return self._counted()[1]
 
     @property
     def backend_name(self) -> str:
@@ -482,20 +460,16 @@ class FastEMA:
             DTensors as its own, for torch.distributed.checkpoint.
         """
         self._warn_about_nonfinite()
-        shadows = [state.averages_by_name(self._shadow, which, saved_only=True) for which in range(len(self._decays))]
-        return {**self._counters(), "shadow": shadows if self._decays.several else shadows[0]}
+        return self._state([self._shadow.averages(which) for which in range(len(self._decays))])
 
-    def _counters(self) -> dict[str, Any]:
+    def _state(self, averages: list[list[tuple[Managed, Tensor]]]) -> dict[str, Any]:
         step, num_updates, last_update = self._counted()
-        return {
-            "step": step,
-            "num_updates": num_updates,
-            "last_update": last_update,
-            **self._decays.config(),
-        }
+        counters = {"step": step, "num_updates": num_updates, "last_update": last_update}
+        shadows = [state.by_name(each, saved_only=True) for each in averages]
+        return {**counters, **self._decays.config(), "shadow": shadows if self._decays.several else shadows[0]}
 
     @one_thread
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadResult:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> state.LoadResult:
         """Load what `state_dict()` returned, by value. The state's decay and schedule go on, whatever this one's were.
 
         Args:
@@ -507,14 +481,7 @@ class FastEMA:
             ValueError: not a state, or one of another model; lists the first differences. Nothing is changed.
         """
         self._refuse_while_applied("load_state_dict()")
-        if not isinstance(state_dict, dict):
-            raise ValueError(f"not a FastEMA state: it is a {type(state_dict).__name__}, not a dict")
-        absent = {"step", "num_updates", "shadow"} - set(state_dict)
-        if absent:
-            raise ValueError(f"not a FastEMA state: it has no {', '.join(sorted(absent))}")
-        saved = state_dict["shadow"] if isinstance(state_dict["shadow"], list) else [state_dict["shadow"]]
-        if not all(isinstance(averages, dict) for averages in saved):
-            raise ValueError("not a FastEMA state: its shadow does not hold tensors by name")
+        saved = state.saved_averages(state_dict)
         # A state of 0.1.0 does not tell its last update.
         last = int(state_dict["step"]) // self._update_every * self._update_every
         counters = [
@@ -522,7 +489,7 @@ class FastEMA:
             for key in ("step", "num_updates", "last_update")
         ]
         self._ensure_current()
-        missing, unexpected, steps = state.loading(self._shadow, saved, strict)
+        result, steps = state.loading(self._shadow, saved, strict)
         decays, own = self._decays.of_state(state_dict), self._decays.config()
         checked_shadow_dtype(self._dtype, decays.highest)
         with torch.no_grad():
@@ -534,7 +501,7 @@ class FastEMA:
                     f"the loaded state was made with {key}={value!r} and goes on with it, not with {own[key]!r}",
                     stacklevel=3,
                 )
-        return LoadResult(missing, unexpected)
+        return result
 
     def shadow_state_dict(self, which: int = 0) -> dict[str, Any]:
         """Return the averaged weights under the model's own keys: `model.load_state_dict(it)` works.
@@ -559,10 +526,8 @@ class FastEMA:
         if not self.is_applied:
             self._ensure_current()
         self._warn_about_nonfinite()
-        every = [self._shadow.averages(which) for which in range(len(self._decays))]
-        named = [state.by_name(averages, saved_only=True) for averages in every]
-        shadows = named if self._decays.several else named[0]
-        return self._model_state(0, every[0]), {**self._counters(), "shadow": shadows}
+        averages = [self._shadow.averages(which) for which in range(len(self._decays))]
+        return self._model_state(0, averages[0]), self._state(averages)
 
     def live_state_dict(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Return the trained weights under the model's own keys, also while the averaged ones are applied.
@@ -607,7 +572,7 @@ class FastEMA:
         if "decays" in pickled:
             self._decays = Decays(**pickled["decays"])
         self._one_thread = OneThread()
-        self._attached, self._versions_at_attach = weakref.WeakKeyDictionary(), None
+        self._attached = AttachedOptimizers()
         self._captured = []
         self._pickled = pickled
         if state.is_complete(self._source):
@@ -644,31 +609,16 @@ class FastEMA:
 
     def _build_shadow(self) -> Shadow:
         managed = collect(self._source, self._buffers, self._policy, self._replaced)
-        modules = list(self._source.modules()) if isinstance(self._source, nn.Module) else []
-        tensors_now = partial(_tensors_by_name, self._source)
-        shadow = Shadow(
-            managed,
-            len(self._decays),
-            self._dtype,
-            self._device,
-            self._backend,
-            modules,
-            tensors_now,
-            self._may_split,
-        )
-        self._defer_copies(shadow)
-        return shadow
-
-    def _defer_copies(self, shadow: Shadow) -> None:
-        """Let the hooks of attached optimizers order what those write: see `Shadow.defer_copies_until_step`."""
-        groups = [group for optimizer in self._attached for group in optimizer.param_groups]
-        shadow.defer_copies_until_step(parameter for group in groups for parameter in group["params"])
+        count = len(self._decays)
+        return Shadow(self._source, managed, count, self._dtype, self._device, self._backend, self._may_split)
 
     def _build_clock(self) -> DeviceSchedule | None:
         if not self._capturable:
             return None
         devices = {entry.tensor.device for entry in self._shadow.managed}
-        if len(devices) > 1 or (self._device is not None and self._device not in devices):
+        if self._device is not None:
+            devices.add(self._device)
+        if len(devices) > 1:
             raise ValueError(f"capturable=True needs model and shadow on one device, got {sorted(map(str, devices))}")
         (device,) = devices
         if device.type != "cpu" and self.backend_name == "torch":
@@ -684,22 +634,13 @@ class FastEMA:
 
     def _counted(self) -> tuple[int, int, int]:
         """Return steps, updates, and the step of the latest update; waits for the device with `capturable=True`."""
-        if self._clock is None:
-            return self._step, self._num_updates, self._last_update
-        step = int(self._clock.step)
-        return step, int(self._clock.num_updates), step // self._update_every * self._update_every
+        return (self._step, self._num_updates, self._last_update) if self._clock is None else self._clock.counted()
 
     def _counting(self, step: int, num_updates: int, last_update: int) -> list[Step]:
         """Return the steps that set the counters."""
-        steps: list[Step] = [
-            partial(setattr, self, "_step", step),
-            partial(setattr, self, "_num_updates", num_updates),
-            partial(setattr, self, "_last_update", last_update),
-        ]
-        if self._clock is not None:
-            counters = (self._clock.step, step), (self._clock.num_updates, num_updates)
-            steps += [partial(Tensor.fill_, counter, value) for counter, value in counters]
-        return steps
+        counters = {"_step": step, "_num_updates": num_updates, "_last_update": last_update}
+        on_device = [] if self._clock is None else self._clock.counting(step, num_updates)
+        return [*(partial(setattr, self, name, value) for name, value in counters.items()), *on_device]
 
     def _replacing_decays(self, decays: Decays) -> list[Step]:
         """Return the calls that replace the decays; raise if the device's table cannot hold them."""
@@ -724,6 +665,7 @@ class FastEMA:
         if self._clock is not None and not self._shadow.is_on_cpu:
             self._captured.append(self._shadow)  # captured graphs still use it
         self._shadow = new
+        self._defer_copies()
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -738,17 +680,6 @@ class FastEMA:
         if self._shadow.is_applied:
             raise RuntimeError(f"{what} while the EMA weights are applied: call restore(), or leave the block, first")
         self._shadow.refuse_foreign(what)
-
-    def _warn_about_steps_unseen(self) -> None:
-        """Warn if the weights changed while no attached optimizer called step(), as with SAM."""
-        if self._versions_at_attach is None or self._versions_at_attach == self._shadow.versions():
-            return
-        self._versions_at_attach = None
-        warnings.warn(
-            "an optimizer is attached, and the weights changed, but its step() was never called: the average is as it "
-            "was. Where the optimizer steps in another way (SAM's first_step and second_step), call update() yourself",
-            stacklevel=4,
-        )
 
     def _warn_about_tensors_unused(self) -> None:
         """Warn if named tensors were averaged and none has changed: their model may have other tensors now."""
@@ -776,18 +707,3 @@ class FastEMA:
                 "itself has gone wrong",
                 stacklevel=3,
             )
-
-
-def _tensors_by_name(source: Source) -> dict[str, Tensor]:
-    return dict(named_tensors(source))
-
-
-def _detach(owner: weakref.ref[FastEMA], optimizers: weakref.WeakSet[torch.optim.Optimizer], group: StepGroup) -> None:
-    """Remove a group's optimizers, except those that were attached again since."""
-    ema = owner()
-    for optimizer in list(optimizers):
-        group.discard(optimizer)
-        if ema is not None and ema._attached.get(optimizer) is group:
-            del ema._attached[optimizer]
-    if ema is not None:
-        ema._defer_copies(ema._shadow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -10,6 +11,85 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class AttachedOptimizers:
+    """The optimizers whose steps update one average. Nothing here keeps one of them, or the average, alive."""
+
+    def __init__(self) -> None:
+        self._groups: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepGroup] = weakref.WeakKeyDictionary()
+        self._versions: int | None = None  # of the weights at `add()`; None: an optimizer has stepped since
+
+    def add(
+        self,
+        optimizers: Sequence[Any],
+        versions: int,
+        before: Callable[[], None],
+        after: Callable[[Tensor | None], None],
+        changed: Callable[[], None],
+    ) -> AttachedHandle:
+        """Attach optimizers that make one training step together; one that is attached already leaves its group.
+
+        Args:
+            versions: of the weights: see `Shadow.versions`.
+            before, after: see `StepGroup`.
+            changed: bound method, called whenever other optimizers are attached.
+
+        Raises:
+            TypeError: no optimizer, or one without step hooks.
+        """
+        if not optimizers:
+            raise TypeError("attach() needs an optimizer")
+        inner = list(dict.fromkeys(checked_optimizer(optimizer) for optimizer in optimizers))
+        for optimizer in inner:
+            if optimizer in self._groups:
+                self._groups[optimizer].discard(optimizer)
+        group = StepGroup(inner, before, after)
+        self._groups.update(dict.fromkeys(inner, group))
+        self._versions = versions
+        changed()
+        return AttachedHandle(self, group, changed)
+
+    def remove(self, group: StepGroup) -> None:
+        """Detach a group's optimizers, except those that were attached again since."""
+        group.clear()
+        for optimizer in [optimizer for optimizer, own in self._groups.items() if own is group]:
+            del self._groups[optimizer]
+
+    def parameters(self) -> list[Tensor]:
+        """Return what the attached optimizers write to."""
+        return [each for optimizer in self._groups for part in optimizer.param_groups for each in part["params"]]
+
+    def note_step(self) -> None:
+        self._versions = None
+
+    def warn_about_steps_unseen(self, versions: int) -> None:
+        """Warn if the weights changed while no attached optimizer called step(), as with SAM."""
+        if self._versions is None or self._versions == versions:
+            return
+        self._versions = None
+        warnings.warn(
+            "an optimizer is attached, and the weights changed, but its step() was never called: the average is as it "
+            "was. Where the optimizer steps in another way (SAM's first_step and second_step), call update() yourself",
+            stacklevel=4,
+        )
+
+
+class AttachedHandle:
+    """Handle of `FastEMA.attach`; `remove()` ends the updates."""
+
+    def __init__(self, attached: AttachedOptimizers, group: StepGroup, changed: Callable[[], None]) -> None:
+        self._attached = weakref.ref(attached)
+        self._group = group
+        self._changed = weakref.WeakMethod(changed)
+
+    def remove(self) -> None:
+        """Detach the optimizers; those that were attached again since stay attached."""
+        self._group.clear()
+        attached, changed = self._attached(), self._changed()
+        if attached is not None and changed is not None:
+            attached.remove(self._group)
+            changed()
 
 
 class StepGroup:
@@ -45,6 +125,14 @@ class StepGroup:
         self._found_inf.pop(id(optimizer), None)
         for handle in self._handles.pop(id(optimizer), ()):
             handle.remove()
+
+    def clear(self) -> None:
+        """Take all optimizers out."""
+        self._found_inf.clear()
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+        self._handles.clear()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         before = self._before()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastema.backends import native
+from fastema.backends.atomic import Step
 from fastema.backends.streams import Streams
 from fastema.core.decay.decays import Decays
 
@@ -64,6 +65,15 @@ class DeviceSchedule:
         torch.maximum(skipped, (self.step % self._update_every != 0).float(), out=self._skip)
         self.num_updates.add_((self._skip == 0).long())
         return self._skip
+
+    def counted(self) -> tuple[int, int, int]:
+        """Return steps, updates, and the step of the latest update; waits for the device."""
+        step = int(self.step)
+        return step, int(self.num_updates), step // self._update_every * self._update_every
+
+    def counting(self, step: int, num_updates: int) -> list[Step]:
+        """Return the steps that set the counters."""
+        return [partial(Tensor.fill_, self.step, step), partial(Tensor.fill_, self.num_updates, num_updates)]
 
     def replacing(self, decays: Decays) -> partial[Tensor]:
         """Return the call that writes the weights of other decays into the table, in place: graphs hold its address.

@@ -33,6 +33,19 @@ class Average:
         """True if a swap exchanges the average's own memory with the model's."""
         return self.storage is not None and self.storage.is_direct
 
+    def like_model(self, local: Tensor) -> Tensor:
+        """Return `local` as the model has the tensor: as a DTensor if that is one."""
+        return dtensor.as_dtensor_like(self.entry.whole, local.detach())
+
+    def place(self, view: Tensor) -> Tensor | Planes:
+        """Return where the average is kept, whose present view is `view`."""
+        return self.like_model(view) if self.low is None else Planes(self.entry.whole, view.detach(), self.low)
+
+    def view_in_model(self) -> Tensor:
+        """Return where the average is while a swap has put it into the model; see `is_direct`."""
+        assert self.storage is not None
+        return self.storage.in_model(self.view)
+
     def copy_loose(self, skip: Tensor | None) -> None:
         """Copy the tensor that is in the module's slot now, unless `skip` is not 0."""
         live, shadow = self.entry.current().detach(), self.view

@@ -6,7 +6,7 @@ view of a weight follows when pointers change places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from fastema import backends
 from fastema.backends import contract, planes
 from fastema.backends import torch as plain_torch
 from fastema.core.model import dtensor
-from fastema.core.model.policy import Managed
+from fastema.core.model.policy import Managed, Source, named_tensors
 from fastema.core.shadow import offload
 from fastema.core.shadow.averages import Average, Planes
 from fastema.core.shadow.plans import Plans
@@ -31,12 +31,11 @@ class Shadow:
     """`count` shadows of the managed tensors.
 
     Args:
-        managed: what is averaged or copied, each tensor once.
+        source: the model, or its tensors by name.
+        managed: what of it is averaged or copied, each tensor once.
         count: how many: one for each decay.
         dtype, device: the shadows'; None: see `storages.shadow_dtype`, and where the live tensor is.
         backend: "auto" or the name of one.
-        modules: the modules whose slots are watched for replaced tensors.
-        tensors_now: return the model's tensors by name, as they are then.
         may_split: True if float32 averages of bfloat16 tensors may be kept in two planes.
 
     Raises:
@@ -45,13 +44,12 @@ class Shadow:
 
     def __init__(
         self,
+        source: Source,
         managed: list[Managed],
         count: int,
         dtype: torch.dtype | None,
         device: torch.device | None,
         backend: str,
-        modules: Sequence[nn.Module],
-        tensors_now: Callable[[], dict[str, Tensor]],
         may_split: bool = True,
     ) -> None:
         self.managed = managed
@@ -60,8 +58,9 @@ class Shadow:
         self._tensors = [entry.tensor for entry in self._bound]
         self._host = backends.host(backend)
         self._backend = backend
-        self._tensors_now = tensors_now
+        self._source = source
         self._may_split = may_split
+        modules = list(source.modules()) if isinstance(source, nn.Module) else []
         self._dicts = [slots for module in modules for slots in (module._parameters, module._buffers, module._modules)]
         self._gathered = dtensor.GatheredParameters(modules)
         self._parts: list[tuple[Any, Tensor]] = [
@@ -140,7 +139,7 @@ class Shadow:
 
     def _weights_now(self) -> dict[str, Tensor]:
         """Return the model's tensors by name; the sharded ones where an FSDP module has gathered them."""
-        now = self._tensors_now()
+        now = dict(named_tensors(self._source))
         for entry in self._bound:
             if entry.tensor is not entry.whole:
                 now.update({name: entry.whole for name in entry.names if not dtensor.is_dtensor(now.get(name))})
@@ -327,9 +326,6 @@ class Shadow:
             self._swaps[key] = swap_of(self._storages, which, self._bound, versioned, self._host, contents_of)
         chosen = self._swaps[key]
         self._swap, self._which = chosen, which
-        if not self._loose[which]:
-            chosen.enter()
-            return
         self._loose_live = [average.entry.current() for average in self._loose[which]]
         copies = [average.view.clone() for average in self._loose[which]]
         chosen.enter()
@@ -387,7 +383,7 @@ class Shadow:
                 view = planes.join(view, average.low)
             elif in_model and average.is_direct:
                 view = view.clone()
-            result.append((average.entry, dtensor.as_dtensor_like(average.entry.whole, view.detach())))
+            result.append((average.entry, average.like_model(view)))
         return result
 
     def weights(self, which: int) -> list[tuple[Managed, Tensor]]:
@@ -395,29 +391,18 @@ class Shadow:
 
         They share memory with the EMA, or with the model while they are in it.
         """
-        return [
-            (average.entry, dtensor.as_dtensor_like(average.entry.whole, view.detach()))
-            for average, view in self._stored(which)
-        ]
+        return [(average.entry, average.like_model(view)) for average, view in self._stored(which)]
 
     def places(self, which: int) -> list[tuple[Managed, Tensor | Planes]]:
         """Return every managed tensor with where its average is kept."""
-        return [
-            (average.entry, dtensor.as_dtensor_like(average.entry.whole, view.detach()))
-            if average.low is None
-            else (average.entry, Planes(average.entry.whole, view.detach(), average.low))
-            for average, view in self._stored(which)
-        ]
+        return [(average.entry, average.place(view)) for average, view in self._stored(which)]
 
     def _stored(self, which: int) -> Iterator[tuple[Average, Tensor]]:
         """Yield every average with its view, or the high plane of it, where it is now: beside the model or in it."""
         self.plans.synchronize()
         in_model = self.is_applied and which == self._which
         for average in self._averages[which]:
-            if in_model and average.storage is not None and average.storage.is_direct:
-                yield average, average.storage.in_model(average.view)
-            else:
-                yield average, average.view
+            yield average, average.view_in_model() if in_model and average.is_direct else average.view
 
     def live_values(self) -> dict[str, Tensor]:
         """Return the live values by name, while the averages are in the model."""

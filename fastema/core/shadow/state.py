@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ from fastema.core.swap.swap import place_of
 from fastema.core.text import first_few
 
 Place: TypeAlias = tuple[Any, ...]
+
+
+class LoadResult(NamedTuple):
+    """Keys that `load_state_dict(strict=False)` did not match, as in `nn.Module.load_state_dict`."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
 _Average = TypeVar("_Average", Tensor, Tensor | Planes)
 
 
@@ -183,12 +192,25 @@ def copy_averages(shadow: Shadow, which: int, target: Source) -> None:
     run_atomically(_copies((targets[name], average) for name, average in averages.items()))
 
 
+def saved_averages(state: Any) -> list[dict[str, Tensor]]:
+    """Return the averages of a saved state, or raise ValueError if it is none."""
+    if not isinstance(state, dict):
+        raise ValueError(f"not a FastEMA state: it is a {type(state).__name__}, not a dict")
+    absent = {"step", "num_updates", "shadow"} - set(state)
+    if absent:
+        raise ValueError(f"not a FastEMA state: it has no {', '.join(sorted(absent))}")
+    saved = state["shadow"] if isinstance(state["shadow"], list) else [state["shadow"]]
+    if not all(isinstance(averages, dict) for averages in saved):
+        raise ValueError("not a FastEMA state: its shadow does not hold tensors by name")
+    return saved
+
+
 @torch.no_grad()
-def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tuple[list[str], list[str], list[Step]]:
+def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tuple[LoadResult, list[Step]]:
     """Prepare to load saved averages, one dictionary for each shadow, by value. Nothing is changed yet.
 
     Returns:
-        The names that are missing in the state, those that are only there, and the steps for `run_atomically`.
+        The names that are only on one side, and the steps for `run_atomically`.
 
     Raises:
         ValueError: another number of shadows; shapes that differ; with `strict`, names or dtypes that differ.
@@ -213,7 +235,7 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
             differences += [f"{name!r} is missing in the state" for name in missing]
             differences += [f"{name!r} is in the state, not in the model" for name in unexpected]
     refuse_differences("the state is of another model", differences)
-    return missing, unexpected, _copies(pairs)
+    return LoadResult(missing, unexpected), _copies(pairs)
 
 
 @torch.no_grad()
