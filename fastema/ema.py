@@ -31,7 +31,7 @@ from fastema.core.swap import swap
 from fastema.core.threads import OneThread, one_thread
 
 # Attributes that a pickle or a copy rebuilds.
-_REBUILT = frozenset(("_shadow", "_clock", "_decays", "_one_thread", "_attached", "_captured"))
+_REBUILT = frozenset(("_shadow", "_device_schedule", "_decays", "_one_thread", "_attached", "_captured"))
 
 
 class FastEMA:
@@ -129,7 +129,7 @@ class FastEMA:
         self._nonfinite_before = 0  # count of the FastEMA that this one was copied from
         self._warned_nonfinite = False
         self._shadow = self._build_shadow()
-        self._clock = self._build_clock()
+        self._device_schedule = self._build_clock()
         self._at_last_swap = (0, self._shadow.versions())  # (number of updates, versions of the weights)
         self._warm_up()
 
@@ -180,7 +180,7 @@ class FastEMA:
         with self._one_thread:
             self._refuse_while_applied("update()")
             average: Callable[..., None] = self._average
-            if self._clock is not None:
+            if self._device_schedule is not None:
                 self._ensure_current()  # it may raise, so before the device counts the step
                 average = self._shadow.update
             self._update(average, step, found_inf, decay)
@@ -189,7 +189,7 @@ class FastEMA:
     def _update_operands(
         self, shadows: list[Tensor], lives: list[Tensor], step: int | None, found_inf: Tensor | None
     ) -> None:
-        """Update the tensors that a compiled graph has for shadows and weights; see `fastema.core.compile`."""
+        """Update the tensors that a compiled graph has for shadows and weights; see `fastema.core.model.compiled`."""
         self._refuse_while_applied("update()")
         self._update(partial(self._shadow.update_operands, shadows, lives), step, found_inf, None)
 
@@ -197,13 +197,13 @@ class FastEMA:
         """Count a step and average with its decay; `average` is called as `Shadow.update`."""
         if found_inf is not None and not isinstance(found_inf, Tensor):
             raise TypeError(f"found_inf must be a float32 scalar tensor or None, got {found_inf!r}")
-        if self._clock is not None:
+        if self._device_schedule is not None:
             if step is not None or decay is not None:
                 raise ValueError(
                     "capturable=True counts its own steps on the device: call update() without step or decay"
                 )
-            skip = self._clock.advance(found_inf)
-            average([0.0] * len(self._decays), self._skip_nonfinite, skip, self._clock.weights)
+            skip = self._device_schedule.advance(found_inf)
+            average([0.0] * len(self._decays), self._skip_nonfinite, skip, self._device_schedule.weights)
             return
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
             return
@@ -310,7 +310,7 @@ class FastEMA:
         modules = self._source.modules() if isinstance(self._source, nn.Module) else ()
         compiled.refuse_freezing((entry.whole for entry in self._shadow.managed), modules)
         self._warn_about_nonfinite()
-        self._attached.warn_about_steps_unseen(self._shadow.versions())
+        self._attached.warn_about_steps_unseen(self._shadow.versions)
         self._warn_about_tensors_unused()
         self._shadow.apply(which, in_place)
 
@@ -394,7 +394,7 @@ class FastEMA:
     @property
     def num_updates(self) -> int:
         """Number of updates that were averaged. With `capturable=True` this waits for the device."""
-        return self._counted()[1]
+        return self._num_updates if self._device_schedule is None else int(self._device_schedule.num_updates)
 
     @property
     def backend_name(self) -> str:
@@ -580,7 +580,7 @@ class FastEMA:
 
     def __getattr__(self, name: str) -> Any:
         # A module that holds its own FastEMA is still empty while it is unpickled: built at the first use.
-        if name in ("_shadow", "_clock") and "_pickled" in self.__dict__:
+        if name in ("_shadow", "_device_schedule") and "_pickled" in self.__dict__:
             self._build_from_pickle()
             return self.__dict__[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -591,7 +591,7 @@ class FastEMA:
         if len(counters) == 2:  # pickled by 0.1.0
             counters = (*counters, counters[0] // self._update_every * self._update_every)
         self._shadow = self._build_shadow()
-        self._clock = self._build_clock()
+        self._device_schedule = self._build_clock()
         run_atomically(self._counting(*counters))
         for which, averages in enumerate(pickled["averages"]):
             state.fill(self._shadow, which, averages)
@@ -634,19 +634,21 @@ class FastEMA:
 
     def _counted(self) -> tuple[int, int, int]:
         """Return steps, updates, and the step of the latest update; waits for the device with `capturable=True`."""
-        return (self._step, self._num_updates, self._last_update) if self._clock is None else self._clock.counted()
+        if self._device_schedule is not None:
+            return self._device_schedule.counted()
+        return self._step, self._num_updates, self._last_update
 
     def _counting(self, step: int, num_updates: int, last_update: int) -> list[Step]:
         """Return the steps that set the counters."""
         counters = {"_step": step, "_num_updates": num_updates, "_last_update": last_update}
-        on_device = [] if self._clock is None else self._clock.counting(step, num_updates)
+        on_device = [] if self._device_schedule is None else self._device_schedule.counting(step, num_updates)
         return [*(partial(setattr, self, name, value) for name, value in counters.items()), *on_device]
 
     def _replacing_decays(self, decays: Decays) -> list[Step]:
         """Return the calls that replace the decays; raise if the device's table cannot hold them."""
         if decays is self._decays:
             return []
-        on_device: list[Step] = [] if self._clock is None else [self._clock.replacing(decays)]
+        on_device: list[Step] = [] if self._device_schedule is None else [self._device_schedule.replacing(decays)]
         return [*on_device, partial(setattr, self, "_decays", decays)]
 
     def _ensure_current(self) -> None:
@@ -662,7 +664,7 @@ class FastEMA:
         new = self._build_shadow()
         state.carry_over(self._shadow, new)
         new.plans.note_writes()
-        if self._clock is not None and not self._shadow.is_on_cpu:
+        if self._device_schedule is not None and not self._shadow.is_on_cpu:
             self._captured.append(self._shadow)  # captured graphs still use it
         self._shadow = new
         self._defer_copies()
@@ -670,9 +672,9 @@ class FastEMA:
 
     def _warm_up(self) -> None:
         """Compile and load the kernels by an update that skips: inside a capture that is not possible."""
-        if self._clock is not None:
-            skip = torch.ones((), dtype=torch.float32, device=self._clock.step.device)
-            self._shadow.update([0.0] * len(self._decays), self._skip_nonfinite, skip, self._clock.weights)
+        if self._device_schedule is not None:
+            skip = torch.ones((), dtype=torch.float32, device=self._device_schedule.step.device)
+            self._shadow.update([0.0] * len(self._decays), self._skip_nonfinite, skip, self._device_schedule.weights)
 
     def _refuse_while_applied(self, what: str) -> None:
         if not swap.entered:  # no model has averages in it
@@ -683,7 +685,7 @@ class FastEMA:
 
     def _warn_about_tensors_unused(self) -> None:
         """Warn if named tensors were averaged and none has changed: their model may have other tensors now."""
-        if isinstance(self._source, nn.Module) or self._clock is not None:
+        if isinstance(self._source, nn.Module) or self._device_schedule is not None:
             return
         (updates, versions), now = self._at_last_swap, (self._num_updates, self._shadow.versions())
         self._at_last_swap = now

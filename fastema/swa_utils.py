@@ -33,20 +33,19 @@ Differences from torch:
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from types import FunctionType, TracebackType
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils as _torch_swa_utils
 from torch.optim.swa_utils import SWALR
-from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
 from fastema.backends.streams import is_capturing
+from fastema.core.averaged_model.counter import Counter
+from fastema.core.averaged_model.functions import DEFAULT, AveragingFunction, recognise
 from fastema.core.averaged_model.paired_modules import PairedModules, tensors_by_name
 from fastema.core.averaged_model.pairs import UseTorchFallback
 from fastema.core.averaged_model.update import Update
@@ -68,44 +67,8 @@ __all__ = [
 # Torch's own, whatever patch() puts in their places later.
 _TorchAveragedModel = _torch_swa_utils.AveragedModel
 _torch_update_bn = _torch_swa_utils.update_bn
-_TORCH_FACTORIES: dict[str, Callable[..., Any]] = {
-    name: getattr(_torch_swa_utils, name)
-    for name in ("get_ema_multi_avg_fn", "get_swa_multi_avg_fn", "get_ema_avg_fn", "get_swa_avg_fn")
-}
-
-
+_AveragingFunction = AveragingFunction  # its name in pickles of 0.1.0
 # ---- the averaging functions ----
-
-
-class _AveragingFunction:
-    """One of torch's averaging functions, as an object that can be pickled and that tells its rule."""
-
-    def __init__(self, factory: str, decay: Any = None) -> None:
-        self.factory = factory
-        self.decay = decay
-        self._function = _TORCH_FACTORIES[factory](*(() if decay is None else (decay,)))
-        functools.update_wrapper(self, self._function)  # its name, its documentation and its signature
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _AveragingFunction, (self.factory, self.decay)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _AveragingFunction:
-        return self  # as a function is
-
-    def __repr__(self) -> str:
-        return f"{self.factory}({'' if self.decay is None else self.decay})"
-
-    def weight(self, num_averaged: int) -> float:
-        """Return the weight of the live model in the next average."""
-        if self.decay is not None:
-            return 1 - self.decay
-        if self.factory == "get_swa_multi_avg_fn":
-            # Torch divides tensors here, so that the weight is rounded to float32 even for float64 parameters.
-            return (1 / torch.tensor(num_averaged + 1, device="cpu")).item()
-        return 1 / (num_averaged + 1)
 
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> Any:
@@ -117,12 +80,12 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> Any:
     Raises:
         ValueError: it is not.
     """
-    return _AveragingFunction("get_ema_multi_avg_fn", decay)
+    return AveragingFunction("get_ema_multi_avg_fn", decay)
 
 
 def get_swa_multi_avg_fn() -> Any:
     """Return the function that applies an equally weighted average to lists of parameters."""
-    return _AveragingFunction("get_swa_multi_avg_fn")
+    return AveragingFunction("get_swa_multi_avg_fn")
 
 
 def get_ema_avg_fn(decay: float = 0.999) -> Any:
@@ -134,79 +97,15 @@ def get_ema_avg_fn(decay: float = 0.999) -> Any:
     Raises:
         ValueError: it is not.
     """
-    return _AveragingFunction("get_ema_avg_fn", decay)
+    return AveragingFunction("get_ema_avg_fn", decay)
 
 
 def get_swa_avg_fn() -> Any:
     """Return the function that applies an equally weighted average to one parameter."""
-    return _AveragingFunction("get_swa_avg_fn")
-
-
-def _codes(function: Any) -> list[Any]:
-    """Return the code of a function and of what it wraps, outermost first."""
-    codes = []
-    while isinstance(function, FunctionType):
-        codes.append(function.__code__)
-        function = getattr(function, "__wrapped__", None)
-    return codes
-
-
-_TORCH_CODES = {
-    name: _codes(factory(0.5) if "_ema_" in name else factory()) for name, factory in _TORCH_FACTORIES.items()
-}
-
-
-def _recognise(function: Any) -> _AveragingFunction | None:
-    """Return `function` as an `_AveragingFunction` if it is ours or torch's; None: it is the user's."""
-    if isinstance(function, _AveragingFunction):
-        known = function
-    else:
-        # torch's are closures; all that one factory makes share their code objects, and no others do.
-        codes = _codes(function)
-        factory = next((name for name, torch_codes in _TORCH_CODES.items() if codes == torch_codes), None)
-        if factory is None:
-            return None
-        inner = inspect.unwrap(function)
-        cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True))
-        known = _AveragingFunction(factory, cells["decay"].cell_contents if "decay" in cells else None)
-    # A decay that is a tensor may be on a GPU, where reading it would wait.
-    return known if known.decay is None or isinstance(known.decay, (int, float)) else None
-
-
-# As in torch: the second where foreach operations have kernels.
-_DEFAULT = _AveragingFunction("get_swa_avg_fn")
-_DEFAULT_WITH_FOREACH = _AveragingFunction("get_swa_multi_avg_fn")
+    return AveragingFunction("get_swa_avg_fn")
 
 
 # ---- the model ----
-
-
-class _Counter:
-    """Caches the value of a counter tensor; reads it again only if others wrote to it."""
-
-    def __init__(self) -> None:
-        self._tensor: Callable[[], Tensor | None] = lambda: None  # a weak reference to what was read
-        self._mark = (0, 0)
-        self._value: Any = None
-
-    def read(self, tensor: Tensor) -> Any:
-        """Return the value; on a GPU this waits only if it was written to since the last call."""
-        if tensor.device.type == "cpu" or tensor.is_inference():  # no wait; inference tensors have no version
-            return tensor.item()
-        return self.remembered(tensor)
-
-    def remembered(self, tensor: Tensor) -> Any:
-        """Return the value as last read, unless the tensor is another one or was written to."""
-        mark = (tensor.data_ptr(), tensor._version)
-        if self._tensor() is not tensor or mark != self._mark:
-            self._tensor, self._mark, self._value = weakref.ref(tensor), mark, tensor.item()
-        return self._value
-
-    def increase(self, tensor: Tensor) -> None:
-        """Add one to the tensor, which was just read."""
-        tensor.add_(1)
-        if self._tensor() is tensor:
-            self._mark, self._value = (tensor.data_ptr(), tensor._version), self._value + 1
 
 
 _REBUILT = ("_pairs", "_swap", "_counter", "_rule")
@@ -236,8 +135,8 @@ class AveragedModel(_TorchAveragedModel):
 
     _pairs: PairedModules | None = None
     _swap: tuple[Swap, PairedModules, nn.Module] | None = None  # the last one, its pairs and the model it is with
-    _counter: _Counter | None = None
-    _rule: tuple[Any, _AveragingFunction | None] = (None, None)  # the given function, and what _recognise() made of it
+    _counter: Counter | None = None
+    _rule: tuple[Any, AveragingFunction | None] = (None, None)  # the given function, and what recognise() made of it
 
     def __init__(
         self,
@@ -271,18 +170,19 @@ class AveragedModel(_TorchAveragedModel):
             super().update_parameters(model)
             return
         self._refuse_while_swapped("update_parameters()")
-        update = self._update_for(model)
-        if update is None:
+        function = self._known_function()
+        update = None if function is None else self._update_for(model)
+        if function is None or update is None:
             super().update_parameters(model)
             return
         if self._counter is None:
-            self._counter = _Counter()
+            self._counter = Counter()
         counter = self.n_averaged
         num_averaged = self._counter.read(counter)
         if num_averaged == 0:
             update.start()
         else:
-            update.run(functools.partial(self._weight, num_averaged))
+            update.run(functools.partial(function.weight, num_averaged))
             if self._pairs is not None:
                 self._pairs.settle()
         self._counter.increase(counter)
@@ -354,7 +254,7 @@ class AveragedModel(_TorchAveragedModel):
         state = {key: value for key, value in self.__dict__.items() if key not in _REBUILT}
         state.pop("_compiled_call_impl", None)  # as torch's modules
         for name in ("avg_fn", "multi_avg_fn"):
-            state[name] = _recognise(state.get(name)) or state.get(name)
+            state[name] = recognise(state.get(name)) or state.get(name)
         return state
 
     # ---- private ----
@@ -365,21 +265,14 @@ class AveragedModel(_TorchAveragedModel):
                 f"{what} while the average is swapped into a model: leave the block first, or call restore()"
             )
 
-    def _recognise_function(self) -> _AveragingFunction | None:
+    def _known_function(self) -> AveragingFunction | None:
         """Return the averaging function, the default included; None: it is the user's."""
         function = self.multi_avg_fn if self.multi_avg_fn else self.avg_fn
         if function is None:
-            return _DEFAULT
+            return DEFAULT
         if self._rule[0] is not function:
-            self._rule = (function, _recognise(function))
+            self._rule = (function, recognise(function))
         return self._rule[1]
-
-    def _weight(self, num_averaged: int, device_type: str) -> float:
-        function = self._recognise_function()
-        assert function is not None  # else _update_for() returns None
-        if function is _DEFAULT and device_type in _get_foreach_kernels_supported_devices():
-            function = _DEFAULT_WITH_FOREACH
-        return function.weight(num_averaged)
 
     def _current_pairs(self, model: nn.Module, what: str) -> PairedModules:
         if self._pairs is None or not self._pairs.holds(model, self.use_buffers):
@@ -402,8 +295,6 @@ class AveragedModel(_TorchAveragedModel):
 
     def _update_for(self, model: nn.Module) -> Update | None:
         """Return the update to run; None: torch's own code must run."""
-        if self._recognise_function() is None:
-            return None
         try:
             pairs = self._current_pairs(model, "update_parameters()")
             with torch.inference_mode(False), torch.no_grad():
@@ -467,23 +358,7 @@ _PATCHED: dict[str, Any] = {name: value for name, value in list(globals().items(
 _before_patch: dict[str, Any] | None = None
 
 
-class _Patch:
-    """Context manager of `patch()`; its end calls `unpatch()` if that `patch()` replaced the names."""
-
-    def __init__(self, is_first: bool) -> None:
-        self._is_first = is_first
-
-    def __enter__(self) -> _Patch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._is_first:
-            unpatch()
-
-
-def patch() -> _Patch:
+def patch() -> ExitStack:
     """Put the names of this module into `torch.optim.swa_utils`, for a trainer that imports them from there.
 
     Call it before the trainer is imported, since `from ... import` keeps what was there. Nested calls have no effect.
@@ -499,12 +374,13 @@ def patch() -> _Patch:
         False
     """
     global _before_patch
-    if _before_patch is not None:
-        return _Patch(is_first=False)
-    _before_patch = {name: getattr(_torch_swa_utils, name) for name in _PATCHED}
-    for name, value in _PATCHED.items():
-        setattr(_torch_swa_utils, name, value)
-    return _Patch(is_first=True)
+    end = ExitStack()
+    if _before_patch is None:
+        _before_patch = {name: getattr(_torch_swa_utils, name) for name in _PATCHED}
+        for name, value in _PATCHED.items():
+            setattr(_torch_swa_utils, name, value)
+        end.callback(unpatch)
+    return end
 
 
 def unpatch() -> None:

@@ -63,9 +63,9 @@ class AttachedOptimizers:
     def note_step(self) -> None:
         self._versions = None
 
-    def warn_about_steps_unseen(self, versions: int) -> None:
+    def warn_about_steps_unseen(self, versions: Callable[[], int]) -> None:
         """Warn if the weights changed while no attached optimizer called step(), as with SAM."""
-        if self._versions is None or self._versions == versions:
+        if self._versions is None or self._versions == versions():
             return
         self._versions = None
         warnings.warn(

@@ -22,6 +22,8 @@ from torch.optim import swa_utils as theirs
 from cases import Recorder, bits, small_model, tensors_of, train, values
 from fastema import swa_utils as ours
 from fastema.backends import native
+from fastema.core.averaged_model import functions
+from fastema.core.averaged_model.counter import Counter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -346,7 +348,7 @@ def test_a_shared_module_is_averaged_with_itself() -> None:
 @needs_native
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("source", [ours, theirs])
-@pytest.mark.parametrize("name", [*sorted(ours._TORCH_FACTORIES), None])
+@pytest.mark.parametrize("name", [*sorted(functions.TORCH_FACTORIES), None])
 def test_one_launch_and_no_copy(name: str | None, source: Any, use_buffers: bool) -> None:
     model = conv_bn()
     arguments = {"multi_avg_fn" if "multi" in name else "avg_fn": getattr(source, name)()} if name else {}
@@ -472,7 +474,7 @@ def test_a_written_counter_counts(write: str) -> None:
 
 
 def test_a_counter_on_a_device_is_read_once() -> None:
-    counter, tensor = ours._Counter(), torch.tensor(4)
+    counter, tensor = Counter(), torch.tensor(4)
     assert counter.remembered(tensor) == 4
     with Recorder() as recorder:
         for expected in range(5, 10):
@@ -535,10 +537,10 @@ def test_the_users_function_of_one_parameter_gets_a_tensor_counter() -> None:
 
 @pytest.mark.parametrize("decay", [0.9, 1, 0])
 def test_torchs_functions_are_recognised(decay: float) -> None:
-    for name in ours._TORCH_FACTORIES:
+    for name in functions.TORCH_FACTORIES:
         arguments = [decay] if "ema" in name else []
         for module in (theirs, ours):
-            known = ours._recognise(getattr(module, name)(*arguments))
+            known = functions.recognise(getattr(module, name)(*arguments))
             assert known is not None
             assert known.factory == name
             assert known.decay == (decay if arguments else None)
@@ -552,8 +554,8 @@ def test_what_only_looks_like_torchs_is_the_users() -> None:
 
     wrapped.__wrapped__ = torchs  # type: ignore[attr-defined]
     users = (wrapped, torch.inference_mode()(torchs), lambda *args: torchs(*args), torchs.__wrapped__, len, None, 3)
-    assert [ours._recognise(function) for function in users] == [None] * 7
-    assert ours._recognise(theirs.get_ema_avg_fn(torch.tensor(0.9))) is None  # it may be on a GPU
+    assert [functions.recognise(function) for function in users] == [None] * 7
+    assert functions.recognise(theirs.get_ema_avg_fn(torch.tensor(0.9))) is None  # it may be on a GPU
 
 
 @pytest.mark.parametrize("name", ["get_ema_multi_avg_fn", "get_ema_avg_fn"])
@@ -568,7 +570,7 @@ def test_a_decay_out_of_range(name: str, decay: float) -> None:
 
 
 @pytest.mark.parametrize("count", [3, torch.tensor(3)])
-@pytest.mark.parametrize("name", sorted(ours._TORCH_FACTORIES))
+@pytest.mark.parametrize("name", sorted(functions.TORCH_FACTORIES))
 def test_functions_called_directly(name: str, count: Any) -> None:
     results = []
     for module in (theirs, ours):
@@ -589,7 +591,7 @@ def test_names_signatures_and_defaults() -> None:
         assert [(p.name, p.default, p.kind) for p in first.values()] == [
             (p.name, p.default, p.kind) for p in second.values()
         ]
-    for name in ours._TORCH_FACTORIES:
+    for name in functions.TORCH_FACTORIES:
         first, second = (getattr(module, name)() for module in (theirs, ours))
         assert inspect.signature(first) == inspect.signature(second)
         assert first.__name__ == second.__name__
@@ -646,7 +648,7 @@ def test_models_that_do_not_fit_behave_as_in_torch(use_buffers: bool) -> None:
 
 
 @pytest.mark.parametrize("source", [ours, theirs])
-@pytest.mark.parametrize("name", [*sorted(ours._TORCH_FACTORIES), None])
+@pytest.mark.parametrize("name", [*sorted(functions.TORCH_FACTORIES), None])
 def test_pickle_and_deepcopy(name: str | None, source: Any) -> None:
     model = small_model()
     arguments = {"multi_avg_fn" if "multi" in name else "avg_fn": getattr(source, name)()} if name else {}

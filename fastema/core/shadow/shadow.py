@@ -329,7 +329,8 @@ class Shadow:
         self._loose_live = [average.entry.current() for average in self._loose[which]]
         copies = [average.view.clone() for average in self._loose[which]]
         chosen.enter()
-        self._put_loose(copies)
+        if copies:
+            self._put_loose(copies)
 
     def _put_loose(self, tensors: list[Tensor]) -> None:
         for average, tensor in zip(self._loose[self._which], tensors, strict=True):

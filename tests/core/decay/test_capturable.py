@@ -105,7 +105,7 @@ def test_resume_between_the_two_ways(backend: str) -> None:
 def test_addresses_stay_over_updates_loads_and_an_exchange_in_place(backend: str) -> None:
     """Shadow, step and weights must stay where they are: a captured graph has their addresses."""
     _, _, captured = pair(backend, decay_type="threshold")
-    clock = captured._clock
+    clock = captured._device_schedule
     assert clock is not None
 
     def addresses() -> list[int]:

@@ -322,8 +322,8 @@ def test_one_decay_for_all_or_one_for_each() -> None:
 def test_a_captured_table_is_rewritten_where_it_is(backend: str) -> None:
     weight, ema = made(0.9, decay_type="threshold", backend=backend, capturable=True)
     eager = FastEMA([("w", weight)], 0.9, decay_type="threshold", backend=backend)
-    assert ema._clock is not None
-    address = ema._clock._table.data_ptr()
+    assert ema._device_schedule is not None
+    address = ema._device_schedule._table.data_ptr()
     for step in range(1, 60):
         weight.fill_(float(step))
         if step == 7:
@@ -331,7 +331,7 @@ def test_a_captured_table_is_rewritten_where_it_is(backend: str) -> None:
             eager.set_decay(0.7)
         ema.update()
         eager.update()
-    assert ema._clock._table.data_ptr() == address
+    assert ema._device_schedule._table.data_ptr() == address
     assert torch.equal(ema.state_dict()["shadow"]["w"], eager.state_dict()["shadow"]["w"])
     with pytest.raises(ValueError, match="the table has room for 80 updates, and 8990 are needed"):
         ema.set_decay(0.999)
