@@ -182,7 +182,7 @@ class FastEMA:
             average: Callable[..., None] = self._average
             if self._device_schedule is not None:
                 self._ensure_current()  # it may raise, so before the device counts the step
-                average = self._shadow.update
+                average = self._shadow.plans.update
             self._update(average, step, found_inf, decay)
 
     @one_thread
@@ -194,7 +194,7 @@ class FastEMA:
         self._update(partial(self._shadow.update_operands, shadows, lives), step, found_inf, None)
 
     def _update(self, average: Callable[..., None], step: int | None, found_inf: Tensor | None, decay: Any) -> None:
-        """Count a step and average with its decay; `average` is called as `Shadow.update`."""
+        """Count a step and average with its decay; `average` is called as `Plans.update`."""
         if found_inf is not None and not isinstance(found_inf, Tensor):
             raise TypeError(f"found_inf must be a float32 scalar tensor or None, got {found_inf!r}")
         if self._device_schedule is not None:
@@ -672,9 +672,10 @@ class FastEMA:
 
     def _warm_up(self) -> None:
         """Compile and load the kernels by an update that skips: inside a capture that is not possible."""
-        if self._device_schedule is not None:
-            skip = torch.ones((), dtype=torch.float32, device=self._device_schedule.step.device)
-            self._shadow.update([0.0] * len(self._decays), self._skip_nonfinite, skip, self._device_schedule.weights)
+        schedule = self._device_schedule
+        if schedule is not None:
+            skip = torch.ones((), dtype=torch.float32, device=schedule.step.device)
+            self._shadow.plans.update([0.0] * len(self._decays), self._skip_nonfinite, skip, schedule.weights)
 
     def _refuse_while_applied(self, what: str) -> None:
         if not swap.entered:  # no model has averages in it

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastema.core.model.policy import Policy, Source
 from fastema.core.shadow import state
-from fastema.core.shadow.averages import Planes
 from fastema.core.shadow.storages import shadow_dtype
 from fastema.ema import FastEMA
 
@@ -61,8 +60,8 @@ class ExternalAverage:
 
     def lows(self) -> dict[str, Tensor]:
         """Return the low planes of the averages that are in two, by name."""
-        places = state.by_name(self._ema._shadow.places(0), saved_only=False)
-        return {name: place.low for name, place in places.items() if isinstance(place, Planes)}
+        averages = state.stored_by_name(self._ema._shadow, 0)
+        return {name: average.low for name, average in averages.items() if average.low is not None}
 
     def fill(self, values: dict[str, Tensor]) -> None:
         """Copy values into the averages of the same names."""

@@ -217,7 +217,7 @@ def test_a_wrong_found_inf_is_refused_before_anything_is_averaged(wrong: torch.T
     train(model)
     before = {name: raw(tensor) for name, tensor in ema.shadow_state_dict().items()}
     with pytest.raises(ValueError, match=r"found_inf must be 1 torch\.float32, got"):
-        ema._shadow.update([0.5], True, wrong)
+        ema._shadow.plans.update([0.5], True, wrong)
     assert {name: raw(tensor) for name, tensor in ema.shadow_state_dict().items()} == before
 
 

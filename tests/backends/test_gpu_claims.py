@@ -228,7 +228,7 @@ def test_what_was_captured_may_be_replayed_after_a_rebuild(device: str, backend:
     if device == "cpu":
         ema._shadow.is_on_cpu = False
     shadow = ema._shadow
-    replay: Callable[[], object] = lambda: shadow.update([0.5], True)  # noqa: E731
+    replay: Callable[[], object] = lambda: shadow.plans.update([0.5], True)  # noqa: E731
     if device == "cuda":
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastema.backends import planes
+from fastema.backends.atomic import Step
 from fastema.core.model import dtensor
 from fastema.core.model.policy import Managed
 from fastema.core.shadow.storages import ShadowStorage
@@ -37,10 +39,6 @@ class Average:
         """Return `local` as the model has the tensor: as a DTensor if that is one."""
         return dtensor.as_dtensor_like(self.entry.whole, local.detach())
 
-    def place(self, view: Tensor) -> Tensor | Planes:
-        """Return where the average is kept, whose present view is `view`."""
-        return self.like_model(view) if self.low is None else Planes(self.entry.whole, view.detach(), self.low)
-
     def view_in_model(self) -> Tensor:
         """Return where the average is while a swap has put it into the model; see `is_direct`."""
         assert self.storage is not None
@@ -56,20 +54,24 @@ class Average:
         else:
             shadow.copy_(torch.where(skip.to(shadow.device) != 0, shadow, live))
 
-
-@dataclass(frozen=True)
-class Planes:
-    """A float32 average that is kept in two planes; of a DTensor, the part in this process."""
-
-    whole: Tensor  # the live tensor
-    high: Tensor
-    low: Tensor
-
     def shown(self) -> Tensor:
-        """Return a tensor of the average's dtype and shape, and without its values or memory."""
-        like = self.low.new_empty((), dtype=torch.float32).expand(self.low.shape)
-        return dtensor.as_dtensor_like(self.whole, like)
+        """Return a tensor of the average's dtype and shape, which may have neither its values nor its memory."""
+        if self.low is None:
+            return self.like_model(self.view)
+        return self.like_model(self.low.new_empty((), dtype=torch.float32).expand(self.low.shape))
+
+    def filling(self, value: Tensor | Average) -> list[Step]:
+        """Return steps for `run_atomically` that copy a value into the average."""
+        if isinstance(value, Average):
+            if self.low is not None and value.low is not None:
+                high, low = (self.view.detach(), value.view.detach()), (self.low, value.low)
+                return [partial(Tensor.copy_, *high), partial(Tensor.copy_, *low)]
+            value = value.value()
+        target, part = dtensor.assignment(self.shown(), value)
+        if self.low is None:
+            return [partial(Tensor.copy_, target, part)]
+        return planes.filling(self.view.detach(), self.low, part.detach())
 
     def value(self) -> Tensor:
-        """Return the average, a copy."""
-        return dtensor.as_dtensor_like(self.whole, planes.join(self.high, self.low))
+        """Return the average; of two planes a copy."""
+        return self.like_model(self.view if self.low is None else planes.join(self.view, self.low))

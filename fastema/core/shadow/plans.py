@@ -24,7 +24,8 @@ class Plans:
     """
 
     def __init__(self, storages: Sequence[ShadowStorage], backend: str, averages: list[list[Average]]) -> None:
-        self._averages = averages
+        self._averages = [average for each in averages for average in each]
+        self._loose = [average for average in self._averages if average.storage is None]
         self._updates = torch.empty(0, device="cpu")  # its version counter rises with those of the views
         self.by_device: list[Any] = []  # contract.Plan; or OffloadedPlan, which cannot exchange
         self.offloaded: list[offload.OffloadedPlan] = []  # those that run in a thread
@@ -62,7 +63,7 @@ class Plans:
         skip: Tensor | None = None,
         device_weights: Tensor | None = None,
     ) -> None:
-        """Run every plan; for the arguments see `Plan.update` in fastema/backends/contract.py.
+        """Average or copy every tensor; for the arguments see `Plan.update` in fastema/backends/contract.py.
 
         Raises:
             RuntimeError: an earlier average failed in its thread; nothing is averaged.
@@ -71,6 +72,8 @@ class Plans:
         skips = backends.skips_on(self.devices, skip)
         for plan, own_skip in zip(self.by_device, skips, strict=True):
             plan.update(weights, skip_nonfinite, own_skip, device_weights)
+        for average in self._loose:
+            average.copy_loose(skip)
 
     def synchronize(self) -> None:
         """Wait for averages that run in a thread, and raise their errors."""
@@ -99,4 +102,4 @@ class Plans:
         return [view._version - self._updates._version for view in self._views()]
 
     def _views(self) -> list[Tensor]:
-        return [average.view for averages in self._averages for average in averages]
+        return [average.view for average in self._averages]

@@ -19,7 +19,7 @@ from fastema.backends import torch as plain_torch
 from fastema.core.model import dtensor
 from fastema.core.model.policy import Managed, Source, named_tensors
 from fastema.core.shadow import offload
-from fastema.core.shadow.averages import Average, Planes
+from fastema.core.shadow.averages import Average
 from fastema.core.shadow.plans import Plans
 from fastema.core.shadow.storages import ShadowStorage, refuse_two_storages_over_one_memory
 from fastema.core.shadow.swap import swap_of
@@ -198,21 +198,8 @@ class Shadow:
             return self._one_call(weights, skip_nonfinite, skip)
         if not self.is_current():
             return "moved"
-        self.update(weights, skip_nonfinite, skip)
+        self.plans.update(weights, skip_nonfinite, skip)
         return None if self._watch.shadows_hold() else "averages moved"
-
-    def update(
-        self,
-        weights: list[float],
-        skip_nonfinite: bool,
-        skip: Tensor | None = None,
-        device_weights: Tensor | None = None,
-    ) -> None:
-        """Average or copy every tensor; see `Plans.update`."""
-        self.plans.update(weights, skip_nonfinite, skip, device_weights)
-        for averages in self._loose:
-            for average in averages:
-                average.copy_loose(skip)
 
     def defer_copies_until_step(self, parameters: Iterable[Tensor]) -> None:
         """Let copies of `parameters` to the host last until `order_writes()`, called before each optimizer step.
@@ -267,7 +254,7 @@ class Shadow:
         own_shadows, own_lives = self.operands()
         own = [tensor.data_ptr() for tensor in (*own_shadows, *own_lives)]
         if own == [tensor.data_ptr() for tensor in (*shadows, *lives)]:
-            self.update(weights, skip_nonfinite, skip, device_weights)
+            self.plans.update(weights, skip_nonfinite, skip, device_weights)
             return
         if any(storage.overlaps for storage in self._storages):
             raise RuntimeError("tensors of the model overlap in memory: call update() outside the compiled function")
@@ -379,7 +366,7 @@ class Shadow:
         """
         in_model = self.is_applied and which == self._which
         result = []
-        for average, view in self._stored(which):
+        for average, view in self._views(which):
             if average.low is not None:
                 view = planes.join(view, average.low)
             elif in_model and average.is_direct:
@@ -392,17 +379,17 @@ class Shadow:
 
         They share memory with the EMA, or with the model while they are in it.
         """
-        return [(average.entry, average.like_model(view)) for average, view in self._stored(which)]
+        return [(average.entry, average.like_model(view)) for average, view in self._views(which)]
 
-    def places(self, which: int) -> list[tuple[Managed, Tensor | Planes]]:
-        """Return every managed tensor with where its average is kept."""
-        return [(average.entry, average.place(view)) for average, view in self._stored(which)]
-
-    def _stored(self, which: int) -> Iterator[tuple[Average, Tensor]]:
-        """Yield every average with its view, or the high plane of it, where it is now: beside the model or in it."""
+    def stored(self, which: int) -> list[Average]:
+        """Return every average as it is kept, once those that run in a thread are done."""
         self.plans.synchronize()
+        return self._averages[which]
+
+    def _views(self, which: int) -> Iterator[tuple[Average, Tensor]]:
+        """Yield every average with its view, or the high plane of it, where it is now: beside the model or in it."""
         in_model = self.is_applied and which == self._which
-        for average in self._averages[which]:
+        for average in self.stored(which):
             yield average, average.view_in_model() if in_model and average.is_direct else average.view
 
     def live_values(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ Everything here checks first and lists the first differences; nothing is changed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -13,12 +13,11 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastema.backends import planes
 from fastema.backends.atomic import Step, run_atomically
 from fastema.core.checks import difference, refuse_differences
 from fastema.core.model import dtensor
 from fastema.core.model.policy import Managed, Source, named_tensors
-from fastema.core.shadow.averages import Planes
+from fastema.core.shadow.averages import Average
 from fastema.core.shadow.shadow import Shadow
 from fastema.core.swap.swap import place_of
 from fastema.core.text import first_few
@@ -33,12 +32,17 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-_Average = TypeVar("_Average", Tensor, Tensor | Planes)
+_Average = TypeVar("_Average", Tensor, Average)
 
 
 def averages_by_name(shadow: Shadow, which: int, saved_only: bool = False) -> dict[str, Tensor]:
     """Return every average under each of its names; `saved_only`: what a state holds."""
     return by_name(shadow.averages(which), saved_only)
+
+
+def stored_by_name(shadow: Shadow, which: int, saved_only: bool = False) -> dict[str, Average]:
+    """Return where every average is kept, under each of its names."""
+    return by_name([(average.entry, average) for average in shadow.stored(which)], saved_only)
 
 
 def by_name(averages: list[tuple[Managed, _Average]], saved_only: bool) -> dict[str, _Average]:
@@ -189,7 +193,8 @@ def copy_averages(shadow: Shadow, which: int, target: Source) -> None:
     )
     if isinstance(target, nn.Module):
         dtensor.GatheredParameters(target.modules()).drop()
-    run_atomically(_copies((targets[name], average) for name, average in averages.items()))
+    copies = [dtensor.assignment(targets[name], average) for name, average in averages.items()]
+    run_atomically([partial(Tensor.copy_, *copy) for copy in copies])
 
 
 def saved_averages(state: Any) -> list[dict[str, Tensor]]:
@@ -220,22 +225,22 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
     missing: list[str] = []
     unexpected: list[str] = []
     differences: list[str | None] = []
-    pairs: list[tuple[Tensor | Planes, Tensor]] = []
+    targets: list[tuple[Average, Tensor]] = []
     for which, values in enumerate(saved):
-        places = by_name(shadow.places(which), saved_only=True)
-        own = {name: place.shown() if isinstance(place, Planes) else place for name, place in places.items()}
+        averages = stored_by_name(shadow, which, saved_only=True)
+        own = {name: average.shown() for name, average in averages.items()}
         missing = [name for name in own if name not in values]
         unexpected = [name for name in values if name not in own]
         found = [name for name in own if name in values]
         differences += [difference(name, own[name], values[name], dtypes=strict) for name in found]
         differences += [dtensor.difference(name, own[name], values[name]) for name in found]
         differences += [_unreadable(name, values[name]) for name in found]
-        pairs += [(places[name], values[name]) for name in found]
+        targets += [(averages[name], values[name]) for name in found]
         if strict:
             differences += [f"{name!r} is missing in the state" for name in missing]
             differences += [f"{name!r} is in the state, not in the model" for name in unexpected]
     refuse_differences("the state is of another model", differences)
-    return LoadResult(missing, unexpected), _copies(pairs)
+    return LoadResult(missing, unexpected), [step for average, value in targets for step in average.filling(value)]
 
 
 @torch.no_grad()
@@ -258,8 +263,8 @@ def carry_over(old: Shadow, new: Shadow) -> None:
     ]
     refuse_differences("the model changed since FastEMA was built; build a new one", differences, RuntimeError)
     for which in range(old.count):
-        before, after = (by_name(shadow.places(which), saved_only=False) for shadow in (old, new))
-        run_atomically(_copies((after[name], before[name]) for name in now))
+        before, after = (stored_by_name(shadow, which) for shadow in (old, new))
+        run_atomically([step for name in now for step in after[name].filling(before[name])])
     new.nonfinite_elsewhere = old.nonfinite_count()
 
 
@@ -274,21 +279,5 @@ def _unreadable(name: str, value: Any) -> str | None:
 @torch.no_grad()
 def fill(shadow: Shadow, which: int, values: dict[str, Tensor]) -> None:
     """Copy values into the averages of the same names."""
-    places = by_name(shadow.places(which), saved_only=False)
-    run_atomically(_copies((places[name], value) for name, value in values.items()))
-
-
-def _copies(pairs: Iterable[tuple[Any, Any]]) -> list[Step]:
-    """Return steps that copy the second of every pair into the first."""
-    steps: list[Step] = []
-    for target, value in pairs:
-        if not isinstance(target, Planes):
-            value = value.value() if isinstance(value, Planes) else value
-            steps.append(partial(Tensor.copy_, *dtensor.assignment(target, value)))
-            continue
-        if isinstance(value, Planes):
-            steps += [partial(Tensor.copy_, target.high, value.high), partial(Tensor.copy_, target.low, value.low)]
-        else:
-            _, part = dtensor.assignment(target.shown(), value)
-            steps += planes.filling(target.high, target.low, part.detach())
-    return steps
+    averages = stored_by_name(shadow, which)
+    run_atomically([step for name, value in values.items() for step in averages[name].filling(value)])

@@ -205,7 +205,7 @@ def test_a_device_scalar_skips_by_the_value_it_had(seam: Seam, found: float) -> 
     before = averages(ema)
     train(model)
     found_inf = torch.tensor([found])
-    ema._shadow.update([0.5], True, found_inf)  # FastEMA itself looks at a scalar on the host
+    ema._shadow.plans.update([0.5], True, found_inf)  # FastEMA itself looks at a scalar on the host
     found_inf.fill_(1.0 - found)
     assert (averages(ema) == before) == bool(found)
 
