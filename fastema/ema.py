@@ -227,7 +227,7 @@ class FastEMA:
             if outcome == "moved":
                 raise RuntimeError("the model's tensors are being replaced during update(): nothing was averaged")
         if outcome == "averages moved":
-            self._shadow.settle()
+            self._shadow.copy_to_new_memory()
             self._shadow.follow_averages()
 
     def _compiled_handle(self) -> int:
@@ -537,7 +537,7 @@ class FastEMA:
         """
         source: Source = self._source if model is None else model
         if not self.is_applied:
-            return source.state_dict() if isinstance(source, nn.Module) else dict(source)
+            return state.own_state(source)
         return state.live_state(source, self._shadow, self._restored_meanwhile)
 
     @contextmanager

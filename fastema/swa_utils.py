@@ -184,7 +184,7 @@ class AveragedModel(_TorchAveragedModel):
         else:
             update.run(functools.partial(function.weight, num_averaged))
             if self._pairs is not None:
-                self._pairs.settle()
+                self._pairs.copy_to_new_memory()
         self._counter.increase(counter)
 
     @contextmanager

@@ -86,11 +86,11 @@ class PairedModules:
             self._update = Update(self.pairs, self._host)
         return self._update
 
-    def settle(self) -> None:
+    def copy_to_new_memory(self) -> None:
         """Copy averages whose memory was replaced in the middle of an update to where they are now."""
         if self._update is not None and self._watch is not None and not self._watch.shadows_hold():
             with torch.inference_mode(False), torch.no_grad():
-                self._update.settle()
+                self._update.copy_to_new_memory()
 
     def swap(self) -> Swap:
         """Return the exchange of the two.

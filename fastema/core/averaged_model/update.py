@@ -92,7 +92,7 @@ class Update:
             self._memory[storage._cdata] = whole(storage), self._host.second_owner(whole(storage))
         return self._memory[storage._cdata][1].untyped_storage()
 
-    def settle(self) -> None:
+    def copy_to_new_memory(self) -> None:
         """Copy what the kernels wrote to the memory that the averages have now."""
         for average, memory in self._memory.values():
             if average.data_ptr() != memory.data_ptr():

@@ -82,8 +82,8 @@ class Shadow:
         for entry in self._bound:
             groups.setdefault(entry.tensor.untyped_storage()._cdata, []).append(entry)
         refuse_two_storages_over_one_memory([entries[0] for entries in groups.values()])
-        self.live_storages = frozenset(groups)
-        swap.refuse_foreign("building a FastEMA", self.live_storages)  # it would start from the other's average
+        self.live_storage_ids = frozenset(groups)
+        swap.refuse_foreign("building a FastEMA", self.live_storage_ids)  # it would start from the other's average
         storage_of = {
             key: ShadowStorage(
                 entries, dtype, device, self.count, self._host, self._may_be_split(entries[0].tensor.device, device)
@@ -99,7 +99,7 @@ class Shadow:
             for which in range(self.count)
         ]  # [count][managed]
         self._loose = [[average for average in averages if average.storage is None] for averages in self._averages]
-        self.storages = self.live_storages | {
+        self.storage_ids = self.live_storage_ids | {
             shadow.untyped_storage()._cdata for storage in self._storages for shadow in storage.shadows
         }
         self.is_on_cpu = all(s.live.device.type == s.device.type == "cpu" for s in self._storages)
@@ -162,21 +162,21 @@ class Shadow:
         # A copy to shared memory may have been made during an update. What the kernels wrote is whole; but where a user
         # has written to the averages since, that counts.
         if not after_swap and self.plans.only_updates_wrote():
-            self.settle()
+            self.copy_to_new_memory()
         if not self._is_unchanged():
             return
         self.nonfinite_elsewhere = self.nonfinite_count()
         with torch.inference_mode(False), torch.no_grad():
             for storage in self._storages:
-                storage.own_memory()
+                storage.refresh_memory()
             self._swaps.clear()
             self._build_plans()
 
-    def settle(self) -> None:
+    def copy_to_new_memory(self) -> None:
         """Copy averages whose memory was replaced during an update to the memory that they have now."""
         with torch.inference_mode(False), torch.no_grad():
             for storage in self._storages:
-                storage.settle()
+                storage.copy_to_new_memory()
 
     def refuse_resized(self) -> None:
         """Raise RuntimeError if a user resized the storage of an average."""
@@ -211,7 +211,7 @@ class Shadow:
         stepped = {id(parameter) for parameter in parameters}
         others = {entry.tensor.untyped_storage()._cdata for entry in self._bound if id(entry.whole) not in stepped}
         for plan in self.plans.offloaded:
-            plan.defer_copies_until_step(self.live_storages - others)
+            plan.defer_copies_until_step(self.live_storage_ids - others)
 
     def nonfinite_count(self) -> int:
         return self.nonfinite_elsewhere + self.plans.nonfinite_count()
@@ -296,7 +296,7 @@ class Shadow:
     def refuse_foreign(self, what: str) -> None:
         """Raise RuntimeError while another EMA's averages are in this model, or this EMA's are in another model."""
         if swap.entered:
-            swap.refuse_foreign(what, self.storages, own=self._swap)
+            swap.refuse_foreign(what, self.storage_ids, own=self._swap)
 
     def apply(self, which: int, in_place: bool) -> None:
         """Swap live weights and average `which`. The caller has checked that this is allowed.

@@ -6,7 +6,7 @@ Everything here checks first and lists the first differences; nothing is changed
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -57,7 +57,7 @@ def model_state(
     source: Source,
     shadow: Shadow,
     averages: list[tuple[Managed, Tensor]],
-    is_in: bool,
+    is_in_model: bool,
     swapped: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, Any]:
     """Return the averaged model under the model's own keys; what is not managed, as it is in the model.
@@ -66,11 +66,11 @@ def model_state(
 
     Args:
         averages: of all managed tensors.
-        is_in: whether these averages are in the model now.
+        is_in_model: whether these averages are in the model now.
         swapped: open a block in which they are.
     """
-    places = {_place(entry.current() if entry.loose else entry.tensor): average for entry, average in averages}
-    return _state_of_side(source, shadow, places, is_in, swapped, "averaged")
+    values = {_place_of_entry(entry): average for entry, average in averages}
+    return _state_of_side(source, shadow, values, is_in_model, swapped, "averaged")
 
 
 def live_state(model: Source, shadow: Shadow, restored: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
@@ -80,18 +80,22 @@ def live_state(model: Source, shadow: Shadow, restored: Callable[[], AbstractCon
         restored: open a block in which they are not.
     """
     live = shadow.live_values()
-    places = {_place(entry.current() if entry.loose else entry.tensor): live[entry.name] for entry in shadow.managed}
-    described = {
-        _place(entry.tensor): dtensor.as_dtensor_like(entry.whole, live[entry.name].detach())
+    values = {
+        _place_of_entry(entry): dtensor.as_dtensor_like(entry.whole, live[entry.name].detach())
         for entry in shadow.managed
     }
-    return _state_of_side(model, shadow, {**places, **described}, False, restored, "trained")
+    return _state_of_side(model, shadow, values, False, restored, "trained")
+
+
+def own_state(source: Source) -> dict[str, Any]:
+    """Return the model's state as it is now."""
+    return source.state_dict() if isinstance(source, nn.Module) else dict(source)
 
 
 def _state_of_side(
     source: Source,
     shadow: Shadow,
-    places: dict[Place, Tensor],
+    values: dict[Place, Tensor],
     is_in_model: bool,
     put_in_model: Callable[[], AbstractContextManager[Any]],
     side: str,
@@ -99,30 +103,27 @@ def _state_of_side(
     """Return `source.state_dict()` with the tensors of one side: the averages, or the trained weights.
 
     Args:
-        places: the tensors of that side, by the place of their live tensor in memory.
+        values: the tensors of that side, by the place of their live tensor in memory.
         is_in_model: True if that side is in the model now.
         put_in_model: open a block in which it is; used for values that `state_dict()` computes.
     """
-    state: dict[str, Any] = source.state_dict() if isinstance(source, nn.Module) else dict(source)
-    managed = {place[0] for place in places} | shadow.live_storages
-    other = {_place(tensor)[0] for _, tensor in named_tensors(source) if dtensor.has_storage(tensor)} - managed
-    result: dict[str, Any] = {}
+    state = own_state(source)
+    managed = {place[0] for place in values} | shadow.live_storage_ids
+    unmanaged = {_place(tensor)[0] for _, tensor in named_tensors(source) if dtensor.has_storage(tensor)} - managed
+    result = dict(state)
     made_anew: list[str] = []
     for key, value in state.items():
-        result[key] = value
         if not (isinstance(value, Tensor) and dtensor.has_storage(value)):
             continue
         place = _place(value)
-        if place in places:
-            result[key] = places[place]
-        elif place[0] not in other:
+        if place in values:
+            result[key] = values[place]
+        elif place[0] not in unmanaged:
             made_anew.append(key)
-    if made_anew and is_in_model:
-        result.update({key: state[key].detach().clone() for key in made_anew})
-    elif made_anew:
+    if made_anew:
         try:
-            with put_in_model():
-                state = source.state_dict() if isinstance(source, nn.Module) else dict(source)
+            with nullcontext() if is_in_model else put_in_model():
+                state = state if is_in_model else own_state(source)
                 result.update({key: state[key].detach().clone() for key in made_anew})
         except RuntimeError as error:
             raise RuntimeError(
@@ -136,6 +137,10 @@ def _place(tensor: Tensor) -> Place:
     return place_of(dtensor.local_part(tensor))
 
 
+def _place_of_entry(entry: Managed) -> Place:
+    return _place(entry.current() if entry.loose else entry.tensor)
+
+
 def is_complete(source: Source) -> bool:
     """Return whether every module has its tensors: one that is being unpickled or copied has none yet."""
     try:
@@ -146,7 +151,7 @@ def is_complete(source: Source) -> bool:
 
 def refuse_averages_as_weights(source: Source, shadow: Shadow) -> None:
     """Raise RuntimeError where tensors of the model are the averages' own memory."""
-    own = shadow.storages - shadow.live_storages
+    own = shadow.storage_ids - shadow.live_storage_ids
     names = [name for name, tensor in named_tensors(source) if dtensor.has_storage(tensor) and _place(tensor)[0] in own]
     if names:
         raise RuntimeError(

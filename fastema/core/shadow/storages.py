@@ -1,4 +1,4 @@
-"""One storage of a model and its shadows: the managed bytes, their views, and allocation.
+"""One storage of a model and its shadows, which hold the averages of the tensors on it.
 
 A shadow has the layout of the live storage (wider, if its dtype is), so tied and overlapping tensors are averaged once
 and a transposed or channels_last tensor needs no special case. Where the managed tensors span less than half of the
@@ -17,7 +17,7 @@ from fastema.core.memory import Run, allocate, element_runs, flat, gaps, merged,
 from fastema.core.model.policy import Managed
 from fastema.core.swap.buffers import SwapBuffer
 
-_UNIT = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 _COMPLEX = {torch.float64: torch.complex128}
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
 _ALIGNMENT = 64  # bytes: a span begins at a multiple, so that live and shadow are aligned alike
@@ -30,9 +30,9 @@ def shadow_dtype(live: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return _COMPLEX.get(wanted, torch.complex64) if live.is_complex else wanted
 
 
-def _unit(dtype: torch.dtype) -> torch.dtype:
-    """Return what a kernel sees: complex numbers are pairs."""
-    return _UNIT.get(dtype, dtype)
+def _real(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a kernel averages: complex numbers are pairs of real ones."""
+    return _REAL.get(dtype, dtype)
 
 
 class ShadowStorage:
@@ -68,78 +68,67 @@ class ShadowStorage:
     ) -> None:
         self.live = entries[0].tensor.untyped_storage()
         self._host = host
-        live_unit, unit = _unit(entries[0].tensor.dtype), _common_shadow_unit(entries, wanted)
+        live_dtype, widened = _real(entries[0].tensor.dtype), _widened_dtype(entries, wanted)
         self.device = device or self.live.device
-        is_split = planes and (live_unit, unit) == (torch.bfloat16, torch.float32) and self.device == self.live.device
-        self._shadow_unit = None if is_split else unit  # None: every run of a shadow has the live dtype
-        self._live_itemsize = live_unit.itemsize
-        self.is_direct = self._shadow_unit is None and self.device == self.live.device
-        self.runs = _runs_of(entries, keep_bytes=unit is None)
+        on_one_device = self.device == self.live.device
+        is_split = planes and on_one_device and (live_dtype, widened) == (torch.bfloat16, torch.float32)
+        self._dtype = None if is_split else widened  # of all elements of a shadow; None: those of the live storage
+        self._itemsizes = (1, 1) if self._dtype is None else (live_dtype.itemsize, self._dtype.itemsize)
+        self.is_direct = self._dtype is None and on_one_device  # a shadow can take the live storage's place
+        self.runs = _runs_of(entries, keep_bytes=widened is None)
         self.begin, self.end = _span(self.runs, self.live.nbytes())  # bytes of the live storage that are mirrored
         self.is_part = self.end - self.begin < self.live.nbytes()
         self.rest = [] if self.is_part else gaps(self.runs, self.live.nbytes())
         self.lives = [flat(self.live, run.begin, run.end, run.dtype) for run in self.runs]  # [runs]
         self.shadows = [
-            whole(allocate(self._scaled(self.end) - self._scaled(self.begin), self.device, self.live))
-            for _ in range(count)
+            whole(allocate(self._in_shadow(self.end), self.device, self.live)) for _ in range(count)
         ]  # [count], bytes of the storages that are handed out
-        elements = (self.end - self.begin) // self._live_itemsize
+        elements = (self.end - self.begin) // live_dtype.itemsize
         self.lows = [
             torch.zeros(elements, dtype=torch.int16, device=self.device) for _ in range(count if is_split else 0)
         ]  # [count], the low planes; empty: there are none
-        self.own_memory()
+        self.refresh_memory()
         covered = sum(run.end - run.begin for run in self.runs)
         self.overlaps = covered != sum(entry.tensor.numel() * entry.tensor.dtype.itemsize for entry in entries)
 
-    def own_memory(self) -> None:
-        """Take the memory that the shadows have now as the one that kernels use."""
+    def refresh_memory(self) -> None:
+        """Let kernels use the memory that the shadows have now."""
         self.memory = [self._host.second_owner(shadow) for shadow in self.shadows]  # [count], bytes
         self.segments = [
-            [
-                flat(
-                    memory.untyped_storage(), self._in_shadow(run.begin), self._in_shadow(run.end), self._dtype_of(run)
-                )
-                for run in self.runs
-            ]
-            for memory in self.memory
+            [self._elements_of(run, memory.untyped_storage()) for run in self.runs] for memory in self.memory
         ]  # [count][runs]
+        bounds = [((run.begin - self.begin) // 2, (run.end - self.begin) // 2) for run in self.runs]  # of int16
         self.low_segments: list[list[Tensor | None]] = [
-            [low[self._element(run.begin) : self._element(run.end)] for run in self.runs] for low in self.lows
+            [low[begin:end] for begin, end in bounds] for low in self.lows
         ] or [[None] * len(self.runs) for _ in self.shadows]  # [count][runs]
 
-    def _element(self, live_byte: int) -> int:
-        return (live_byte - self.begin) // self._live_itemsize
-
-    def settle(self) -> None:
+    def copy_to_new_memory(self) -> None:
         """Copy what the kernels wrote to the memory that the shadows have now."""
         for shadow, memory in zip(self.shadows, self.memory, strict=True):
             if shadow.data_ptr() != memory.data_ptr():
                 shadow.copy_(memory)
 
-    def _scaled(self, live_bytes: int) -> int:
-        if self._shadow_unit is None:
-            return live_bytes
-        return live_bytes // self._live_itemsize * self._shadow_unit.itemsize
-
     def _in_shadow(self, live_byte: int) -> int:
         """Return where a byte of the live storage is in a shadow."""
-        return self._scaled(live_byte) - self._scaled(self.begin)
+        live_itemsize, itemsize = self._itemsizes
+        return (live_byte - self.begin) // live_itemsize * itemsize
 
-    def _dtype_of(self, run: Run) -> torch.dtype:
-        return self._shadow_unit or run.dtype
+    def _elements_of(self, run: Run, shadow: torch.UntypedStorage) -> Tensor:
+        """Return the elements of a shadow that a run of the live storage has there."""
+        return flat(shadow, self._in_shadow(run.begin), self._in_shadow(run.end), self._dtype or run.dtype)
+
+    def _offset(self, tensor: Tensor) -> Any:
+        """Return how many elements into a shadow a live tensor begins."""
+        return tensor.storage_offset() - self.begin // tensor.dtype.itemsize
 
     def view_of(self, tensor: Tensor, which: int) -> Tensor:
         """Return the shadow of a live tensor: the same place, shape and strides."""
-        dtype = tensor.dtype if self._shadow_unit is None else shadow_dtype(tensor.dtype, self._shadow_unit)
-        offset = tensor.storage_offset() - self.begin // tensor.dtype.itemsize
-        return view_in(self.shadows[which].untyped_storage(), tensor, dtype, offset)
+        dtype = tensor.dtype if self._dtype is None else shadow_dtype(tensor.dtype, self._dtype)
+        return view_in(self.shadows[which].untyped_storage(), tensor, dtype, self._offset(tensor))
 
     def low_of(self, tensor: Tensor, which: int) -> Tensor | None:
         """Return the low plane of the shadow of a live tensor; None: it has none."""
-        if not self.lows:
-            return None
-        offset = tensor.storage_offset() - self.begin // tensor.dtype.itemsize
-        return self.lows[which].as_strided(tensor.shape, tensor.stride(), offset)
+        return self.lows[which].as_strided(tensor.shape, tensor.stride(), self._offset(tensor)) if self.lows else None
 
     def in_model(self, shadow_view: Tensor) -> Tensor:
         """Return the place in the live storage of which a direct shadow has `shadow_view`."""
@@ -151,17 +140,10 @@ class ShadowStorage:
         shadow = self.shadows[which].untyped_storage()
         storage = shadow if self.is_direct else allocate(self.end - self.begin, self.live.device, self.live)
         rest = [(flat(storage, *gap), flat(self.live, *gap)) for gap in self.rest]
-        casts = []
-        if not self.is_direct:
-            for run in self.runs:
-                scratch = flat(storage, run.begin - self.begin, run.end - self.begin, run.dtype)
-                average = flat(shadow, self._in_shadow(run.begin), self._in_shadow(run.end), self._dtype_of(run))
-                casts.append((scratch, average))
-        parts = []
-        if self.is_part:
-            for run in self.runs:
-                part = flat(storage, run.begin - self.begin, run.end - self.begin)
-                parts.append((flat(self.live, run.begin, run.end), part))
+        spans = [(run, (run.begin - self.begin, run.end - self.begin)) for run in self.runs]
+        casts = [(flat(storage, *at, run.dtype), self._elements_of(run, shadow)) for run, at in spans]
+        parts = [(flat(self.live, run.begin, run.end), flat(storage, *at)) for run, at in spans]
+        casts, parts = [] if self.is_direct else casts, parts if self.is_part else []
         return SwapBuffer(self.live, storage, rest, casts, parts, self.begin)
 
 
@@ -192,17 +174,17 @@ def _span(runs: list[Run], nbytes: int) -> tuple[int, int]:
     return (begin, end) if 2 * (end - begin) < nbytes else (0, nbytes)
 
 
-def _common_shadow_unit(entries: list[Managed], wanted: torch.dtype | None) -> torch.dtype | None:
-    """Return the dtype of a shadow that is not of the live dtype, or None: a storage widens as a whole."""
-    units = {_unit(entry.tensor.dtype) for entry in entries}
+def _widened_dtype(entries: list[Managed], wanted: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype of a shadow that is not of the live dtype, else None: a storage widens as a whole."""
+    dtypes = {_real(entry.tensor.dtype) for entry in entries}
     averaged = [entry.tensor.dtype for entry in entries if entry.rule == "average"]
-    widened = {_unit(shadow_dtype(dtype, wanted)) for dtype in averaged if shadow_dtype(dtype, wanted) != dtype}
+    widened = {_real(shadow_dtype(dtype, wanted)) for dtype in averaged if shadow_dtype(dtype, wanted) != dtype}
     if not widened:
         return None
-    if len(units) > 1:
+    if len(dtypes) > 1:
         names = ", ".join(repr(entry.name) for entry in entries[:3])
         raise ValueError(
-            f"{names} share one storage with different dtypes ({', '.join(sorted(map(str, units)))}), so their shadow "
+            f"{names} share one storage with different dtypes ({', '.join(sorted(map(str, dtypes)))}), so their shadow "
             "cannot have another dtype than they have: clone() them apart"
         )
     return widened.pop()
@@ -215,14 +197,14 @@ def _runs_of(entries: list[Managed], keep_bytes: bool) -> list[Run]:
     for entry in entries:
         copy = entry.rule == "copy"
         itemsize = entry.tensor.dtype.itemsize
-        unit = torch.uint8 if copy and keep_bytes else _unit(entry.tensor.dtype)
+        dtype = torch.uint8 if copy and keep_bytes else _real(entry.tensor.dtype)
         try:
             runs = element_runs(entry.tensor)
         except ValueError as error:
             raise ValueError(
                 f"{entry.name!r} {error}. To leave it out, return 'skip' for it from the policy."
             ) from None
-        (copied if copy else averaged).extend(Run(begin * itemsize, end * itemsize, unit, copy) for begin, end in runs)
+        (copied if copy else averaged).extend(Run(begin * itemsize, end * itemsize, dtype, copy) for begin, end in runs)
     try:
         average = merged(averaged)
         return average + without(merged(copied), average)

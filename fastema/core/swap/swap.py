@@ -45,13 +45,13 @@ class SwapError(RuntimeError):
         self.live = live
 
 
-def refuse_foreign(what: str, storages: frozenset[int], own: Swap | None = None) -> None:
+def refuse_foreign(what: str, storage_ids: frozenset[int], own: Swap | None = None) -> None:
     """Raise RuntimeError while a swap other than `own` uses any of these storages (`_cdata`)."""
     for key, reference in list(entered.items()):
         swap = reference()
         if swap is None:
             entered.pop(key, None)  # an interrupt came between its two halves: it was never entered
-        elif swap is not own and swap.is_entered and swap.storages & storages:
+        elif swap is not own and swap.is_entered and swap.storage_ids & storage_ids:
             raise RuntimeError(f"{what} while {swap.owner}")
 
 
@@ -124,7 +124,7 @@ class Swap:
         buffers: Sequence[SwapBuffer],
     ) -> None:
         self.owner = owner
-        self.storages = frozenset(s._cdata for buffer in buffers for s in (buffer.live, buffer.storage))
+        self.storage_ids = frozenset(s._cdata for buffer in buffers for s in (buffer.live, buffer.storage))
         self._dropped = dropped
         self._entries = entries
         self._exchange = exchange
@@ -227,7 +227,7 @@ class Swap:
                     if reason is None:
                         continue  # the exchange reaches it
                 else:
-                    reason = entry.why_not_copied_to(tensor, self.storages)
+                    reason = entry.why_not_copied_to(tensor, self.storage_ids)
                 if reason is None:
                     assert tensor is not None
                     copies.append((tensor, entry.live_view))
