@@ -129,7 +129,7 @@ class FastEMA:
         self._nonfinite_before = 0  # count of the FastEMA that this one was copied from
         self._warned_nonfinite = False
         self._shadow = self._build_shadow()
-        self._device_schedule = self._build_clock()
+        self._device_schedule = self._build_device_schedule()
         self._at_last_swap = (0, self._shadow.versions())  # (number of updates, versions of the weights)
         self._warm_up()
 
@@ -591,7 +591,7 @@ class FastEMA:
         if len(counters) == 2:  # pickled by 0.1.0
             counters = (*counters, counters[0] // self._update_every * self._update_every)
         self._shadow = self._build_shadow()
-        self._device_schedule = self._build_clock()
+        self._device_schedule = self._build_device_schedule()
         run_atomically(self._counting(*counters))
         for which, averages in enumerate(pickled["averages"]):
             state.fill(self._shadow, which, averages)
@@ -612,7 +612,7 @@ class FastEMA:
         count = len(self._decays)
         return Shadow(self._source, managed, count, self._dtype, self._device, self._backend, self._may_split)
 
-    def _build_clock(self) -> DeviceSchedule | None:
+    def _build_device_schedule(self) -> DeviceSchedule | None:
         if not self._capturable:
             return None
         devices = {entry.tensor.device for entry in self._shadow.managed}

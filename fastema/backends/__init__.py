@@ -65,7 +65,7 @@ def default_name() -> str:
 def select(name: str, device: Device | str) -> ModuleType:
     """Return the backend for tensors on `device`; "auto": native, else on a GPU triton, else torch.
 
-    Each is probed on the device before it is taken. What is passed over although it was built is warned of, once.
+    Each is probed on the device before it is taken. A backend that was built but cannot run there is warned of, once.
 
     Raises:
         ValueError: an unknown name, or a backend asked for by name that cannot run there.

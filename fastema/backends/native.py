@@ -1,6 +1,6 @@
 """The native backend: fastema._C, the C++ plan with the CPU and CUDA kernels.
 
-The compiled module may be missing or built for another torch; the reason is kept and shown to who asks.
+The compiled module may be missing, or built for another torch: `why_unusable()` then returns the reason.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def why_unusable(device_type: str) -> str | None:
 
 @cache
 def probe(device: torch.device) -> str | None:
-    """Return why the kernels cannot run on this very device, or None: no machine code for it, or too old a driver."""
+    """Return why the kernels cannot run on this device (no machine code for it, or too old a driver), or None."""
     if device.type == "cpu":
         return None
     try:
         reason = _C.probe_cuda(device.index)
-    except RuntimeError as error:  # torch's own, of a driver that is too old for either
+    except RuntimeError as error:  # torch's own, if the driver is too old for torch as well
         reason = str(error).partition("\n")[0]
     if reason is None:
         return None
@@ -73,8 +73,8 @@ def probe(device: torch.device) -> str | None:
     )
 
 
-def clock_launch(device: torch.device) -> Callable[..., None] | None:
-    """Return the kernel that does a step of a DeviceSchedule in one launch, or None where it cannot run."""
+def device_schedule_launch(device: torch.device) -> Callable[..., None] | None:
+    """Return the function that runs a step of a DeviceSchedule in one launch; None: it cannot run on this device."""
     if device.type == "cpu" or why_unusable(device.type) is not None or probe(device) is not None:
         return None
     return _C.advance_clock

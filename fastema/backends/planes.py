@@ -1,7 +1,6 @@
 """A float32 tensor in two planes of 16 bits: `high`, the nearest bfloat16, ties away from zero, and `low`, the rest.
 
-The twin of csrc/ema_math.h: bits = (high << 16) + low. What is split joins to the same bits, but for NaN, of which the
-sign is kept.
+bits = (high << 16) + low, as in csrc/ema_math.h. `join(*split(x))` has the bits of x; of a NaN it keeps the sign alone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Devices with streams, whatever their kind: the current stream, events, captures, and which streams use memory.
+"""Streams of a device of any kind: the current one, new ones, events, captures, and the memory that they use.
 
-Asked of the device's own module (`torch.cuda`, `torch.xpu`) where that has the function, else of `torch.accelerator`.
+The functions are those of the device's own module (`torch.cuda`, `torch.xpu`), else those of `torch.accelerator`.
 csrc/plan.cpp does the same through torch's device guard.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ONE_QUEUE = ("cpu", "mps", "meta")  # nothing there runs beside anything else that torch enqueues
+_ONE_QUEUE = ("cpu", "mps", "meta")  # everything that torch enqueues there runs in order
 
 
 def has_streams(device: torch.device) -> bool:
@@ -43,8 +43,8 @@ def current_stream(device: torch.device) -> torch.Stream:
     return _function(device, "current_stream")(device)
 
 
-def being_current(device: torch.device) -> AbstractContextManager[Any]:
-    """Open a block in which `device` is the current one, and after which no other device has got a context."""
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Open a block in which `device` is the current one; no other device gets a context by it."""
     module = torch.get_device_module(device)
     if hasattr(module, "device"):
         return module.device(device)
@@ -69,9 +69,9 @@ def new_stream(device: torch.device) -> torch.Stream:
 
 
 def new_event(device: torch.device) -> torch.Event:
-    """Return an event for such streams, that a thread can wait for asleep where the device lets it choose.
+    """Return an event for streams of `new_stream`; a thread that waits for it sleeps, where the device offers that.
 
-    Stream and event come from one module: those of torch.cuda hold what torch.Stream and torch.Event do not.
+    Stream and event come from one module: a torch.cuda.Event cannot be recorded on a torch.Stream.
     """
     if device.type == "cuda":  # elsewhere torch does not offer it
         return torch.cuda.Event(blocking=True)
@@ -95,7 +95,7 @@ def can_copy_to_pinned(device: torch.device) -> bool:
     try:
         new_stream(device)
         return torch.empty(1, device="cpu", pin_memory=True).is_pinned()
-    except (RuntimeError, NotImplementedError):  # a device that offers neither
+    except (RuntimeError, NotImplementedError):  # the device lacks one of the two
         return False
 
 
@@ -104,11 +104,12 @@ def _function(device: torch.device, name: str) -> Any:
 
 
 class Streams:
-    """Tensors that are recorded on every stream that uses them: else the allocator may reuse their memory too early.
+    """Tensors of a plan, recorded once on every stream that uses them.
+
+    Otherwise the allocator could reuse their memory while a kernel on another stream still reads it.
 
     Args:
-        device: where the tensors are; where it has one queue, nothing is recorded.
-        tensors: as long-lived as the plan. Each is recorded once on a stream.
+        device: where the tensors are; nothing is recorded if it has one queue.
     """
 
     def __init__(self, device: torch.device, tensors: Iterable[Tensor]) -> None:

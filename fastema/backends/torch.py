@@ -1,4 +1,4 @@
-"""The torch backend: the same contract in plain torch. The readable twin of csrc/, and what runs without a compiler."""
+"""The torch backend: plain torch operations, for machines without a compiler and for readers of csrc/."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def why_unusable(device_type: str) -> str | None:
 
 
 def probe(device: torch.device) -> None:
-    """Return None: where torch has a tensor, its operations run."""
+    """Return None: torch's operations run wherever it has tensors."""
 
 
 def describe(device_type: str) -> str:
@@ -158,7 +158,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 def _scatter(results: Sequence[Tensor], *targets: list[Tensor]) -> None:
-    """Copy each result, which lies in a row, into the tensors of one batch."""
+    """Copy each result, 1-D, into the tensors of its batch in turn."""
     for result, parts in zip(results, targets, strict=False):
         if len(parts) == 1:
             parts[0].copy_(result)
@@ -171,7 +171,7 @@ _SWAPS_POINTERS = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # torch 2.13
 
 
 def _exchange_contents(first: Tensor, second: Tensor) -> list[Step]:
-    """Yield the steps that swap the contents of two tensors of bytes."""
+    """Return the steps that swap the contents of two tensors of bytes."""
     held = first.new_empty(min(_EXCHANGE_BLOCK, first.numel()))
     copy = torch.Tensor.copy_
     steps: list[Step] = []

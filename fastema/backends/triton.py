@@ -21,7 +21,7 @@ from fastema.backends.streams import Streams
 
 NAME = "triton"
 
-_kernels: Any = None  # fastema.triton_kernels.kernels: Triton is imported by who uses it, not by `import fastema`
+_kernels: Any = None  # fastema.triton_kernels.kernels; imported at the first use, since Triton is optional
 _import_error: str | None = None
 
 _FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/chunks.h
@@ -31,7 +31,7 @@ _GPUS = ("cuda", "xpu")  # xpu: Intel's; not run on one
 _MAX_TILES = 8  # of a chunk
 _BLOCKS_PER_MULTIPROCESSOR = 5
 _CHUNKS_PER_BLOCK = 8  # at least, so that few mid-size tensors still fill the chip
-# Nothing is left to contract, and Triton asks to be told which default is meant.
+# The kernels call fma themselves, so the compiler is to fuse nothing.
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}  # 256 threads in warps of 32
 
 
@@ -132,7 +132,7 @@ class Plan:
         self._streams = Streams(
             self._device, [self._nonfinite, *(launch.table for launch in self._launches), *chain(*self._held)]
         )
-        # Triton launches on the current device, and on its current stream. -1 is nothing to change.
+        # Triton launches on the current device and its current stream. Device -1 leaves the current one as it is.
         gpu = torch.get_device_module(self._device) if self._device.type in _GPUS else torch.cuda
         self._current = gpu.device(self._device.index if self._device.type in _GPUS else -1)
 
@@ -189,7 +189,7 @@ class _Launch:
         self._shadows = len(shadows)
         self._first = first
         self.table = torch.tensor(rows, dtype=torch.int64).to(device)
-        # Of the compiled kernel; what is not in the table costs no registers and no time to compile.
+        # The kernel is compiled for these alone: others would cost registers and time to compile.
         self._variants = tuple(sorted({row[2] for row in rows}))
         self._tiles = tuple(kernels.tile_elements(variant) for variant in self._variants)
 
@@ -275,8 +275,8 @@ def _chunk_rows(
 ) -> list[list[int]]:
     """Cut every segment into chunks of whole tiles; every element is in exactly one.
 
-    Live and shadow of a segment mostly become aligned after the same few elements, and these get a chunk of their own,
-    so that the rest is hinted. Where they never do, the whole segment goes without the hint.
+    Live and shadow of a segment mostly become aligned after the same few elements: these get a chunk of their own, and
+    the rest is marked as aligned. If they never do, the whole segment is not marked.
     """
     segments = []
     tiles = 0

@@ -362,7 +362,7 @@ def test_auto_takes_triton_on_cuda_where_the_cuda_kernels_are_missing(monkeypatc
 
 
 def test_a_launch_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Triton finds no C compiler for its launcher the first launch raises; FastEMA says so in its own words."""
+    """The first launch raises if Triton finds no C compiler for its launcher; FastEMA says so in its own words."""
 
     class Failing:
         def __init__(self, *arguments: object) -> None:

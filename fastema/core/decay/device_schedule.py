@@ -41,7 +41,7 @@ class DeviceSchedule:
             self.num_updates = torch.zeros((), dtype=torch.int64, device=device)
             self.weights = torch.zeros(len(decays), dtype=torch.float64, device=device)
             self._skip = torch.zeros((), dtype=torch.float32, device=device)
-        self._launch = native.clock_launch(device)
+        self._launch = native.device_schedule_launch(device)
         self._streams = Streams(device, [self._table, self.step, self.num_updates, self.weights, self._skip])
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
-"""A shadow in host memory for weights on a GPU: copied on a side stream, averaged by a thread while training goes on.
+"""A plan for weights on a GPU and their averages in host memory, which a thread computes while training goes on.
 
-An update only enqueues. The weights are copied into pinned memory, by events after whatever wrote them and before
-whatever writes them next, and a thread waits for the copy and runs the CPU plan on it. There is one staging buffer, as
-large as the weights themselves; an update that comes while the one before still averages waits for that.
+An update only enqueues work: the weights are copied into pinned memory on a side stream. Events put the copy after the
+kernels that wrote the weights, and before those that write them next. A thread waits for the copy and runs the CPU plan
+on it. There is one staging buffer, as large as the weights; an update waits until the thread is done with the last one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fastema.backends import contract, streams
 
-_ALIGNMENT = 64  # bytes: a cache line, and a multiple of every element
-_BLOCK = 64 << 20  # torch rounds pinned memory up to a power of two: one block of all the weights may waste half of it
+_ALIGNMENT = 64  # bytes: a cache line, and a multiple of every element's size
+_BLOCK = 64 << 20  # bytes: torch rounds pinned memory up to a power of two, up to twice the size of one large block
 
 
 class Copy(Protocol):
-    """Device memory on its way to the host."""
+    """A copy from a device to the host that is under way."""
 
     def order_writes(self) -> None:
         """Make what the caller enqueues from now on wait for the copy."""
@@ -37,17 +37,17 @@ class Copy(Protocol):
 
 
 class Transfer(Protocol):
-    """A way to copy from a device to the host. The tests have a slow one without a GPU."""
+    """A way to copy from a device to the host. The tests have a slow one that needs no GPU."""
 
     def host_memory(self, nbytes: int) -> Tensor:
-        """Return [nbytes] uint8 in memory that a copy reaches without the host's help."""
+        """Return memory for copies, [nbytes] uint8: pinned, so that they run without the host."""
 
     def start(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Copy:
         """Begin host <- device for pairs of equal dtypes and sizes, after all that was enqueued so far."""
 
 
 def transfer_between(live: torch.device, shadow: torch.device) -> Transfer | None:
-    """Return what copies weights to a shadow on another device without a wait; None: there is nothing."""
+    """Return how to copy weights to a shadow in host memory without a wait; None: there is no way, or no need."""
     return StreamTransfer(live) if shadow.type == "cpu" and streams.can_copy_to_pinned(live) else None
 
 
@@ -59,12 +59,12 @@ class StreamCopy:
     copied: torch.Event
 
     def order_writes(self) -> None:
-        with streams.being_current(self.device):
+        with streams.on_device(self.device):
             _refuse_capture("the step after an update()")
             streams.current_stream(self.device).wait_event(self.copied)
 
     def wait(self) -> None:
-        with streams.being_current(self.device):  # a thread starts on device 0, and waiting makes a context there
+        with streams.on_device(self.device):  # a thread starts on device 0, and waiting makes a context there
             self.copied.synchronize()
 
 
@@ -79,13 +79,13 @@ class StreamTransfer:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def start(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> StreamCopy:
-        with streams.being_current(self._device):
+        with streams.on_device(self._device):
             _refuse_capture("update()")
             self._stream.wait_stream(streams.current_stream(self._device))
             with streams.on_stream(self._stream):
                 for host, device in pairs:
                     host.copy_(device, non_blocking=True)
-                # the thread that waits sleeps instead of spinning through the rest of the step
+                # The thread that waits for it sleeps: spinning would take a core from the training.
                 copied = streams.new_event(self._device)
                 copied.record(self._stream)
         return StreamCopy(self._device, copied)
@@ -101,9 +101,9 @@ def _refuse_capture(what: str) -> None:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Elements [begin, end) of one live run, at byte `offset` of a block of staging memory."""
+    """Elements [begin, end) of one live tensor, at byte `offset` of a block of staging memory."""
 
-    run: int
+    live: int  # index
     begin: int
     end: int
     block: int
@@ -113,11 +113,11 @@ class _Piece:
 def _pieces(lives: Sequence[Tensor], block_bytes: int) -> Iterator[_Piece]:
     """Yield all elements of `lives`, cut where a block ends."""
     block = offset = 0
-    for run, live in enumerate(lives):
+    for index, live in enumerate(lives):
         begin = 0
         while begin < live.numel():
             end = min(live.numel(), begin + (block_bytes - offset) // live.itemsize)
-            yield _Piece(run, begin, end, block, offset)
+            yield _Piece(index, begin, end, block, offset)
             offset += -(-(end - begin) * live.itemsize // _ALIGNMENT) * _ALIGNMENT
             begin = end
             if offset >= block_bytes:
@@ -126,12 +126,12 @@ def _pieces(lives: Sequence[Tensor], block_bytes: int) -> Iterator[_Piece]:
 
 @dataclass
 class _Job:
-    """One average in the thread."""
+    """One update in the thread."""
 
     run: Callable[[], None]
-    reads: list[Tensor]  # held until it is done, also when the model is gone
+    reads: list[Tensor]  # kept alive until it is done, even if the model is deleted
     process: int
-    finished: bool = False  # beside the future's own: that has a lock, which a fork may leave taken
+    finished: bool = False  # not the future's own flag: that has a lock, which a fork may leave locked
 
     def __call__(self) -> None:
         self.run()
@@ -142,7 +142,7 @@ class OffloadedPlan:
     """A plan whose lives are on a device and whose shadows are on the host.
 
     Args:
-        transfer: brings the one to the other.
+        transfer: copies the lives to the host.
         plan: the plan on the host, `Plan` of a backend.
         shadows, lives, copies, views: see `contract.Plan`; lives on the device.
     """
@@ -161,40 +161,39 @@ class OffloadedPlan:
         pieces = list(_pieces(lives, _BLOCK))
         sizes: dict[int, int] = {}
         for piece in pieces:
-            sizes[piece.block] = piece.offset + (piece.end - piece.begin) * lives[piece.run].itemsize
+            sizes[piece.block] = piece.offset + (piece.end - piece.begin) * lives[piece.live].itemsize
         blocks = [transfer.host_memory(size) for size in sizes.values()]
-        cuts = [lives[piece.run][piece.begin : piece.end] for piece in pieces]
+        cuts = [lives[piece.live][piece.begin : piece.end] for piece in pieces]
         staged = [
             blocks[piece.block][piece.offset : piece.offset + cut.nbytes].view(cut.dtype)
             for piece, cut in zip(pieces, cuts, strict=True)
         ]
         self._pairs = list(zip(staged, cuts, strict=True))
         self._plan = plan(
-            [[shadow[piece.run][piece.begin : piece.end] for piece in pieces] for shadow in shadows],
+            [[shadow[piece.live][piece.begin : piece.end] for piece in pieces] for shadow in shadows],
             staged,
-            [copies[piece.run] for piece in pieces],
+            [copies[piece.live] for piece in pieces],
             views,
         )
         self._devices = {live.device for live in lives} | {torch.device("cpu")}
         self._skip = transfer.host_memory(_ALIGNMENT)[:4].view(torch.float32)
-        self._at_once, self._late = self._pairs, self._pairs[:0]
+        self._immediate, self._deferred = self._pairs, self._pairs[:0]  # copies: see `defer_copies_until_step`
         self._executor: ThreadPoolExecutor | None = None
         self._executor_process = 0
         self._job: _Job | None = None
         self._future: Future[None] | None = None
-        self._late_copy: Copy | None = None  # under way, of weights that only `order_writes` protects
+        self._deferred_copy: Copy | None = None  # under way
 
     def defer_copies_until_step(self, storages: frozenset[int]) -> None:
         """Let copies of these live storages (`_cdata`) last until the caller's `order_writes()`."""
         self.order_writes()
-        is_late = [live.untyped_storage()._cdata in storages for _, live in self._pairs]
-        self._late = [pair for pair, late in zip(self._pairs, is_late, strict=True) if late]
-        self._at_once = [pair for pair, late in zip(self._pairs, is_late, strict=True) if not late]
+        self._deferred = [pair for pair in self._pairs if pair[1].untyped_storage()._cdata in storages]
+        self._immediate = [pair for pair in self._pairs if pair[1].untyped_storage()._cdata not in storages]
 
     def order_writes(self) -> None:
-        """Make writes that are enqueued from now on wait for the copies."""
-        if self._late_copy is not None:
-            self._late_copy.order_writes()
+        """Make what is enqueued from now on wait for the deferred copies."""
+        if self._deferred_copy is not None:
+            self._deferred_copy.order_writes()
 
     @torch.no_grad()
     def update(
@@ -213,18 +212,18 @@ class OffloadedPlan:
         if skip is not None and (skip.numel() != 1 or skip.device not in self._devices):
             devices = " or ".join(sorted(map(str, self._devices)))
             raise ValueError(f"skip must be 1 number on {devices}, got {skip.numel()} on {skip.device}")
-        at_once = self._at_once if skip is None else [*self._at_once, (self._skip, skip.detach().reshape(1))]
+        skips = [] if skip is None else [(self._skip, skip.detach().reshape(1))]
         copies = []
-        if at_once:
-            copies.append(self._transfer.start(at_once))
+        if self._immediate or skips:
+            copies.append(self._transfer.start([*self._immediate, *skips]))
             copies[0].order_writes()
-        if self._late:
-            self._late_copy = self._transfer.start(self._late)
-            copies.append(self._late_copy)
+        if self._deferred:
+            self._deferred_copy = self._transfer.start(self._deferred)
+            copies.append(self._deferred_copy)
         self._submit(copies, None if skip is None else self._skip, list(weights), skip_nonfinite)
 
     def _submit(self, copies: list[Copy], skip: Tensor | None, weights: list[float], skip_nonfinite: bool) -> None:
-        plan = self._plan  # not self: the thread keeps nobody alive who could end it
+        plan = self._plan  # not `self`, which the thread must not keep alive: it ends with the plan
 
         def average() -> None:
             for copy in copies:
@@ -242,19 +241,19 @@ class OffloadedPlan:
         """Wait until the shadow is up to date.
 
         Raises:
-            RuntimeError: the average failed, told once; or this process was forked before it was done.
+            RuntimeError: the average failed, raised once; or this process was forked before it was done.
         """
         if self._job is None or self._future is None:
             return
         if self._job.process == os.getpid():
-            wait([self._future])  # a Ctrl-C here changes nothing: the next call waits again
+            wait([self._future])  # KeyboardInterrupt changes nothing here: the next call waits again
         elif not self._job.finished:
             raise RuntimeError(
                 "this process was forked while the shadow in host memory was being averaged, and has half of the "
                 "result: call ema.synchronize() before the fork"
             )
         finished, future = self._job.finished, self._future
-        self._job = self._future = self._late_copy = None
+        self._job = self._future = self._deferred_copy = None
         if not finished:
             raise RuntimeError(
                 "the thread that averages into host memory failed: the latest update is lost, those before it stand. "

@@ -248,19 +248,19 @@ def test_only_what_attached_optimizers_step_is_left_to_their_hooks(seam: Seam) -
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
     handle = ema.attach(optimizer)
     (plan,) = ema._shadow.plans.offloaded
-    late = {live.untyped_storage().data_ptr() for _, live in plan._late}
+    late = {live.untyped_storage().data_ptr() for _, live in plan._deferred}
     assert late == {parameter.data_ptr() for parameter in model[0].parameters()}
-    assert len(plan._late) + len(plan._at_once) == len(plan._pairs)
+    assert len(plan._deferred) + len(plan._immediate) == len(plan._pairs)
 
     model[0].weight.data = model[0].weight.detach().clone()  # a rebuilt plan knows the optimizer too
     ema.update()
     (rebuilt,) = ema._shadow.plans.offloaded
     assert rebuilt is not plan
-    late = {live.untyped_storage().data_ptr() for _, live in rebuilt._late}
+    late = {live.untyped_storage().data_ptr() for _, live in rebuilt._deferred}
     assert late == {parameter.data_ptr() for parameter in model[0].parameters()}
 
     handle.remove()
-    assert not rebuilt._late and len(rebuilt._at_once) == len(rebuilt._pairs)
+    assert not rebuilt._deferred and len(rebuilt._immediate) == len(rebuilt._pairs)
     assert seam.last.copies[-1].done.is_set(), "the copy under way is ordered before the hooks go"
 
 
@@ -269,7 +269,7 @@ def test_a_storage_that_others_write_to_as_well_is_safe_at_once(seam: Seam) -> N
     stepped, other = nn.Parameter(room[:4]), room[4:]
     ema = FastEMA([("stepped", stepped), ("other", other)])
     ema.attach(torch.optim.SGD([stepped], lr=0.1))
-    assert not ema._shadow.plans.offloaded[0]._late
+    assert not ema._shadow.plans.offloaded[0]._deferred
 
 
 def test_an_update_waits_for_the_one_before(seam: Seam) -> None:
@@ -547,7 +547,7 @@ def test_the_event_that_a_thread_waits_for_lets_it_sleep(monkeypatch: pytest.Mon
 
 
 def test_stream_and_event_are_of_one_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.cuda.Event needs of a stream, a torch.Stream does not hold."""
+    """A torch.cuda.Event does not work on a torch.Stream, which lacks what the event needs."""
     for kind in ("cuda", "xpu"):
         for name in ("Stream", "Event"):
             monkeypatch.setattr(

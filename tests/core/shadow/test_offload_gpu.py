@@ -131,7 +131,7 @@ def test_an_attached_step_alone_waits_for_the_copy() -> None:
     stepped = [parameter.detach().clone() for parameter in model.parameters()]
     model(features).sum().backward()
     current_stream().synchronize()
-    late = ema._shadow.plans.offloaded[0]._late_copy
+    late = ema._shadow.plans.offloaded[0]._deferred_copy
     assert late is not None and not late.copied.query(), "forward and backward ran beside the copy"  # type: ignore[attr-defined]
     ema._shadow.plans.order_writes()  # as the hook before the next step does
     with torch.no_grad():
