@@ -17,7 +17,7 @@ class AttachedOptimizers:
     """The optimizers whose steps update one average. Nothing here keeps one of them, or the average, alive."""
 
     def __init__(self) -> None:
-        self._groups: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepGroup] = weakref.WeakKeyDictionary()
+        self._handles: weakref.WeakKeyDictionary[torch.optim.Optimizer, AttachedHandle] = weakref.WeakKeyDictionary()
         self._versions: int | None = None  # of the weights at `add()`; None: an optimizer has stepped since
 
     def add(
@@ -28,12 +28,11 @@ class AttachedOptimizers:
         after: Callable[[Tensor | None], None],
         changed: Callable[[], None],
     ) -> AttachedHandle:
-        """Attach optimizers that make one training step together; one that is attached already leaves its group.
+        """Attach optimizers that make one training step together; one that was attached leaves its former group.
 
         Args:
             versions: of the weights: see `Shadow.versions`.
-            before, after: see `StepGroup`.
-            changed: bound method, called whenever other optimizers are attached.
+            before, after, changed: bound methods: see `AttachedHandle`.
 
         Raises:
             TypeError: no optimizer, or one without step hooks.
@@ -42,23 +41,23 @@ class AttachedOptimizers:
             raise TypeError("attach() needs an optimizer")
         inner = list(dict.fromkeys(checked_optimizer(optimizer) for optimizer in optimizers))
         for optimizer in inner:
-            if optimizer in self._groups:
-                self._groups[optimizer].discard(optimizer)
-        group = StepGroup(inner, before, after)
-        self._groups.update(dict.fromkeys(inner, group))
+            if optimizer in self._handles:
+                self._handles[optimizer].discard(optimizer)
+        handle = AttachedHandle(inner, before, after, changed)
+        self._handles.update(dict.fromkeys(inner, handle))
         self._versions = versions
         changed()
-        return AttachedHandle(self, group, changed)
-
-    def remove(self, group: StepGroup) -> None:
-        """Detach a group's optimizers, except those that were attached again since."""
-        group.clear()
-        for optimizer in [optimizer for optimizer, own in self._groups.items() if own is group]:
-            del self._groups[optimizer]
+        return handle
 
     def parameters(self) -> list[Tensor]:
         """Return what the attached optimizers write to."""
-        return [each for optimizer in self._groups for part in optimizer.param_groups for each in part["params"]]
+        groups = [
+            group
+            for optimizer, handle in self._handles.items()
+            if optimizer in handle
+            for group in optimizer.param_groups
+        ]
+        return [parameter for group in groups for parameter in group["params"]]
 
     def note_step(self) -> None:
         self._versions = None
@@ -76,31 +75,15 @@ class AttachedOptimizers:
 
 
 class AttachedHandle:
-    """Handle of `FastEMA.attach`; `remove()` ends the updates."""
+    """Handle of `FastEMA.attach`, and the hooks of its optimizers, which make one training step together.
 
-    def __init__(self, attached: AttachedOptimizers, group: StepGroup, changed: Callable[[], None]) -> None:
-        self._attached = weakref.ref(attached)
-        self._group = group
-        self._changed = weakref.WeakMethod(changed)
-
-    def remove(self) -> None:
-        """Detach the optimizers; those that were attached again since stay attached."""
-        self._group.clear()
-        attached, changed = self._attached(), self._changed()
-        if attached is not None and changed is not None:
-            attached.remove(self._group)
-            changed()
-
-
-class StepGroup:
-    """Optimizers that make one training step together: `after` is called once each of them has stepped.
-
-    The hooks keep nothing alive: once the owner of the two methods is deleted, they do nothing.
+    Once the owner of the methods is deleted, the hooks do nothing.
 
     Args:
         optimizers: with step hooks.
         before: bound method, called before every step of any optimizer.
         after: bound method `(found_inf)`, called once all have stepped; for `found_inf` see `combined_found_inf`.
+        changed: bound method, called after `remove()`.
     """
 
     def __init__(
@@ -108,11 +91,12 @@ class StepGroup:
         optimizers: Sequence[torch.optim.Optimizer],
         before: Callable[[], None],
         after: Callable[[Tensor | None], None],
+        changed: Callable[[], None],
     ) -> None:
-        self._before = weakref.WeakMethod(before)
-        self._after = weakref.WeakMethod(after)
+        self._before, self._after = weakref.WeakMethod(before), weakref.WeakMethod(after)
+        self._changed = weakref.WeakMethod(changed)
         self._found_inf: dict[int, Tensor | None] = {}  # by id of the optimizers that have stepped
-        self._handles: dict[int, list[Any]] = {
+        self._hooks: dict[int, list[Any]] = {
             id(optimizer): [
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
@@ -120,19 +104,23 @@ class StepGroup:
             for optimizer in optimizers
         }
 
+    def remove(self) -> None:
+        """End the updates. Optimizers that were attached again since stay attached."""
+        for hook in [hook for hooks in self._hooks.values() for hook in hooks]:
+            hook.remove()
+        self._hooks.clear()
+        changed = self._changed()
+        if changed is not None:
+            changed()
+
     def discard(self, optimizer: torch.optim.Optimizer) -> None:
         """Take one optimizer out."""
         self._found_inf.pop(id(optimizer), None)
-        for handle in self._handles.pop(id(optimizer), ()):
-            handle.remove()
+        for hook in self._hooks.pop(id(optimizer), ()):
+            hook.remove()
 
-    def clear(self) -> None:
-        """Take all optimizers out."""
-        self._found_inf.clear()
-        for handles in self._handles.values():
-            for handle in handles:
-                handle.remove()
-        self._handles.clear()
+    def __contains__(self, optimizer: torch.optim.Optimizer) -> bool:
+        return id(optimizer) in self._hooks
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         before = self._before()
@@ -141,11 +129,11 @@ class StepGroup:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         after = self._after()
-        if after is None or id(optimizer) not in self._handles:
+        if after is None or optimizer not in self:
             return
         # A gradient scaler sets it on optimizers that skip the step themselves (fused ones).
         self._found_inf[id(optimizer)] = getattr(optimizer, "found_inf", None)
-        if len(self._found_inf) == len(self._handles):
+        if len(self._found_inf) == len(self._hooks):
             found, self._found_inf = list(self._found_inf.values()), {}
             after(combined_found_inf(found))
 
