@@ -27,10 +27,6 @@ class Pair:
         return self.averaged.shape == self.live.shape and not any(why_no_storage(tensor) for tensor in tensors)
 
 
-def _is_copied(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex())
-
-
 def pairs_of(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[list[Pair], tuple[int, int]]:
     """Return the pairs of an AveragedModel and a live model, as torch zips them: surplus tensors are left out.
 
@@ -50,7 +46,7 @@ def pairs_of(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[
         if len(buffers) != len(live_buffers):
             raise UseTorchFallback
         copied = [Pair(a, b, copy=True) for a, b in zip(buffers, live_buffers, strict=True)]
-    pairs = [Pair(a, b, copy=_is_copied(a)) for a, b in zip(ours, theirs, strict=False)]
+    pairs = [Pair(a, b, copy=not (a.is_floating_point() or a.is_complex())) for a, b in zip(ours, theirs, strict=False)]
     return pairs + copied, (len(ours) + len(copied), len(theirs) + len(copied))
 
 

@@ -18,33 +18,6 @@ from fastema.core.model.policy import AVERAGED_DTYPES
 _PLAIN_FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
-def _has_no_flags(tensor: Tensor) -> bool:
-    return not (tensor.is_conj() or tensor.is_neg())
-
-
-def _flat_pair(pair: Pair, memory: torch.UntypedStorage) -> tuple[Tensor, Tensor] | None:
-    """Return both tensors as contiguous 1-D memory in one order of elements; None: that is impossible.
-
-    `memory`: the storage to use for the averaged tensor.
-    """
-    a, b = pair.averaged.detach(), pair.live.detach()
-    if not (_has_no_flags(a) and _has_no_flags(b)):
-        return None
-    in_order = a.is_contiguous() and b.is_contiguous()
-    if not in_order and (strides(a) != strides(b) or len(element_runs(a)) != 1):
-        return None
-    count = a.numel()
-    averaged = torch.empty(0, dtype=a.dtype, device=a.device).set_(memory, a.storage_offset(), (count,), (1,))
-    return averaged, b.as_strided((count,), (1,), b.storage_offset())
-
-
-def _has_kernel(pair: Pair) -> bool:
-    dtypes = (pair.averaged.dtype, pair.live.dtype)
-    if pair.averaged.device != pair.live.device:
-        return False
-    return all(dtype in _PLAIN_FLOATS for dtype in dtypes) or (pair.copy and dtypes[0] == dtypes[1])
-
-
 class Update:
     """Average or copy every pair: averaged <- averaged + weight * (live - averaged), one launch per device.
 
@@ -61,19 +34,26 @@ class Update:
         self._copies: list[tuple[Tensor, Tensor]] = []  # these three use torch's operations
         self._mixed: list[tuple[Tensor, Tensor]] = []
         self._alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        selected = {device: self._backend_for(device) for device in {pair.averaged.device for pair in pairs}}
+        selected = {
+            device: backends.select(backends.default_name(), device)
+            for device in {pair.averaged.device for pair in pairs}
+        }
         for pair, (averaged, live) in zip(pairs, self._pairs, strict=True):
             if averaged.numel() == 0:
                 continue
-            self._refuse_irregular(pair)
-            device = averaged.device
-            has_kernel = selected[device] is not None and _has_kernel(pair)
-            flats = _flat_pair(pair, self._memory_of(averaged)) if has_kernel else None
+            dtypes, device = {averaged.dtype, live.dtype}, averaged.device
+            if not pair.copy and (not dtypes <= AVERAGED_DTYPES or averaged.is_complex() != live.is_complex()):
+                raise UseTorchFallback
+            try:
+                element_runs(averaged)
+            except ValueError:
+                raise UseTorchFallback from None  # expanded: nothing can be written to it
+            flats = None if selected[device] is plain_torch else self._flat_pair(pair)
             if flats is not None:
                 flat_pairs.setdefault(device, []).append((*flats, pair.copy, pair.averaged))
             elif pair.copy:
                 self._copies.append((averaged, live))
-            elif averaged.dtype != live.dtype:
+            elif len(dtypes) > 1:
                 self._mixed.append((averaged, live))
             else:
                 group = self._alike.setdefault((device, averaged.dtype), ([], []))
@@ -86,31 +66,27 @@ class Update:
             plan = selected[device].Plan([averaged_flats], lives, copies, views)
             self._plans.append((device.type, plan))
 
-    def _memory_of(self, averaged: Tensor) -> torch.UntypedStorage:
-        storage = averaged.untyped_storage()
+    def _flat_pair(self, pair: Pair) -> tuple[Tensor, Tensor] | None:
+        """Return both tensors as contiguous 1-D memory in one order of elements; None: no kernel can average them."""
+        a, b = pair.averaged.detach(), pair.live.detach()
+        has_kernel = {a.dtype, b.dtype} <= _PLAIN_FLOATS or (pair.copy and a.dtype == b.dtype)
+        if a.device != b.device or not has_kernel or any(tensor.is_conj() or tensor.is_neg() for tensor in (a, b)):
+            return None
+        in_order = a.is_contiguous() and b.is_contiguous()
+        if not in_order and (strides(a) != strides(b) or len(element_runs(a)) != 1):
+            return None
+        storage = a.untyped_storage()
         if storage._cdata not in self._memory:
             self._memory[storage._cdata] = whole(storage), self._host.second_owner(whole(storage))
-        return self._memory[storage._cdata][1].untyped_storage()
+        memory = self._memory[storage._cdata][1].untyped_storage()
+        averaged = torch.empty(0, dtype=a.dtype, device=a.device).set_(memory, a.storage_offset(), (a.numel(),), (1,))
+        return averaged, b.as_strided((a.numel(),), (1,), b.storage_offset())
 
     def copy_to_new_memory(self) -> None:
         """Copy what the kernels wrote to the memory that the averages have now."""
         for average, memory in self._memory.values():
             if average.data_ptr() != memory.data_ptr():
                 average.copy_(memory)
-
-    @staticmethod
-    def _backend_for(device: torch.device) -> Any:
-        """Return the backend whose plan to use; None: torch's foreach operations."""
-        module = backends.select(backends.default_name(), device)
-        return None if module is plain_torch else module
-
-    @staticmethod
-    def _refuse_irregular(pair: Pair) -> None:
-        a, b = pair.averaged, pair.live
-        if not (a.is_contiguous() or _is_disjoint(a)):
-            raise UseTorchFallback  # expanded: nothing can be written to it
-        if not pair.copy and (not {a.dtype, b.dtype} <= AVERAGED_DTYPES or a.is_complex() != b.is_complex()):
-            raise UseTorchFallback
 
     @staticmethod
     def _refuse_overlaps(pairs: list[Pair]) -> None:
@@ -150,11 +126,3 @@ class Update:
             averaged.copy_(result)
         for averaged, live in self._copies:
             averaged.copy_(live)
-
-
-def _is_disjoint(tensor: Tensor) -> bool:
-    try:
-        element_runs(tensor)
-    except ValueError:
-        return False
-    return True

@@ -37,7 +37,8 @@ class Decays:
         decay_args: Mapping[str, Any],
     ) -> None:
         targets, several = checked_decays(decay)
-        types, several_types = _listed_types(decay_type)
+        several_types = _is_sequence(decay_type)
+        types: tuple[str, ...] = tuple(decay_type) if several_types else (decay_type,)  # type: ignore[assignment]
         classes = [schedule_class(each) for each in types]
         per_average = {name for each in classes for name in each.per_average}
         sequences = {
@@ -54,7 +55,7 @@ class Decays:
         self.targets = targets if several else targets * count
         self.total_steps = total_steps
         self.update_after_step = checked_count("update_after_step", update_after_step, at_least=0)
-        self._type: str | list[str] = list(types) if several_types else types[0]
+        self.type: str | list[str] = list(types) if several_types else types[0]  # the name, or one for each average
         self._args = {name: list(sequences[name]) if name in sequences else value for name, value in decay_args.items()}
         self._types = types if several_types else types * count
         self.schedules = tuple(
@@ -67,11 +68,6 @@ class Decays:
 
     def __len__(self) -> int:
         return len(self.targets)
-
-    @property
-    def type(self) -> str | list[str]:
-        """The schedule's name, or one for each average."""
-        return self._type
 
     @property
     def settles(self) -> bool:
@@ -152,7 +148,7 @@ class Decays:
     def config(self) -> dict[str, Any]:
         """Return plain values for a state."""
         decay = list(self.targets) if self.several else self.targets[0]
-        return {"decay": decay, "decay_type": self._type, "decay_args": dict(self._args)}
+        return {"decay": decay, "decay_type": self.type, "decay_args": dict(self._args)}
 
     def of_state(self, state: Mapping[str, Any]) -> Decays:
         """Return the decays of a saved state; values that it lacks are taken from this object.
@@ -163,8 +159,8 @@ class Decays:
         config = self.config()
         if all(state.get(key, config.get(key)) == config.get(key) for key in ("decay", "decay_type", "decay_args")):
             return self
-        decay, decay_type = state.get("decay", config["decay"]), state.get("decay_type", self._type)
-        args = state.get("decay_args", self._args if decay_type == self._type else {})
+        decay, decay_type = state.get("decay", config["decay"]), state.get("decay_type", self.type)
+        args = state.get("decay_args", self._args if decay_type == self.type else {})
         try:
             return Decays(decay, decay_type, self.total_steps, self.update_after_step, args)
         except (ValueError, TypeError) as error:
@@ -175,20 +171,13 @@ class Decays:
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "schedule" in state:  # pickled by fastema 0.1.0
             schedule, count = state.pop("schedule"), len(state["targets"])
-            kind = state.pop("type")
-            state |= {"_type": kind, "_types": (kind,) * count, "_args": dict(vars(schedule))}
+            state |= {"_types": (state["type"],) * count, "_args": dict(vars(schedule))}
             state |= {"schedules": (schedule,) * count, "update_after_step": state.pop("_update_after_step")}
         self.__dict__.update(state)
 
 
 def _is_sequence(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _listed_types(decay_type: str | Sequence[str]) -> tuple[tuple[str, ...], bool]:
-    if isinstance(decay_type, str) or not isinstance(decay_type, Sequence):
-        return (decay_type,), False
-    return tuple(decay_type), True
 
 
 def _arguments_of(

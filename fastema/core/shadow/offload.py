@@ -213,6 +213,7 @@ class OffloadedPlan:
             devices = " or ".join(sorted(map(str, self._devices)))
             raise ValueError(f"skip must be 1 number on {devices}, got {skip.numel()} on {skip.device}")
         skips = [] if skip is None else [(self._skip, skip.detach().reshape(1))]
+        weights, own_skip = list(weights), self._skip if skips else None
         copies = []
         if self._immediate or skips:
             copies.append(self._transfer.start([*self._immediate, *skips]))
@@ -220,15 +221,12 @@ class OffloadedPlan:
         if self._deferred:
             self._deferred_copy = self._transfer.start(self._deferred)
             copies.append(self._deferred_copy)
-        self._submit(copies, None if skip is None else self._skip, list(weights), skip_nonfinite)
-
-    def _submit(self, copies: list[Copy], skip: Tensor | None, weights: list[float], skip_nonfinite: bool) -> None:
         plan = self._plan  # not `self`, which the thread must not keep alive: it ends with the plan
 
         def average() -> None:
             for copy in copies:
                 copy.wait()
-            plan.update(weights, skip_nonfinite, skip)
+            plan.update(weights, skip_nonfinite, own_skip)
 
         if self._executor is None or self._executor_process != os.getpid():  # threads do not survive a fork
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="fastema-offload")

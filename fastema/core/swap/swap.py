@@ -131,11 +131,11 @@ class Swap:
         self._buffers = buffers
         self._sizes = [(buffer.live.nbytes(), buffer.nbytes) for buffer in buffers]
         self.by_contents = isinstance(exchange, ContentsExchange)
+        self._with_parts = [index for index, buffer in enumerate(buffers) if buffer.parts]
         self._filled = [buffer for buffer in buffers if buffer.needs_filling and not self.by_contents]
         # Where only pointers are swapped, no torch operation runs, so its modes need not be set: that would take a
         # third of the time of a swap.
-        has_parts = any(buffer.parts for buffer in buffers)
-        self._swaps_only_pointers = not self.by_contents and not self._filled and not has_parts
+        self._swaps_only_pointers = not self.by_contents and not self._filled and not self._with_parts
 
     @property
     def is_entered(self) -> bool:
@@ -188,16 +188,13 @@ class Swap:
             if is_unchanged() and self._exchange.leave_untouched():
                 entered.pop(id(self), None)
                 return True
-        elif is_unchanged() and self._exchange.untouched() and self._parts_hold():
+        elif is_unchanged() and self._exchange.untouched() and not any(map(self._damage, self._with_parts)):
             with torch.inference_mode(False), torch.no_grad():
                 self._leave(())
             return True
         with torch.inference_mode(False), torch.no_grad():
             self._leave_changed(tensors_now())
         return False
-
-    def _parts_hold(self) -> bool:
-        return all(self._damage(index) is None for index, buffer in enumerate(self._buffers) if buffer.parts)
 
     def _leave(self, staying: Sequence[int]) -> None:
         for index, buffer in enumerate(self._buffers):
@@ -214,7 +211,7 @@ class Swap:
     def _leave_changed(self, now: dict[str, Tensor]) -> None:
         """Copy the live values of tensors that the exchange no longer reaches, then exchange the others."""
         damage = {buffer.live._cdata: self._damage(index) for index, buffer in enumerate(self._buffers)}
-        with_parts = {buffer.live._cdata for buffer in self._buffers if buffer.parts}
+        with_parts = {self._buffers[index].live._cdata for index in self._with_parts}
         copies: list[tuple[Tensor, Tensor]] = []
         errors: list[str] = []
         changes: list[str] = []
