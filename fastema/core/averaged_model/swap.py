@@ -11,7 +11,7 @@ from fastema.core.averaged_model.pairs import Pair, span, strides
 from fastema.core.memory import Run, allocate, element_runs, flat, gaps, merged, view_in
 from fastema.core.model.policy import why_no_storage
 from fastema.core.swap.buffers import SwapBuffer
-from fastema.core.swap.swap import Swap, SwapEntry, exchange_of, place_of
+from fastema.core.swap.swap import Swap, exchange_of
 
 _OWNER = "another AveragedModel is swapped into the same model: leave that block first"
 _DROPPED = (
@@ -48,17 +48,13 @@ def swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any) -> Swap:
             groups.setdefault(pair.live.untyped_storage()._cdata, []).append(pair)
     with torch.inference_mode(False), torch.no_grad():
         buffers = _buffers_of(groups)
-        buffer_of = {buffer.live._cdata: buffer for buffer in buffers}
-        entries = [
-            SwapEntry(names.get(id(pair.live), []), place_of(pair.live), pair.copy, buffer_of[key].view_of(pair.live))
-            for key, group in groups.items()
-            for pair in group
-        ]
         versioned = [tensor for pair in pairs for tensor in (pair.averaged, pair.live)]
         exchange = exchange_of(buffers, versioned, host)
+        tensors = [(names.get(id(pair.live), []), pair.live, pair.copy) for group in groups.values() for pair in group]
+        swap = Swap(_OWNER, _DROPPED, tensors, exchange, buffers)
         for buffer in buffers:
             buffer.free()
-    return Swap(_OWNER, _DROPPED, entries, exchange, buffers)
+    return swap
 
 
 def _buffers_of(groups: dict[int, list[Pair]]) -> list[SwapBuffer]:

@@ -13,7 +13,7 @@ from fastema.backends.torch import ContentsExchange
 from fastema.core.model.policy import Managed
 from fastema.core.shadow.plans import Plans
 from fastema.core.shadow.storages import ShadowStorage
-from fastema.core.swap.swap import Swap, SwapEntry, exchange_of, place_of
+from fastema.core.swap.swap import Swap, exchange_of
 
 _OWNER = "another FastEMA is applied to the same model: the live weights are its average now; restore() that one first"
 _DROPPED = (
@@ -49,15 +49,11 @@ def swap_of(
         )
     with torch.inference_mode(False), torch.no_grad():
         buffers = sorted((s.swap_buffer(which) for s in storages), key=lambda buffer: bool(buffer.parts))
-        buffer_of = {buffer.live._cdata: buffer for buffer in buffers}
-        swap_entries = [
-            SwapEntry(entry.names, place, entry.rule == "copy", buffer_of[place[0]].view_of(entry.tensor))
-            for entry, place in ((entry, place_of(entry.tensor)) for entry in entries)
-        ]
         exchange: contract.StorageExchange | ContentsExchange
         if contents_of is None:
             exchange = exchange_of(buffers, versioned, host)
         else:
             pairs = [(buffer.live, buffer.storage) for buffer in buffers]
             exchange = ContentsExchange(contents_of.by_device, which, versioned, pairs)
-    return Swap(_OWNER, _DROPPED, swap_entries, exchange, buffers)
+        tensors = [(entry.names, entry.tensor, entry.rule == "copy") for entry in entries]
+        return Swap(_OWNER, _DROPPED, tensors, exchange, buffers)

@@ -11,7 +11,7 @@ import itertools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ class Swap:
     Args:
         owner: for the errors of others: "another ... is applied to the same model: do ... first".
         dropped: the warning if this object is deleted while entered.
-        entries: all tensors of the swap.
+        tensors: of each live tensor of the swap all its names, itself, and whether its rule is "copy".
         exchange: a backend's `StorageExchange`, or a `ContentsExchange`.
         buffers: one for each live storage; those that `exchange` swaps by pointer come first, in its order.
     """
@@ -119,14 +119,18 @@ class Swap:
         self,
         owner: str,
         dropped: str,
-        entries: Sequence[SwapEntry],
+        tensors: Iterable[tuple[list[str], Tensor, bool]],
         exchange: StorageExchange | ContentsExchange,
         buffers: Sequence[SwapBuffer],
     ) -> None:
         self.owner = owner
         self.storage_ids = frozenset(s._cdata for buffer in buffers for s in (buffer.live, buffer.storage))
         self._dropped = dropped
-        self._entries = entries
+        buffer_of = {buffer.live._cdata: buffer for buffer in buffers}
+        self._entries = [
+            SwapEntry(names, place_of(tensor), is_copied, buffer_of[tensor.untyped_storage()._cdata].view_of(tensor))
+            for names, tensor, is_copied in tensors
+        ]
         self._exchange = exchange
         self._buffers = buffers
         self._sizes = [(buffer.live.nbytes(), buffer.nbytes) for buffer in buffers]
