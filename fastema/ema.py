@@ -463,10 +463,12 @@ class FastEMA:
         return self._state([self._shadow.averages(which) for which in range(len(self._decays))])
 
     def _state(self, averages: list[list[tuple[Managed, Tensor]]]) -> dict[str, Any]:
-        step, num_updates, last_update = self._counted()
-        counters = {"step": step, "num_updates": num_updates, "last_update": last_update}
         shadows = [state.by_name(each, saved_only=True) for each in averages]
-        return {**counters, **self._decays.config(), "shadow": shadows if self._decays.several else shadows[0]}
+        return {**self._counters(), "shadow": shadows if self._decays.several else shadows[0]}
+
+    def _counters(self) -> dict[str, Any]:
+        step, num_updates, last_update = self._counted()
+        return {"step": step, "num_updates": num_updates, "last_update": last_update, **self._decays.config()}
 
     @one_thread
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> state.LoadResult:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastema.core.extras import require
 from fastema.core.model.policy import Rule
-from fastema.core.shadow.state import by_name
+from fastema.core.shadow.state import by_name, stored_by_name
 from fastema.ema import FastEMA
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def read_average(ema: FastEMA, folder: Path) -> None:
         ValueError: it is the average of another model; lists the first differences. Nothing is changed.
     """
     state: dict[str, Any] = json.loads((folder / EMA_STATE).read_text())
-    wanted = by_name(ema._shadow.places(0), saved_only=True)
+    wanted = stored_by_name(ema._shadow, 0, saved_only=True)
     shadows = []
     for which in range(len(state["decay"]) if isinstance(state["decay"], list) else 1):
         with safetensors.safe_open(_numbered(folder / EMA_WEIGHTS, which), framework="pt") as file:

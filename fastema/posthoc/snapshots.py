@@ -17,7 +17,6 @@ from torch import Tensor
 from fastema.core.checks import checked_count
 from fastema.core.model import dtensor
 from fastema.core.shadow import state
-from fastema.core.shadow.shadow import Planes
 from fastema.posthoc import files
 from fastema.posthoc.files import COPY, Manifest, SnapshotError, tensor_key
 from fastema.posthoc.profiles import profiles_of
@@ -188,11 +187,11 @@ class Snapshots:
         """Return functions that give each tensor by key: a float32 average of bfloat16 weights is a copy."""
         values: dict[str, Callable[[], Tensor]] = {}
         for which in range(len(self._ema._decays)):
-            places = state.by_name(self._ema._shadow.places(which), saved_only=False)
+            averages = state.stored_by_name(self._ema._shadow, which)
             for name, (own_name, _) in contents.averaged.items():
-                values[tensor_key(which, name)] = partial(_value_of, places[own_name])
+                values[tensor_key(which, name)] = averages[own_name].value
         for name, value in contents.copied.items():
-            values[tensor_key(COPY, name)] = partial(_value_of, value)
+            values[tensor_key(COPY, name)] = value.detach
         return values
 
     def _dtype_of(self, average: Tensor) -> torch.dtype:
@@ -294,10 +293,6 @@ class _Contents:
 def _place(tensor: Any) -> tuple[int, torch.Size, tuple[int, ...]]:
     local = dtensor.local_part(tensor)
     return local.data_ptr(), local.shape, local.stride()
-
-
-def _value_of(stored: Tensor | Planes) -> Tensor:
-    return stored.value() if isinstance(stored, Planes) else stored
 
 
 def _described(tensor: Tensor, dtype: torch.dtype) -> tuple[str, tuple[int, ...]]:

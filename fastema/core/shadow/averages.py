@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -30,19 +30,15 @@ class Average:
             return cls(entry, entry.tensor.detach().clone(), None, None)
         return cls(entry, storage.view_of(entry.tensor, which), storage.low_of(entry.tensor, which), storage)
 
-    @property
-    def is_direct(self) -> bool:
-        """True if a swap exchanges the average's own memory with the model's."""
-        return self.storage is not None and self.storage.is_direct
-
     def like_model(self, local: Tensor) -> Tensor:
         """Return `local` as the model has the tensor: as a DTensor if that is one."""
         return dtensor.as_dtensor_like(self.entry.whole, local.detach())
 
-    def view_in_model(self) -> Tensor:
-        """Return where the average is while a swap has put it into the model; see `is_direct`."""
-        assert self.storage is not None
-        return self.storage.in_model(self.view)
+    def in_model(self) -> Average:
+        """Return the average as it is while a swap has put it into the model; itself if its memory stays."""
+        if self.storage is None or not self.storage.is_direct:
+            return self
+        return replace(self, view=self.storage.in_model(self.view))
 
     def copy_loose(self, skip: Tensor | None) -> None:
         """Copy the tensor that is in the module's slot now, unless `skip` is not 0."""

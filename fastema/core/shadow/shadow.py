@@ -6,7 +6,7 @@ view of a weight follows when pointers change places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema import backends
-from fastema.backends import contract, planes
+from fastema.backends import contract
 from fastema.backends import torch as plain_torch
 from fastema.core.model import dtensor
 from fastema.core.model.policy import Managed, Source, named_tensors
@@ -364,14 +364,11 @@ class Shadow:
         The averages share memory with the EMA. Copies, right then and after, are those that are in the model right now,
         and float32 ones of bfloat16 tensors, which are kept in two planes.
         """
-        in_model = self.is_applied and which == self._which
         result = []
-        for average, view in self._views(which):
-            if average.low is not None:
-                view = planes.join(view, average.low)
-            elif in_model and average.is_direct:
-                view = view.clone()
-            result.append((average.entry, average.like_model(view)))
+        for own, stored in zip(self._averages[which], self.stored(which), strict=True):
+            is_copied = stored is not own and stored.low is None  # it is in the model
+            value = stored.like_model(stored.view.clone()) if is_copied else stored.value()
+            result.append((own.entry, value))
         return result
 
     def weights(self, which: int) -> list[tuple[Managed, Tensor]]:
@@ -379,18 +376,15 @@ class Shadow:
 
         They share memory with the EMA, or with the model while they are in it.
         """
-        return [(average.entry, average.like_model(view)) for average, view in self._views(which)]
+        return [(average.entry, average.like_model(average.view)) for average in self.stored(which)]
 
     def stored(self, which: int) -> list[Average]:
-        """Return every average as it is kept, once those that run in a thread are done."""
+        """Return every average as it is kept now: beside the model or, while a swap has put it there, in it."""
         self.plans.synchronize()
-        return self._averages[which]
-
-    def _views(self, which: int) -> Iterator[tuple[Average, Tensor]]:
-        """Yield every average with its view, or the high plane of it, where it is now: beside the model or in it."""
-        in_model = self.is_applied and which == self._which
-        for average in self.stored(which):
-            yield average, average.view_in_model() if in_model and average.is_direct else average.view
+        averages = self._averages[which]
+        if not self.is_applied or which != self._which:
+            return averages
+        return [average.in_model() for average in averages]
 
     def live_values(self) -> dict[str, Tensor]:
         """Return the live values by name, while the averages are in the model."""
