@@ -119,7 +119,7 @@ class FastEMA:
         self._backend = backends.default_name() if backend is None else backend
         self._source = checked_source(model)
         self._capturable = capturable
-        self._attached = AttachedOptimizers()
+        self._attached = AttachedOptimizers(self._before_step, self._after_step, self._defer_copies)
         self._replaced: set[str] = set()  # names of copied buffers that the model reassigns
         self._one_thread = OneThread()
         self._step = 0
@@ -258,15 +258,13 @@ class FastEMA:
         Raises:
             TypeError: something that has no step hooks: a schedule-free or Lookahead wrapper, a list, a module.
         """
-        versions = self._shadow.versions()
-        return self._attached.add(optimizers, versions, self._before_step, self._after_step, self._defer_copies)
+        return self._attached.add(optimizers, self._shadow.versions())
 
     def _before_step(self) -> None:
         self._refuse_while_applied("optimizer.step()")
         self._shadow.plans.order_writes()
 
     def _after_step(self, found_inf: Tensor | None) -> None:
-        self._attached.note_step()
         self.update(found_inf=found_inf)
 
     def _defer_copies(self) -> None:
@@ -574,7 +572,7 @@ class FastEMA:
         if "decays" in pickled:
             self._decays = Decays(**pickled["decays"])
         self._one_thread = OneThread()
-        self._attached = AttachedOptimizers()
+        self._attached = AttachedOptimizers(self._before_step, self._after_step, self._defer_copies)
         self._captured = []
         self._pickled = pickled
         if state.is_complete(self._source):

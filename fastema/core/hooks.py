@@ -14,25 +14,27 @@ from torch import Tensor
 
 
 class AttachedOptimizers:
-    """The optimizers whose steps update one average. Nothing here keeps one of them, or the average, alive."""
+    """The optimizers whose steps update one average. Nothing here keeps one of them, or the average, alive.
 
-    def __init__(self) -> None:
+    Args:
+        before: bound method, called before every step of any optimizer.
+        after: bound method `(found_inf)`, called after each training step; for `found_inf` see `combined_found_inf`.
+        changed: bound method, called after optimizers were attached or removed.
+    """
+
+    def __init__(
+        self, before: Callable[[], None], after: Callable[[Tensor | None], None], changed: Callable[[], None]
+    ) -> None:
+        self.before, self.after = weakref.WeakMethod(before), weakref.WeakMethod(after)
+        self.changed = weakref.WeakMethod(changed)
+        self.versions: int | None = None  # of the weights at `add()`; None: an optimizer has stepped since
         self._handles: weakref.WeakKeyDictionary[torch.optim.Optimizer, AttachedHandle] = weakref.WeakKeyDictionary()
-        self._versions: int | None = None  # of the weights at `add()`; None: an optimizer has stepped since
 
-    def add(
-        self,
-        optimizers: Sequence[Any],
-        versions: int,
-        before: Callable[[], None],
-        after: Callable[[Tensor | None], None],
-        changed: Callable[[], None],
-    ) -> AttachedHandle:
+    def add(self, optimizers: Sequence[Any], versions: int) -> AttachedHandle:
         """Attach optimizers that make one training step together; one that was attached leaves its former group.
 
         Args:
             versions: of the weights: see `Shadow.versions`.
-            before, after, changed: bound methods: see `AttachedHandle`.
 
         Raises:
             TypeError: no optimizer, or one without step hooks.
@@ -43,30 +45,22 @@ class AttachedOptimizers:
         for optimizer in inner:
             if optimizer in self._handles:
                 self._handles[optimizer].discard(optimizer)
-        handle = AttachedHandle(inner, before, after, changed)
+        handle = AttachedHandle(inner, self)
         self._handles.update(dict.fromkeys(inner, handle))
-        self._versions = versions
-        changed()
+        self.versions = versions
+        _call(self.changed)
         return handle
 
     def parameters(self) -> list[Tensor]:
         """Return what the attached optimizers write to."""
-        groups = [
-            group
-            for optimizer, handle in self._handles.items()
-            if optimizer in handle
-            for group in optimizer.param_groups
-        ]
-        return [parameter for group in groups for parameter in group["params"]]
-
-    def note_step(self) -> None:
-        self._versions = None
+        attached = [optimizer for optimizer, handle in self._handles.items() if optimizer in handle]
+        return [each for optimizer in attached for group in optimizer.param_groups for each in group["params"]]
 
     def warn_about_steps_unseen(self, versions: Callable[[], int]) -> None:
         """Warn if the weights changed while no attached optimizer called step(), as with SAM."""
-        if self._versions is None or self._versions == versions():
+        if self.versions is None or self.versions == versions():
             return
-        self._versions = None
+        self.versions = None
         warnings.warn(
             "an optimizer is attached, and the weights changed, but its step() was never called: the average is as it "
             "was. Where the optimizer steps in another way (SAM's first_step and second_step), call update() yourself",
@@ -75,26 +69,10 @@ class AttachedOptimizers:
 
 
 class AttachedHandle:
-    """Handle of `FastEMA.attach`, and the hooks of its optimizers, which make one training step together.
+    """Handle of `FastEMA.attach`, and the hooks of its optimizers, which make one training step together."""
 
-    Once the owner of the methods is deleted, the hooks do nothing.
-
-    Args:
-        optimizers: with step hooks.
-        before: bound method, called before every step of any optimizer.
-        after: bound method `(found_inf)`, called once all have stepped; for `found_inf` see `combined_found_inf`.
-        changed: bound method, called after `remove()`.
-    """
-
-    def __init__(
-        self,
-        optimizers: Sequence[torch.optim.Optimizer],
-        before: Callable[[], None],
-        after: Callable[[Tensor | None], None],
-        changed: Callable[[], None],
-    ) -> None:
-        self._before, self._after = weakref.WeakMethod(before), weakref.WeakMethod(after)
-        self._changed = weakref.WeakMethod(changed)
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], attached: AttachedOptimizers) -> None:
+        self._attached = attached
         self._found_inf: dict[int, Tensor | None] = {}  # by id of the optimizers that have stepped
         self._hooks: dict[int, list[Any]] = {
             id(optimizer): [
@@ -109,9 +87,7 @@ class AttachedHandle:
         for hook in [hook for hooks in self._hooks.values() for hook in hooks]:
             hook.remove()
         self._hooks.clear()
-        changed = self._changed()
-        if changed is not None:
-            changed()
+        _call(self._attached.changed)
 
     def discard(self, optimizer: torch.optim.Optimizer) -> None:
         """Take one optimizer out."""
@@ -123,19 +99,24 @@ class AttachedHandle:
         return id(optimizer) in self._hooks
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        before = self._before()
-        if before is not None:
-            before()
+        _call(self._attached.before)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        after = self._after()
-        if after is None or optimizer not in self:
+        if optimizer not in self:
             return
         # A gradient scaler sets it on optimizers that skip the step themselves (fused ones).
         self._found_inf[id(optimizer)] = getattr(optimizer, "found_inf", None)
         if len(self._found_inf) == len(self._hooks):
             found, self._found_inf = list(self._found_inf.values()), {}
-            after(combined_found_inf(found))
+            self._attached.versions = None
+            _call(self._attached.after, combined_found_inf(found))
+
+
+def _call(method: weakref.WeakMethod[Any], *args: Any) -> None:
+    """Call a bound method, unless its object was deleted."""
+    bound = method()
+    if bound is not None:
+        bound(*args)
 
 
 def combined_found_inf(found_inf: Sequence[Tensor | None]) -> Tensor | None:
