@@ -52,12 +52,16 @@ def at_once(*actions: Callable[[], None], times: int) -> list[BaseException]:
     return errors
 
 
-def constant_model(value: float) -> nn.Linear:
-    """Large enough that an update takes a while, without the GIL."""
-    model = nn.Linear(512, 1024)
+def fill(model: nn.Module, value: float) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(value)
+
+
+def constant_model(value: float) -> nn.Linear:
+    """Large enough that an update takes a while, without the GIL."""
+    model = nn.Linear(512, 1024)
+    fill(model, value)
     return model
 
 
@@ -71,9 +75,7 @@ def test_validating_and_updating_at_once_is_an_error_or_right(backend: str) -> N
     model = constant_model(0.0)
     # The average stays 0, so every outcome is known.
     ema = FastEMA(model, decay=1.0, decay_type="constant", backend=backend)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1.0)
+    fill(model, 1.0)
     seen: list[set[float]] = []
 
     def validate() -> None:
@@ -92,9 +94,7 @@ def test_validating_and_updating_at_once_is_an_error_or_right(backend: str) -> N
 def test_two_threads_updating_count_and_average_exactly_what_was_not_refused(backend: str) -> None:
     model = constant_model(0.0)
     ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend, nonfinite="propagate")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1.0)
+    fill(model, 1.0)
     errors = at_once(ema.update, ema.update, times=10)
     assert all("another thread is in update()" in str(error) for error in errors)
     assert len(errors) + ema.num_updates == 20
@@ -104,9 +104,7 @@ def test_two_threads_updating_count_and_average_exactly_what_was_not_refused(bac
 def test_two_threads_swapping_never_mix(backend: str) -> None:
     model = constant_model(0.0)
     ema = FastEMA(model, decay=1.0, decay_type="constant", backend=backend)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1.0)
+    fill(model, 1.0)
     inside = threading.Lock()
     overlaps: list[bool] = []
 
@@ -152,9 +150,7 @@ class WeightsInWorkers(Dataset[float]):
 def test_workers_forked_while_applied_see_the_average_and_the_parent_restores(backend: str) -> None:
     model = constant_model(0.0)
     ema = FastEMA(model, decay=1.0, decay_type="constant", backend=backend)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1.0)
+    fill(model, 1.0)
     ema.update()
     loader = DataLoader(WeightsInWorkers(model), num_workers=2, multiprocessing_context="fork", timeout=60)
     with ema.swapped():

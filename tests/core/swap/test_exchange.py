@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -414,6 +414,19 @@ def test_what_is_skipped_stays_live_in_both_states(backend: str) -> None:
 # ---- wrong order, one FastEMA ----
 
 
+def misuses(ema: FastEMA, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Callable[[], Any]]:
+    """Return the calls that are refused while weights are applied, by what their errors name."""
+    return {
+        "update()": ema.update,
+        "apply_shadow()": ema.apply_shadow,
+        "swapped()": lambda: ema.swapped().__enter__(),
+        "copy_to()": ema.copy_to,
+        "load_state_dict()": lambda: ema.load_state_dict(state),
+        "optimizer.step()": optimizer.step,
+        "copying": lambda: copy.deepcopy(ema),
+    }
+
+
 def test_every_misuse_while_applied_raises_and_changes_nothing(
     model: nn.Sequential, ema: FastEMA, in_place: bool
 ) -> None:
@@ -423,16 +436,7 @@ def test_every_misuse_while_applied_raises_and_changes_nothing(
     handle = ema.attach(optimizer)
     live, average, state = bits(model), bits_of_average(ema), ema.state_dict()
     ema.apply_shadow(in_place)
-    misuses = {
-        "update()": ema.update,
-        "apply_shadow()": ema.apply_shadow,
-        "swapped()": lambda: ema.swapped().__enter__(),
-        "copy_to()": ema.copy_to,
-        "load_state_dict()": lambda: ema.load_state_dict(state),
-        "optimizer.step()": optimizer.step,
-        "copying": lambda: copy.deepcopy(ema),
-    }
-    for what, misuse in misuses.items():
+    for what, misuse in misuses(ema, state, optimizer).items():
         with pytest.raises(RuntimeError) as error:
             misuse()
         assert what in str(error.value)
@@ -501,16 +505,7 @@ def test_a_second_ema_is_refused_while_the_first_is_applied(
     handle = other.attach(optimizer)
     live, first, second, state = bits(model), bits_of_average(ema), bits_of_average(other), other.state_dict()
     ema.apply_shadow(in_place)
-    misuses = {
-        "update()": other.update,
-        "apply_shadow()": other.apply_shadow,
-        "swapped()": lambda: other.swapped().__enter__(),
-        "copy_to()": other.copy_to,
-        "load_state_dict()": lambda: other.load_state_dict(state),
-        "optimizer.step()": optimizer.step,
-        "copying": lambda: copy.deepcopy(other),
-    }
-    for what, misuse in misuses.items():
+    for what, misuse in misuses(other, state, optimizer).items():
         with pytest.raises(RuntimeError) as error:
             misuse()
         assert what in str(error.value)
