@@ -54,8 +54,8 @@ class Shadow:
     ) -> None:
         self.managed = managed
         self.count = count
-        self._bound = [entry for entry in managed if not entry.loose]
-        self._tensors = [entry.tensor for entry in self._bound]
+        self._mirrored = [entry for entry in managed if not entry.loose]
+        self._tensors = [entry.tensor for entry in self._mirrored]
         self._host = backends.host(backend)
         self._backend = backend
         self._source = source
@@ -65,7 +65,7 @@ class Shadow:
         self._gathered = dtensor.GatheredParameters(modules)
         self._parts: list[tuple[Any, Tensor]] = [
             (entry.whole, entry.tensor) for entry in managed if entry.tensor is not entry.whole
-        ]
+        ]  # DTensors and their local tensors
         self._swap: Swap | None = None  # the one that is entered, or was last
         self._which = 0  # the shadow that it exchanges
         self._swaps: dict[tuple[int, bool, int], Swap] = {}  # built at the first use of a shadow
@@ -79,7 +79,7 @@ class Shadow:
 
     def _build(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
         groups: dict[int, list[Managed]] = {}
-        for entry in self._bound:
+        for entry in self._mirrored:
             groups.setdefault(entry.tensor.untyped_storage()._cdata, []).append(entry)
         refuse_two_storages_over_one_memory([entries[0] for entries in groups.values()])
         self.live_storage_ids = frozenset(groups)
@@ -140,7 +140,7 @@ class Shadow:
     def _weights_now(self) -> dict[str, Tensor]:
         """Return the model's tensors by name; the sharded ones where an FSDP module has gathered them."""
         now = dict(named_tensors(self._source))
-        for entry in self._bound:
+        for entry in self._mirrored:
             if entry.tensor is not entry.whole:
                 now.update({name: entry.whole for name in entry.names if not dtensor.is_dtensor(now.get(name))})
         return now
@@ -209,7 +209,7 @@ class Shadow:
         if not self.plans.offloaded:
             return
         stepped = {id(parameter) for parameter in parameters}
-        others = {entry.tensor.untyped_storage()._cdata for entry in self._bound if id(entry.whole) not in stepped}
+        others = {entry.tensor.untyped_storage()._cdata for entry in self._mirrored if id(entry.whole) not in stepped}
         for plan in self.plans.offloaded:
             plan.defer_copies_until_step(self.live_storage_ids - others)
 
@@ -269,7 +269,7 @@ class Shadow:
                 shadow, low = average.storage.shadows[which], average.low
                 targets[-1].append(_same_view(average.view, given[id(shadow)]))
                 lows[-1].append(None if low is None else _same_view(low, given[id(average.storage.lows[which])]))
-        plan = plain_torch.Plan(targets, lives, [entry.rule == "copy" for entry in self._bound], [], lows)
+        plan = plain_torch.Plan(targets, lives, [entry.rule == "copy" for entry in self._mirrored], [], lows)
         plan.update(weights, skip_nonfinite, skip, device_weights)
         self.nonfinite_elsewhere += plan.nonfinite_count()
 
@@ -310,7 +310,7 @@ class Shadow:
         key = which, in_place, len(versioned)  # FSDP makes its gathered parameters in their first forward
         if key not in self._swaps:
             contents_of = self.plans if in_place else None
-            self._swaps[key] = swap_of(self._storages, which, self._bound, versioned, self._host, contents_of)
+            self._swaps[key] = swap_of(self._storages, which, self._mirrored, versioned, self._host, contents_of)
         chosen = self._swaps[key]
         self._swap, self._which = chosen, which
         self._loose_live = [average.entry.current() for average in self._loose[which]]
