@@ -308,6 +308,12 @@ def second_owner(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
+def place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return a key of the tensor's memory, dtype and layout: equal for every alias."""
+    storage = tensor.untyped_storage()
+    return storage._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 class Watch:
     """A check that the model still holds what a plan was built for; see `contract.Watch`."""
 
@@ -326,23 +332,14 @@ class Watch:
             )
             for slots in dicts
         ]
-        self._places = [(tensor, self._layout(tensor), self._address(tensor)) for tensor in tensors]
+        self._places = [(tensor, place_of(tensor), tensor.untyped_storage().data_ptr()) for tensor in tensors]
         self._shadows = [shadow.untyped_storage() for shadow in shadows]
         self._memory = [(shadow.data_ptr(), shadow.nbytes()) for shadow in self._shadows]
-
-    @staticmethod
-    def _layout(tensor: Tensor) -> tuple[Any, ...]:
-        storage = tensor.untyped_storage()._cdata
-        return storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
-
-    @staticmethod
-    def _address(tensor: Tensor) -> int:
-        return tensor.untyped_storage().data_ptr()
 
     def holds(self) -> bool:
         return (
             self.layout_holds()
-            and all(self._address(tensor) == address for tensor, _, address in self._places)
+            and all(tensor.untyped_storage().data_ptr() == address for tensor, _, address in self._places)
             and self.shadows_hold()
         )
 
@@ -352,9 +349,7 @@ class Watch:
                 is_loose or now is then for now, then, is_loose in zip(slots.values(), values, loose, strict=True)
             ):
                 return False
-        return all(
-            tensor.layout == torch.strided and self._layout(tensor) == layout for tensor, layout, _ in self._places
-        )
+        return all(tensor.layout == torch.strided and place_of(tensor) == place for tensor, place, _ in self._places)
 
     def shadows_hold(self) -> bool:
         return [(shadow.data_ptr(), shadow.nbytes()) for shadow in self._shadows] == self._memory

@@ -259,16 +259,13 @@ class Shadow:
         if any(storage.overlaps for storage in self._storages):
             raise RuntimeError("tensors of the model overlap in memory: call update() outside the compiled function")
         given = {id(own): tensor for own, tensor in zip(own_shadows, shadows, strict=True)}
-        targets: list[list[Tensor]] = []
-        lows: list[list[Tensor | None]] = []
-        for which, averages in enumerate(self._averages):
-            targets.append([])
-            lows.append([])
-            for average in averages:
-                assert average.storage is not None  # operands() refuses loose ones
-                shadow, low = average.storage.shadows[which], average.low
-                targets[-1].append(_same_view(average.view, given[id(shadow)]))
-                lows[-1].append(None if low is None else _same_view(low, given[id(average.storage.lows[which])]))
+        targets: list[list[Tensor]] = [[] for _ in self._averages]
+        lows: list[list[Tensor | None]] = [[] for _ in self._averages]
+        for which, average in ((which, each) for which, averages in enumerate(self._averages) for each in averages):
+            assert average.storage is not None  # operands() refuses loose ones
+            shadow, low = average.storage.shadows[which], average.low
+            targets[which].append(_same_view(average.view, given[id(shadow)]))
+            lows[which].append(None if low is None else _same_view(low, given[id(average.storage.lows[which])]))
         plan = plain_torch.Plan(targets, lives, [entry.rule == "copy" for entry in self._mirrored], [], lows)
         plan.update(weights, skip_nonfinite, skip, device_weights)
         self.nonfinite_elsewhere += plan.nonfinite_count()

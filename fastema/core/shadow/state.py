@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastema.backends.atomic import Step, run_atomically
+from fastema.backends.torch import place_of
 from fastema.core.checks import difference, refuse_differences
 from fastema.core.model import dtensor
 from fastema.core.model.policy import Managed, Source, named_tensors
 from fastema.core.shadow.averages import Average
 from fastema.core.shadow.shadow import Shadow
-from fastema.core.swap.swap import place_of
 from fastema.core.text import first_few
 
 Place: TypeAlias = tuple[Any, ...]
@@ -35,9 +35,9 @@ class LoadResult(NamedTuple):
 _Average = TypeVar("_Average", Tensor, Average)
 
 
-def averages_by_name(shadow: Shadow, which: int, saved_only: bool = False) -> dict[str, Tensor]:
-    """Return every average under each of its names; `saved_only`: what a state holds."""
-    return by_name(shadow.averages(which), saved_only)
+def averages_by_name(shadow: Shadow, which: int) -> dict[str, Tensor]:
+    """Return every average under each of its names."""
+    return by_name(shadow.averages(which))
 
 
 def stored_by_name(shadow: Shadow, which: int, saved_only: bool = False) -> dict[str, Average]:
@@ -45,7 +45,7 @@ def stored_by_name(shadow: Shadow, which: int, saved_only: bool = False) -> dict
     return by_name([(average.entry, average) for average in shadow.stored(which)], saved_only)
 
 
-def by_name(averages: list[tuple[Managed, _Average]], saved_only: bool) -> dict[str, _Average]:
+def by_name(averages: list[tuple[Managed, _Average]], saved_only: bool = False) -> dict[str, _Average]:
     """Return averages under each of their names; `saved_only`: what a state holds."""
     return {name: average for entry, average in averages if entry.is_saved or not saved_only for name in entry.names}
 
@@ -183,7 +183,7 @@ def copy_averages(shadow: Shadow, which: int, target: Source) -> None:
         ValueError: a name is missing there, or a shape differs.
     """
     targets = dict(named_tensors(target))
-    averages = by_name(shadow.weights(which), saved_only=False)
+    averages = by_name(shadow.weights(which))
     others = [name for name in averages if name in targets and targets[name].dtype != averages[name].dtype]
     if others:
         exact = averages_by_name(shadow, which)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastema.backends.contract import StorageExchange
-from fastema.backends.torch import ContentsExchange
+from fastema.backends.torch import ContentsExchange, place_of
 from fastema.core.memory import whole
 from fastema.core.model import dtensor
 from fastema.core.swap.buffers import SwapBuffer
@@ -80,12 +80,6 @@ class SwapEntry:
         if now.untyped_storage()._cdata in taken:
             return "is in the memory of other weights or averages now"
         return None
-
-
-def place_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return a key of the tensor's memory, dtype and layout: equal for every alias."""
-    storage = tensor.untyped_storage()
-    return storage._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def exchange_of(buffers: Sequence[SwapBuffer], versioned: Sequence[Tensor], host: Any) -> StorageExchange:
