@@ -119,7 +119,7 @@ class FastEMA:
         self._backend = backends.default_name() if backend is None else backend
         self._source = checked_source(model)
         self._capturable = capturable
-        self._attached = AttachedOptimizers(self._before_step, self._after_step, self._defer_copies)
+        self._attached = AttachedOptimizers(self._before_step, self.update, self._defer_copies)
         self._replaced: set[str] = set()  # names of copied buffers that the model reassigns
         self._one_thread = OneThread()
         self._step = 0
@@ -263,9 +263,6 @@ class FastEMA:
     def _before_step(self) -> None:
         self._refuse_while_applied("optimizer.step()")
         self._shadow.plans.order_writes()
-
-    def _after_step(self, found_inf: Tensor | None) -> None:
-        self.update(found_inf=found_inf)
 
     def _defer_copies(self) -> None:
         self._shadow.defer_copies_until_step(self._attached.parameters())
@@ -572,7 +569,7 @@ class FastEMA:
         if "decays" in pickled:
             self._decays = Decays(**pickled["decays"])
         self._one_thread = OneThread()
-        self._attached = AttachedOptimizers(self._before_step, self._after_step, self._defer_copies)
+        self._attached = AttachedOptimizers(self._before_step, self.update, self._defer_copies)
         self._captured = []
         self._pickled = pickled
         if state.is_complete(self._source):

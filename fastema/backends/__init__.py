@@ -72,7 +72,13 @@ def select(name: str, device: Device | str) -> ModuleType:
     """
     device = with_index(Device(device))
     if name != "auto":
-        return _select_by_name(name, device)
+        if name not in BACKENDS:
+            known = ", ".join(["auto", *BACKENDS])
+            raise ValueError(f"unknown backend {name!r} (argument or FASTEMA_BACKEND); known: {known}")
+        reason = BACKENDS[name].why_unusable(device.type) or BACKENDS[name].probe(device)
+        if reason is not None:
+            raise ValueError(f"backend {name!r} cannot run on {device}: {reason}")
+        return BACKENDS[name]
     reasons: list[str] = []
     was_built = False
     for backend in (native, triton) if device.type != "cpu" else (native,):
@@ -87,16 +93,6 @@ def select(name: str, device: Device | str) -> ModuleType:
         reasons.append(f"{backend.NAME}: {reason}")
     _warn_once(f"fastema runs its torch backend on {device}, slower than its own kernels: {'; '.join(reasons)}")
     return plain_torch
-
-
-def _select_by_name(name: str, device: Device) -> ModuleType:
-    if name not in BACKENDS:
-        known = ", ".join(["auto", *BACKENDS])
-        raise ValueError(f"unknown backend {name!r} (argument or FASTEMA_BACKEND); known: {known}")
-    reason = BACKENDS[name].why_unusable(device.type) or BACKENDS[name].probe(device)
-    if reason is not None:
-        raise ValueError(f"backend {name!r} cannot run on {device}: {reason}")
-    return BACKENDS[name]
 
 
 def skips_on(devices: Sequence[Device], skip: Tensor | None) -> list[Tensor | None]:

@@ -18,13 +18,11 @@ class AttachedOptimizers:
 
     Args:
         before: bound method, called before every step of any optimizer.
-        after: bound method `(found_inf)`, called after each training step; for `found_inf` see `combined_found_inf`.
+        after: bound method `(found_inf=)`, called after each training step; for `found_inf` see `combined_found_inf`.
         changed: bound method, called after optimizers were attached or removed.
     """
 
-    def __init__(
-        self, before: Callable[[], None], after: Callable[[Tensor | None], None], changed: Callable[[], None]
-    ) -> None:
+    def __init__(self, before: Callable[[], None], after: Callable[..., None], changed: Callable[[], None]) -> None:
         self.before, self.after = weakref.WeakMethod(before), weakref.WeakMethod(after)
         self.changed = weakref.WeakMethod(changed)
         self.versions: int | None = None  # of the weights at `add()`; None: an optimizer has stepped since
@@ -109,14 +107,14 @@ class AttachedHandle:
         if len(self._found_inf) == len(self._hooks):
             found, self._found_inf = list(self._found_inf.values()), {}
             self._attached.versions = None
-            _call(self._attached.after, combined_found_inf(found))
+            _call(self._attached.after, found_inf=combined_found_inf(found))
 
 
-def _call(method: weakref.WeakMethod[Any], *args: Any) -> None:
+def _call(method: weakref.WeakMethod[Any], **arguments: Any) -> None:
     """Call a bound method, unless its object was deleted."""
     bound = method()
     if bound is not None:
-        bound(*args)
+        bound(**arguments)
 
 
 def combined_found_inf(found_inf: Sequence[Tensor | None]) -> Tensor | None:

@@ -58,10 +58,14 @@ class Decays:
         self.type: str | list[str] = list(types) if several_types else types[0]  # the name, or one for each average
         self._args = {name: list(sequences[name]) if name in sequences else value for name, value in decay_args.items()}
         self._types = types if several_types else types * count
-        self.schedules = tuple(
-            make_schedule(each, total_steps, _arguments_of(each, which, several_types, decay_args, sequences))
-            for which, each in enumerate(self._types)
-        )
+        schedules = []
+        for which, each in enumerate(self._types):
+            arguments = {name: sequences[name][which] if name in sequences else decay_args[name] for name in decay_args}
+            if several_types:  # each takes its own
+                takes = [name for name in arguments if takes_argument(each, name)]
+                arguments = {name: arguments[name] for name in takes if arguments[name] is not None}
+            schedules.append(make_schedule(each, total_steps, arguments))
+        self.schedules = tuple(schedules)
         unknown = [name for name in decay_args if not any(takes_argument(each, name) for each in types)]
         if unknown:
             raise TypeError(f"FastEMA and decay_type {decay_type!r} do not take the arguments: {', '.join(unknown)}")
@@ -178,18 +182,3 @@ class Decays:
 
 def _is_sequence(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _arguments_of(
-    decay_type: str,
-    which: int,
-    several_types: bool,
-    decay_args: Mapping[str, Any],
-    sequences: Mapping[str, tuple[Any, ...]],
-) -> dict[str, Any]:
-    """Return the arguments of the schedule of average `which`; where types differ, only those that it takes."""
-    arguments = {name: sequences[name][which] if name in sequences else value for name, value in decay_args.items()}
-    if not several_types:
-        return arguments
-    takes = {name for name in arguments if takes_argument(decay_type, name)}
-    return {name: value for name, value in arguments.items() if name in takes and value is not None}

@@ -150,20 +150,16 @@ def named_tensors(source: Source) -> Iterator[tuple[str, Tensor]]:
     return ((slot.name, slot.tensor) for slot in _slots(source))
 
 
-def _default_rule(slot: _Slot, buffers: Buffers) -> Rule:
-    if slot.tensor.dtype not in AVERAGED_DTYPES:
-        return "skip" if slot.is_buffer and buffers == "skip" else "copy"
-    if not slot.is_buffer:
-        return "average"
-    if buffers == "auto":
-        return "average" if slot.name.rpartition(".")[2] in RUNNING_STATISTICS else "copy"
-    return buffers
-
-
 def _rule_for(slot: _Slot, buffers: Buffers, policy: Policy | None) -> Rule:
     chosen = policy(slot.name, slot.tensor, slot.module) if policy is not None else None
     if chosen is None:
-        return _default_rule(slot, buffers)
+        if slot.tensor.dtype not in AVERAGED_DTYPES:
+            return "skip" if slot.is_buffer and buffers == "skip" else "copy"
+        if not slot.is_buffer:
+            return "average"
+        if buffers != "auto":
+            return buffers
+        return "average" if slot.name.rpartition(".")[2] in RUNNING_STATISTICS else "copy"
     if chosen not in get_args(Rule):
         raise ValueError(
             f"policy returned {chosen!r} for {slot.name!r}; it must return one of {get_args(Rule)} or None"
