@@ -93,7 +93,7 @@ def test_every_stage_shows_what_it_would_run(stage: str, capsys: pytest.CaptureF
 def test_the_tests_of_a_stage_exist() -> None:
     tests = [f"tests/{name}.py" for name in (*gpu.GPU_TESTS, *gpu.CORE_TESTS)]
     assert [name for name in tests if not (gpu.ROOT / name).is_file()] == []
-    found = [path for path in gpu.ROOT.glob("tests/*/test_*.py") if path.parent.name != "accelerator"]
+    found = [path for path in gpu.ROOT.glob("tests/**/test_*.py") if path.parent.name != "accelerator"]
     marked = {path for path in found if _is_for_a_gpu(path)}
     assert gpu.ROOT / "tests/core/shadow/test_offload_gpu.py" in marked
     assert {str(path.relative_to(gpu.ROOT)) for path in marked} <= set(tests)
