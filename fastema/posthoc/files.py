@@ -150,8 +150,8 @@ def write(path: Path, manifest: Manifest, values: Mapping[str, Callable[[], Tens
         raise SnapshotError(f"safetensors files cannot hold {unknown[0]!r}: it is {kinds[unknown[0]][0]}")
     # Readers need tensors at multiples of their element size.
     kinds = dict(sorted(kinds.items(), key=lambda each: -getattr(torch, each[1][0]).itemsize))
-    # The checksums are known last: their place in front of the tensors is as long as they can get.
-    length = len(_header(manifest, kinds, dict.fromkeys(kinds, 0xFFFFFFFF)))
+    # The checksums are known last: the space before the tensors is for the longest; the manifest's has 1 to 10 digits.
+    length = len(_header(manifest, kinds, dict.fromkeys(kinds, 0xFFFFFFFF))) + 9
     length += -length % 8
     sums: dict[str, int] = {}
     try:

@@ -570,6 +570,15 @@ def test_any_damage_is_found(tmp_path: Path) -> None:
     synthesize(tmp_path, sigma_rel=0.07)
 
 
+def test_a_header_fits_with_the_longest_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One digit for the manifest that sets the header's length, ten for the one that is written.
+    monkeypatch.setattr(files.zlib, "crc32", lambda data: 7 if b"4294967295" in bytes(data) else 1111111111)
+    ema = FastEMA(nn.Linear(1, 1), decay_type="power", sigma_rel=0.1)
+    ema.update()
+    Snapshots(tmp_path, ema, verbose=False).save()
+    synthesize(tmp_path, sigma_rel=0.1)
+
+
 def test_a_full_disk_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

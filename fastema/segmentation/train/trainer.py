@@ -160,6 +160,7 @@ class Trainer:
                     started, stage = time.perf_counter(), self.stages.at(epoch)
                     when = f"in epoch {epoch}; {self._last_good()}"
                     with explain_out_of_memory(self.options, stage.number, self.device, when):
+                        self._start_averages_when_due()
                         result = self._train_epoch(epoch)
                         ious = self._validate()
                     self._record(epoch, result, ious, time.perf_counter() - started)
@@ -167,7 +168,6 @@ class Trainer:
                     with defer_signals():
                         self._save()
                     log.record(self.history[-1])
-                    self._start_averages_when_due()
                 self._finish(*ious)
         except SnapshotError as error:
             raise UserError(f"{error}; {self._last_good()}") from error
@@ -216,7 +216,7 @@ class Trainer:
     def _start_averages_when_due(self, origin: Path | None = None) -> None:
         """Start the averages before the next epoch if --ema-start-epoch or the advisor (--ema-start auto) says so."""
         options, stage = self.options, self.stages.at(self.epoch + 1)
-        if self.averages.names or not options.use_ema or self.epoch >= options.epochs:
+        if self.averages.names or not options.use_ema:
             return
         if options.ema_start == "auto":
             if forgets_start(options, stage.steps_per_epoch, self.stages.total_steps):
