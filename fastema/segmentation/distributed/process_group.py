@@ -1,7 +1,7 @@
 """The processes of one run, as torchrun starts them.
 
-What a run decides by, all processes know alike. The first writes the files and prints. The one that fails first reports
-the error; the others, which fail because it is gone, exit silently.
+All decide by the same values. The first writes the files and prints. The one that fails first reports the error; the
+others, which fail because it is gone, exit silently.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from fastema.segmentation.devices import select_device
+from fastema.segmentation.devices import accelerator, select_device
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import TrainOptions
 
@@ -109,8 +109,9 @@ def process_group() -> Iterator[Processes]:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         yield Processes()
         return
-    # Objects travel over gloo, tensors of a GPU over NCCL, which is set up when the first one does.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Objects are sent over gloo, tensors of a GPU over its own backend (NCCL), which is set up with the first one.
+    gpu = accelerator()
+    backend = "gloo" if gpu is None else f"cpu:gloo,{gpu.type}:{dist.get_default_backend_for_device(gpu)}"
     store: dist.Store | None = None
     try:
         try:
@@ -136,15 +137,14 @@ def process_group() -> Iterator[Processes]:
 
 
 def pad_batches(batches: Iterable[T], count: int) -> Iterator[tuple[T, bool]]:
-    """Yield `count` batches, and whether each counts; the last one is repeated with weight nothing.
+    """Yield `count` batches, and whether each counts: where there are fewer, the last one again, which does not.
 
     Gradients are reduced batch by batch, so every process must have the same number of them.
     """
-    left = count
     for batch in batches:
-        left -= 1
+        count -= 1
         yield batch, True
-    for _ in range(left):
+    for _ in range(count):
         yield batch, False
 
 

@@ -27,6 +27,7 @@ if missing_packages():
     pytest.skip(f"the train extra is not installed: {missing_packages()}", allow_module_level=True)
 
 import torch
+import torch.distributed as dist
 
 from cases.distributed import Rank, on_ranks
 from fastema import cli
@@ -34,7 +35,7 @@ from fastema.checkpoint import load_checkpoint
 from fastema.segmentation.data.loaders import ValidationSet, validation_loader
 from fastema.segmentation.data.synthetic import ensure_dataset
 from fastema.segmentation.distributed.parallel import ParallelModel
-from fastema.segmentation.distributed.process_group import Processes, pad_batches
+from fastema.segmentation.distributed.process_group import Processes, pad_batches, process_group
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.load import load_net, read_checkpoint
@@ -380,6 +381,24 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
         two.device("cuda")
     with pytest.raises(UserError, match="--device cuda:0 is one GPU, and 4 processes need one each"):
         two.device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("cuda", "cpu:gloo,cuda:nccl"), ("xpu", "cpu:gloo,xpu:xccl"), ("mps", "gloo")]
+)
+def test_tensors_are_sent_over_the_backend_of_their_accelerator(
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 1)]))
+    chosen: list[str] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: chosen.append(backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with process_group():
+        assert chosen == [backend]
 
 
 def test_shares_become_the_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
