@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -69,10 +68,10 @@ class ModelEmaV3(nn.Module):
         ['module.weight', 'module.bias']
     """
 
-    # A copy or a pickle has none; its next update makes them.
+    # A copy or a pickle has neither of the first two; its next update makes them.
     _external: ExternalAverage | None = None  # the average of the last model
     _watch: contract.Watch | None = None  # of the tensors of `module`
-    _noted: list[int] | None = None  # the versions of the rounded tensors after the last update
+    _noted: list[int]  # the versions of the rounded tensors after the last update
 
     def __init__(
         self,
@@ -163,10 +162,13 @@ class ModelEmaV3(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle holds the average, not the model.
         self._take_what_was_written()
-        return {**self.__dict__, "_external": None, "_watch": None, "_noted": None}
+        return {**self.__dict__, "_external": None, "_watch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_rounded": [], "_loaded": {}, **state})  # a pickle of 0.1.0 has none
+        for each in self._rounded:
+            each.address = each.tensor.data_ptr()
+        self._noted = self._versions()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
@@ -243,10 +245,8 @@ class ModelEmaV3(nn.Module):
     @torch.no_grad()
     def _take_what_was_written(self) -> None:
         """Take rounded tensors that somebody wrote to, by loading a state for one, for their averages."""
-        noted = self._noted or repeat(None)
-        for index, (each, was, now) in enumerate(zip(self._rounded, noted, self._versions(), strict=False)):
-            is_written = was is not None and (was, each.address) != (now, each.tensor.data_ptr())
-            if index in self._loaded or is_written:
+        for index, (each, was, now) in enumerate(zip(self._rounded, self._noted, self._versions(), strict=True)):
+            if index in self._loaded or (was, each.address) != (now, each.tensor.data_ptr()):
                 each.take(self._loaded.get(index))
         self._loaded.clear()
 

@@ -423,6 +423,19 @@ def test_what_is_written_to_the_module_is_the_average(write: str) -> None:
             assert raw(average) == raw(written[name].float()), name
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_written_to_a_copy_is_the_average(dtype: torch.dtype, copied: Any) -> None:
+    model = nn.Linear(3, 3, bias=False).to(dtype)
+    ema = copied(ModelEmaV3(model, 0.5))
+    ema.set(nn.Linear(3, 3, bias=False).to(dtype))
+    written = ema.module.weight.clone()
+    ema.decay = 1.0
+    ema.update(model)
+    assert torch.equal(ema.module.weight, written)
+    assert torch.equal(exact_values(ema)["weight"], written.float())
+
+
 def test_statistics_that_a_forward_writes_into_the_module_stay() -> None:
     """BatchNorm raises no version counter: the low plane is stale, and less than half of a unit in the last place."""
     model, ema = started()
