@@ -142,7 +142,7 @@ class _Run:
     def evidence(self, **more: float) -> dict[str, float]:
         return {"gap": self.gap, "updates": self.updates, "initial_share": self.share, **more}
 
-    def versus(self) -> str:
+    def gap_text(self) -> str:
         side = "better" if self.gap > 0 else "worse"
         return f"the average is {side} by {abs(self.gap):.4g} (median of the last {len(self.gaps[-3:])})"
 
@@ -174,7 +174,7 @@ def _too_early(run: _Run, settled_at: float) -> Finding | None:
     return Finding(
         "too early",
         f"Too early: after {run.updates:,} updates {run.share:.0%} of the average are still the starting weights; "
-        f"{run.versus()}.",
+        f"{run.gap_text()}.",
         f'{wait}; or use decay_type="threshold" or a smaller decay, which forget the start sooner.',
         run.evidence(judge_from_epoch=judge_from),
     )
@@ -198,7 +198,7 @@ def _lags(run: _Run) -> Finding | None:
     return Finding(
         "lags",
         f"The average looks back {epochs:.3g} epochs while the metric gains {run.sign * slope:.2g} an epoch: about "
-        f"{expected:.2g} behind is to be expected; {run.versus()}.",
+        f"{expected:.2g} behind is to be expected; {run.gap_text()}.",
         f"Use a smaller decay (about {better:.4g}), or wait until the metric levels off: then the lag costs nothing.",
         run.evidence(lag_epochs=epochs, slope=run.sign * slope, expected_gap=expected, better_decay=better),
     )
@@ -207,7 +207,7 @@ def _lags(run: _Run) -> Finding | None:
 def _unexplained(run: _Run) -> Finding:
     return Finding(
         "unexplained",
-        f"Neither the start ({run.share:.1%} of it left) nor the lag explains it: {run.versus()}.",
+        f"Neither the start ({run.share:.1%} of it left) nor the lag explains it: {run.gap_text()}.",
         "Look at what is not a weight: are BatchNorm statistics averaged or recomputed, is update() called after every "
         "optimizer step and only then, was the average built after the checkpoint was loaded?",
         run.evidence(tolerance=run.tolerance),
@@ -221,13 +221,13 @@ def _marginal(run: _Run) -> Finding:
     if shape is None or not shape.quiet or abs(run.gap) > max(2 * shape.noise, 0.005 * shape.scale):
         return Finding(
             "marginal",
-            f"No clear difference yet: {run.versus()}, which is within the noise ({run.tolerance:.2g}).",
+            f"No clear difference yet: {run.gap_text()}, which is within the noise ({run.tolerance:.2g}).",
             "Keep both, and judge over more epochs.",
             evidence,
         )
     return Finding(
         "marginal",
-        f"The model is smooth already (noise {shape.noise:.2g}), so there is little to average out: {run.versus()}.",
+        f"The model is smooth already (noise {shape.noise:.2g}), so there is little to average out: {run.gap_text()}.",
         "Nothing is wrong: an average helps most while the learning rate is high. Keep it, or save the trouble.",
         evidence,
     )
@@ -236,7 +236,7 @@ def _marginal(run: _Run) -> Finding:
 def _few(run: _Run) -> Finding:
     return Finding(
         "marginal",
-        f"{run.versus()}: too few epochs to tell that from chance.".capitalize(),
+        f"{run.gap_text()}: too few epochs to tell that from chance.".capitalize(),
         f"Ask again after {_FEW} epochs with an average.",
         run.evidence(),
     )
@@ -246,7 +246,7 @@ def _fine(run: _Run) -> Finding:
     ahead = sum(gap > 0 for gap in run.gaps)
     return Finding(
         "fine",
-        f"The average helps: {run.versus()}, ahead in {ahead} of {len(run.gaps)} epochs.",
+        f"The average helps: {run.gap_text()}, ahead in {ahead} of {len(run.gaps)} epochs.",
         "Use the averaged weights.",
         run.evidence(ahead=ahead, tolerance=run.tolerance),
     )

@@ -11,7 +11,7 @@ from fastema.cli.training_params import read_training_params, refuse_conflicts
 from fastema.schedules import EMA_DECAY_FUNCTIONS, make_schedule
 from fastema.segmentation.distributed.process_group import process_group
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.options import GROUPS, OWN, TrainOptions, option_flag
+from fastema.segmentation.options import GROUPS, NOT_FOR_ARGPARSE, TrainOptions, option_flag
 from fastema.segmentation.train_extra import require_train_extra
 
 Options = TypeVar("Options", bound=TrainOptions)
@@ -58,7 +58,8 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[TrainOptions]) -> None
 
 
 def _add_flag(group: Any, field: Field[Any]) -> None:
-    options = {name: value for name, value in field.metadata.items() if name not in OWN and value is not None}
+    metadata = field.metadata.items()
+    options = {name: value for name, value in metadata if name not in NOT_FOR_ARGPARSE and value is not None}
     options["dest"], flag = field.name, option_flag(field.name)
     if field.name.startswith(("ema_", "use_ema")):
         options["action"] = Given

@@ -166,7 +166,7 @@ class ModelEmaV3(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_rounded": [], "_loaded": {}, **state})  # a pickle of 0.1.0 has none
-        for each in self._rounded:
+        for each in self._rounded:  # so that the next update notices what is written to the copy
             each.address = each.tensor.data_ptr()
         self._noted = self._versions()
 

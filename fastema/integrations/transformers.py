@@ -2,7 +2,7 @@
 
 How it is done, and why so:
 
-- **Updates hang on the torch optimizer's own step**, inside Accelerate's wrapper. The Trainer's `on_optimizer_step`
+- **Updates run after the torch optimizer's own step**, inside Accelerate's wrapper. The Trainer's `on_optimizer_step`
   also fires where the gradient scaler skipped the step, and Accelerate notices a skip of unfused optimizers only.
 - **The callback is attached to its Trainer**, `callback.attach(trainer)`, since the Trainer tells its callbacks too
   little: there is no event before an evaluation and none after an exception, and the checkpoint it resumes from is
@@ -10,10 +10,9 @@ How it is done, and why so:
   exchange surrounds an evaluation as a `with` block: whatever ends it, the trained weights are back.
 - **`evaluate` runs a second time**, with the averaged weights in the model. That run comes first and is hidden from the
   other callbacks, but for `on_log`; its metrics have their usual names inside of it, for an `evaluate` of your own that
-  reads them, and `_ema` in their prefix once they leave it. The metrics of both go to their one `on_evaluate`, and are
-  returned. So early stopping, `metric_for_best_model="eval_ema_loss"` and the choice of the
-  best checkpoint work with either. It leaves no trace in the random number generators: training goes on bit for
-  bit as without it.
+  reads them, and `_ema` in their prefix afterwards. The metrics of both runs go to one `on_evaluate`, and are returned.
+  So early stopping, `metric_for_best_model="eval_ema_loss"` and the choice of the best checkpoint work with either.
+  Then the random number generators are restored: training goes on bit for bit as without it.
 - **Whatever `save_model` writes gets the average beside it**, checkpoints included.
 """
 
@@ -285,7 +284,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         if self._ema is None:
             if not self._trainer.is_in_train:
                 raise RuntimeError(
-                    f"trainer.{what} shall take the averaged weights, but there are none: call trainer.train first"
+                    f"trainer.{what} is to use the averaged weights, but there are none: call trainer.train first"
                 )
             yield  # not begun: the average is the model
             return

@@ -225,7 +225,7 @@ def _dumped(manifest: Manifest, sums: Mapping[str, int]) -> str:
 
 
 class Reader:
-    """Reads tensors of one snapshot and compares their checksums."""
+    """Read tensors of one snapshot, and compare their checksums."""
 
     def __init__(self, path: Path, manifest: Manifest, sums: Mapping[str, int], file: Any) -> None:
         self.path, self.manifest = path, manifest
@@ -334,7 +334,7 @@ def _loaded(path: Path, text: str | None) -> tuple[Manifest, dict[str, int]]:
 
 def _damaged(path: Path, why: str) -> SnapshotError:
     return SnapshotError(
-        f"{path} is damaged or cut short ({why}). Nothing was made of it; move it out of the folder to go on without it"
+        f"{path} is damaged or cut short ({why}). It was not used; move it out of the folder to go on without it"
     )
 
 

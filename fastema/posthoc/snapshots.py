@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Snapshots:
-    """Saves all averages of a FastEMA to a folder, each time in a file of their own.
+    """Save all averages of a FastEMA to a folder, each time in a file of their own.
 
     Build it after a checkpoint is loaded, and call `save()` after every update. A run resumed at step t sets aside the
     snapshots of later steps, which the run before it wrote.

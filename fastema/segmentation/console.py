@@ -24,7 +24,7 @@ def say(console: Console, text: str) -> None:
 
 @contextmanager
 def progress(console: Console, title: str, steps: int) -> Iterator[Advance]:
-    """Show a task of `steps` steps during a block, which calls what this yields after each step."""
+    """Show the progress of a task in a block; call what is yielded after each of its `steps` steps."""
     if console.is_terminal:
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[note]}")
         with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as live:

@@ -19,7 +19,7 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator
 
 
 def accelerator() -> torch.device | None:
-    """Return the kind of the accelerator to train on here; None without one, and on a Mac."""
+    """Return the kind of accelerator that `auto` trains on; None without one, and for MPS: give `--device mps`."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found if found is not None and has_streams(found) else None
 

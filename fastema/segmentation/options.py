@@ -53,12 +53,12 @@ GROUPS = {
 _EMA = "exponential moving average"
 
 
-#: What a field's metadata holds beside the arguments of `add_argument`.
-OWN = ("group", "least")
+#: Keys of a field's metadata that are not arguments of `add_argument`.
+NOT_FOR_ARGPARSE = ("group", "least")
 
 
 def _flag(group: str, help: str, default: Any = dataclasses.MISSING, metavar: str | None = None, **more: Any) -> Any:
-    """Return a field, how its flag is shown, and what it must be at least; `more` is for argparse's `add_argument`."""
+    """Return a field with its flag as metadata; `more`: `least`, the lowest value, and `add_argument`'s arguments."""
     metadata = {"group": group, "help": help, "metavar": metavar, **more}
     return dataclasses.field(default=default, metadata=metadata)
 

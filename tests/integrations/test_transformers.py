@@ -271,7 +271,7 @@ def test_training_goes_on_bit_for_bit_as_without_the_callback(tmp_path: Path) ->
 def test_ema_only_and_predict(tmp_path: Path) -> None:
     trainer, optimizer = build(tmp_path, eval_strategy="epoch")
     callback = FastEMATrainerCallback(**CONSTANT, evaluate="ema", predict="ema").attach(trainer)
-    with pytest.raises(RuntimeError, match=r"trainer\.predict shall take the averaged weights, but there are none"):
+    with pytest.raises(RuntimeError, match=r"trainer\.predict is to use the averaged weights, but there are none"):
         trainer.predict(Data(8))
     trainer.train()
     ema = loss_with(callback.ema_state_dict(), Data(8))

@@ -120,14 +120,14 @@ class SegmentationNet(nn.Module):
         logits, *side_logits = [_resize(level, images.shape[-2:]) for level in decoded.logits]
         return Output(logits, side_logits, decoded.balance, decoded.usage)
 
-    def backbone_stages(self) -> list[list[nn.Module]]:
-        """Return the backbone's modules by depth: the largest that lie within one level.
+    def backbone_levels(self) -> list[list[nn.Module]]:
+        """Return the backbone's modules by level, shallow first: the largest that lie within one level.
 
         A parameter directly on a module that spans several levels (a vision transformer's position embedding) is in
         none of them.
         """
         depths = parameter_depths(self.backbone)
-        stages: list[list[nn.Module]] = [[] for _ in self.decoder.laterals]
+        levels: list[list[nn.Module]] = [[] for _ in self.decoder.laterals]
         depth = 0
 
         def divide(module: nn.Module, prefix: str) -> None:
@@ -138,10 +138,10 @@ class SegmentationNet(nn.Module):
                     divide(child, f"{prefix}{name}.")
                 return
             depth = next(iter(within), depth)  # without parameters: the level of the module before it
-            stages[depth].append(module)
+            levels[depth].append(module)
 
         divide(self.backbone, "")
-        return stages
+        return levels
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class Averages:
 
     def __init__(self, net: nn.Module, optimizer: Optimizer, options: TrainOptions, timers: Timers) -> None:
         self.names: list[str] = []  # of the averages that have started, the main one first
-        # Of the averages that can differ in this run, each with those that are left out for it.
+        # By decay, those left out because they would give the same average in this run.
         self.decays: dict[float, tuple[float, ...]] = {}
         self.start_epoch: int | None = None
         self.total_steps = 0
@@ -82,8 +82,7 @@ class Averages:
         options = self._options
         self.start_epoch, self.total_steps = epoch, total_steps
         decay_type, decay_args = options.ema_decay_type, dict[str, Any](options.ema_decay_args or {})
-        decays: list[float] = [options.ema_decay]
-        names = options.average_names
+        decays, names = [options.ema_decay], options.average_names
         with _as_user_errors():
             if options.ema_profiles:
                 decay_type, decay_args = "power", {"sigma_rel": list(options.ema_profiles)}
@@ -91,8 +90,8 @@ class Averages:
                 self.decays = distinct_decays(options.decays, decay_type, max(1, total_steps), **decay_args)
                 decays = list(self.decays)
                 names = [f"{decay:g}" for decay in decays]
-            several = decays if len(decays) > 1 else decays[0]
-            self.ema = FastEMA(self._net, several, decay_type=decay_type, total_steps=total_steps, **decay_args)
+            decay = decays if len(decays) > 1 else decays[0]
+            self.ema = FastEMA(self._net, decay, decay_type=decay_type, total_steps=total_steps, **decay_args)
         self.names = names
 
         def after_step(*_: object) -> None:
@@ -160,9 +159,9 @@ class Averages:
         if len(mine) != len(saved):
             decays = _as_list(self.ema.decay)
             by_decay = dict(zip(_as_list(state.get("decay")), saved, strict=False))
-            if state.get("decay_type") == "threshold":
-                same = distinct_decays([*by_decay, *decays], "threshold", max(1, int(state["step"])))
-                by_decay = {own: by_decay[first] for first in by_decay for own in same.get(first, ())} | by_decay
+            if state.get("decay_type") == "threshold":  # which makes large decays the same average for a while
+                alike = distinct_decays([*by_decay, *decays], "threshold", max(1, int(state["step"])))
+                by_decay = {same: by_decay[first] for first in by_decay for same in alike.get(first, ())} | by_decay
             fresh = [name for name, decay in zip(self.names, decays, strict=True) if decay not in by_decay]
             saved = [by_decay.get(decay, start) for decay, start in zip(decays, mine, strict=True)]
         shadow = saved if isinstance(own["shadow"], list) else saved[0]

@@ -1,4 +1,4 @@
-"""The folder of a run: is there room, an earlier run's files, checkpoints, and one to resume from.
+"""The folder of a run: check its space, move an earlier run's files, write checkpoints, read one to resume from.
 
 An epoch is written once, as `last.pth`. The other names (best, every so many epochs) are hard links to the same file;
 since `last.pth` is only ever replaced as a whole, they keep their content.

@@ -127,8 +127,7 @@ class Distillation:
         score = mean_iou(teacher, validation, options.img_size, options.num_workers, device)
         say(console, f"Teacher: IoU {score:.4f} ({teacher.origin})")
         if teacher.img_size != options.img_size:
-            size = f"images of {options.img_size} pixels resized to its {teacher.img_size}"
-            say(console, f"Teacher: shown the {size}")
+            say(console, f"Teacher: gets the images of {options.img_size} pixels resized to its {teacher.img_size}")
         if teacher.val_fraction is not None and teacher.val_fraction < options.val_fraction:
             say(
                 console,
@@ -146,7 +145,7 @@ class Distillation:
     def cost(self, step_seconds: Sequence[float]) -> str:
         """Describe what the teacher cost of a training with these optimizer steps."""
         if not self.seconds:
-            return "it was not asked"
+            return "it did not run"
         share = sum(self.seconds) / sum(step_seconds)
         return f"{median(self.seconds) * 1e3:.1f} ms a batch (median), {share:.0%} of the training time"
 

@@ -74,7 +74,7 @@ class TrainOptimizer:
     def step(self, rate: float) -> None:
         """Make a step at the decoder's learning rate `rate` and clear the gradients.
 
-        With float16, a step whose gradients overflow does not happen, and the optimizer's hooks do not run.
+        With float16, a step whose gradients overflow is skipped: the optimizer's hooks do not run.
 
         Raises:
             NotFiniteError: the gradients are not finite; no weight has changed.
@@ -152,7 +152,7 @@ def train_epoch(
     batches = pad_batches(timed_items(loader, waits), math.ceil(images / stage.batch_size))
     for batch, ((pictures, masks), counts) in enumerate(batches):
         count = len(pictures) if counts else 0
-        first = batch * stage.batch_size
+        first = batch * stage.batch_size  # images of the epoch before this batch
         group = min(stage.group_size, images - first // stage.group_size * stage.group_size)
         ends_group = first % stage.group_size + stage.batch_size >= group
         with parallel.reduce_gradients(now=ends_group):

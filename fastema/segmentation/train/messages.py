@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -78,7 +79,8 @@ class Messages:
                         f"threshold schedule makes it the same average as {decay:g}"
                     )
             for name, decay in zip(names, averages.decays, strict=True):
-                expected = describe_window(decay, options.ema_decay_type, updates_per_epoch, total)
+                args = options.ema_decay_args or {}
+                expected = describe_window(decay, options.ema_decay_type, updates_per_epoch, total, **args)
                 self.say(f"{f'EMA {name}' if plural else 'EMA'}: {expected}")
         schedule = _LR_SCHEDULES.get(options.scheduler, options.scheduler)
         self.say(f"EMA: {expect(max(1, total), schedule, options.min_lr / options.second_lr).text}")
@@ -122,19 +124,23 @@ class Messages:
             options.ema_decay_type,
             updates_per_epoch,
             averages.total_steps,
+            **(options.ema_decay_args or {}),
         )
         # Each kind once: near the noise, findings alternate from epoch to epoch.
         if finding is not None and self.changed(f"finding {finding.kind}", True):
             self.say(f"EMA: {finding.text} {finding.next_step}")
 
 
-def describe_window(decay: float, decay_type: str, updates_per_epoch: int, total_steps: int) -> str:
+def describe_window(
+    decay: float, decay_type: str, updates_per_epoch: int, total_steps: int, **decay_args: float
+) -> str:
     """Describe window, lag and the wait before an average can be judged; of a schedule, its final window."""
     if decay == 1.0:
         return "decay 1 never moves from the weights it starts with"
-    settle = settle_epochs(decay, updates_per_epoch, decay_type=decay_type, total_steps=total_steps)
+    settle = settle_epochs(decay, updates_per_epoch, decay_type=decay_type, total_steps=total_steps, **decay_args)
     # A schedule drops the starting weights at once, but still has to fill the widest window that it gets to.
-    last = max(Decays(decay, decay_type, total_steps, 0, {}).at(step)[0] for step in (1, max(1, total_steps)))
+    decays = Decays(decay, decay_type, total_steps, 0, decay_args)
+    last = max(decays.at(step)[0] for step in (1, max(1, total_steps)))
     epochs = lag(last, updates_per_epoch)
     wait = math.ceil(max(settle, epochs))
     judge = f"judge it after {wait} {'epoch' if wait == 1 else 'epochs'}"
@@ -148,6 +154,7 @@ def latest_finding(
     decay_type: str,
     updates_per_epoch: int,
     total_steps: int,
+    **decay_args: float,
 ) -> Finding | None:
     """Return the advisor's most urgent finding, or None while there are too few epochs.
 
@@ -157,7 +164,8 @@ def latest_finding(
     if len(ema) - start < _EPOCHS_FOR_A_FINDING:
         return None
     averaged = [None] * start + list(ema[start:])
-    return diagnose(base, averaged, decay, updates_per_epoch, decay_type=decay_type, total_steps=total_steps)[0]
+    schedule: dict[str, Any] = {"decay_type": decay_type, "total_steps": total_steps, **decay_args}
+    return diagnose(base, averaged, decay, updates_per_epoch, **schedule)[0]
 
 
 def usage_line(names: Sequence[str], usage: Sequence[Sequence[float]]) -> str:

@@ -147,16 +147,16 @@ def open_levels(stage: Stage, epoch: int, levels: int, progressive: bool) -> int
     return sum(done >= level / levels * _OPEN_BY for level in range(levels))
 
 
-def freeze(backbone: nn.Module, backbone_stages: list[list[nn.Module]], opened: int) -> None:
-    """Freeze all but the `opened` deepest of a backbone's stages, its modules by depth. Call it after `net.train()`.
+def freeze(backbone: nn.Module, levels: list[list[nn.Module]], opened: int) -> None:
+    """Freeze all but the `opened` deepest of a backbone's levels, its modules by depth. Call it after `net.train()`.
 
     A frozen level has no gradient, and is in evaluation mode, in which BatchNorm keeps its statistics. The optimizer
     skips parameters without a gradient and keeps their moments.
     """
-    frozen = len(backbone_stages) - opened
+    frozen = len(levels) - opened
     # Parameters directly on the backbone (a position embedding) go with the shallowest level.
     backbone.requires_grad_(frozen == 0)
-    for depth, modules in enumerate(backbone_stages):
+    for depth, modules in enumerate(levels):
         for module in modules:
             module.requires_grad_(depth >= frozen)
             module.train(depth >= frozen)

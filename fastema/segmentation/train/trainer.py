@@ -1,4 +1,4 @@
-"""A run: epochs in two stages, with base and averages validated after each.
+"""A run: epochs in two stages, with the trained weights (base) and the averages validated after each.
 
 Everything that an epoch depends on is a function of seed and epoch (order, augmentation, dropout, freezing) or of the
 number of optimizer steps (learning rate). So a resumed run gives the same results as one without an interruption.
@@ -111,16 +111,17 @@ class Trainer:
         rank, world_size = self.processes.rank, self.processes.world_size
         self._sampler = EpochSampler(len(training), options.seed, rank, world_size)
         self._training_set = TrainingSet(training, options.img_size)
-        self._training: tuple[Stage, DataLoader] | None = None
+        self._stage_loader: tuple[Stage, DataLoader] | None = None
         self._validation_pairs = validation
         validation_set = ValidationSet(validation[rank::world_size], options.img_size)
-        self._validation = validation_loader(validation_set, options.batch_size // world_size, options.num_workers)
+        batch_size = options.batch_size // world_size
+        self._validation_loader = validation_loader(validation_set, batch_size, options.num_workers)
 
         precision = Precision(options.amp, self.device)
         resumed = None if options.resume_from is None else read_resumable(options.resume_from, options)
         torch.default_generator.manual_seed(mix_seed(options.seed))
         self.net = self._build_net(resumed)
-        self._levels = self.net.backbone_stages()
+        self._levels = self.net.backbone_levels()
         self._parallel = ParallelModel(self.net, self.processes, self.device, options.fsdp)
         self.optimizer = TrainOptimizer(self.net, options.weight_decay, options.clip_grad, precision)
         self.averages = Averages(self.net, self.optimizer.adamw, options, self.timers)
@@ -201,7 +202,7 @@ class Trainer:
             return
         origin = self.options.resume_from
         if not self.options.use_ema:
-            self._say(f"The EMA in {origin} is left behind: --use-ema is not given")
+            self._say(f"The EMA in {origin} is dropped: --use-ema is not given")
             return
         before, now = list(checkpoint["options"].get("ema_profiles", [])), list(self.options.ema_profiles)
         if before != now:
@@ -238,8 +239,9 @@ class Trainer:
         if not self.history:
             return False
         advice = should_start([record.iou for record in self.history])
-        # After one or two epochs the advice is to start averages that forget their start, and these do not.
-        if advice.action == "start" and advice.pattern != "too short":
+        if advice.pattern == "too short":  # its advice is for averages that forget their start, and these do not
+            return False
+        if advice.action == "start":
             self._say(f"EMA: starts after epoch {self.epoch}, {advice.pattern}: {advice.reason}")
             return True
         if self._messages.changed("advice", advice.pattern):
@@ -287,15 +289,15 @@ class Trainer:
         return result
 
     def _loader_of(self, stage: Stage) -> DataLoader:
-        if self._training is None or self._training[0] != stage:
-            self._training = None  # ends the workers of the previous stage
+        if self._stage_loader is None or self._stage_loader[0] != stage:
+            self._stage_loader = None  # ends the workers of the previous stage
             batch_size = stage.batch_size // self.processes.world_size
             loader = training_loader(self._training_set, self._sampler, batch_size, self.options.num_workers)
-            self._training = (stage, loader)
-        return self._training[1]
+            self._stage_loader = (stage, loader)
+        return self._stage_loader[1]
 
     def _validate(self) -> Ious:
-        base, *averaged = self._with_each(lambda: evaluate(self.net, self._validation, self.device))
+        base, *averaged = self._with_each(lambda: evaluate(self.net, self._validation_loader, self.device))
         gather = self.processes.gather_shares
         return gather(base), [gather(one) for one in averaged]
 
@@ -388,7 +390,7 @@ class Trainer:
             return []
         averages = self.averages.names
         names = ["base", *(f"EMA {name}" if len(averages) > 1 else "EMA" for name in averages)]
-        batch: Validation = next(iter(self._validation))
+        batch: Validation = next(iter(self._validation_loader))
         columns = dict(zip(names, self._with_each(lambda: predict(self.net, batch, self.device)), strict=True))
         return [
             Example(self._validation_pairs[i].stem, image, truth, {name: each[i] for name, each in columns.items()})

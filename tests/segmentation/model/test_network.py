@@ -262,7 +262,7 @@ def test_every_weight_is_in_one_level_and_the_stem_in_the_first(name: str) -> No
     net, _ = create_net(Architecture(name, num_experts=0), pretrained=False)
     before, mode = torch.get_rng_state(), {module: module.training for module in net.modules()}
     state = {key: value.clone() for key, value in net.state_dict().items()}
-    levels, stages = levels_of(net), net.backbone_stages()
+    levels, stages = levels_of(net), net.backbone_levels()
     assert len(levels) == len(stages) == len(net.decoder.laterals)
     assert all(levels)
 
@@ -321,7 +321,7 @@ def test_a_level_without_weights_is_empty() -> None:
     assert [len(level) for level in levels_of(net)] == [2, 2]
     del net.backbone.unused
     assert [len(level) for level in levels_of(net)] == [2, 0]
-    assert net.backbone_stages() == [[net.backbone], []]
+    assert net.backbone_levels() == [[net.backbone], []]
 
 
 def test_a_backbone_with_its_channels_last() -> None:

@@ -284,7 +284,7 @@ def test_the_command(
     (teacher,) = teachers
     assert not differences(teacher.net.state_dict(), dict(checkpoint.content["ema_net"])), "unchanged at the end"
     assert re.search(rf"Teacher: IoU 0\.\d{{4}} \(ema_net of {re.escape(str(teacher_file))} after epoch 1; ", text)
-    assert "shown the images of 96 pixels resized to its 64" in text
+    assert "gets the images of 96 pixels resized to its 64" in text
     assert "it held out 5% of its images, this run 10%" in text
     assert re.search(r"Epoch 1: Loss: \d\.\d+ \| IoU: 0\.\d+ \(base\) \| EMA IoU: 0\.\d+ \|", text)
     assert re.search(r"Teacher: \d+\.\d ms a batch \(median\), \d+% of the training time", text)

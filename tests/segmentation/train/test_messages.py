@@ -58,7 +58,7 @@ def train(
     def run(base: list[float], ema: list[float], **changes: Any) -> tuple[Any, str]:
         def validate(self: Trainer) -> tuple[list[float], list[list[float]]]:
             epoch = self.epoch
-            return [base[epoch]] * 2, [[ema[epoch]] * 2] * (0 if self.averages is None else len(self.averages.names))
+            return [base[epoch]] * 2, [[ema[epoch]] * 2] * len(self.averages.names)
 
         monkeypatch.setattr(Trainer, "_validate", validate)
         chosen = {"epochs": len(base), "use_ema": True, **changes}
@@ -76,6 +76,14 @@ def test_a_run_says_the_outlook_and_each_change_once(train: Callable[..., tuple[
     assert "EMA: looks back over up to 10,000 updates" in text
     assert text.count("EMA: Too early") == 1
     assert text.index("Epoch 3: Loss") < text.index("EMA: Too early") < text.index("Epoch 4: Loss")
+
+
+@needs_train
+def test_the_outlook_is_that_of_the_schedule_with_its_arguments(train: Callable[..., tuple[Any, str]]) -> None:
+    schedule = {"ema_decay": 0.9999, "ema_decay_type": "exp", "ema_decay_args": {"beta": 0.1}}
+    _, text = train([0.60, 0.62, 0.64], [0.31, 0.33, 0.36], **schedule)
+    assert "EMA: looks back over up to 1 updates" in text  # at the end, 0.9999 * (1 - exp(-0.1))
+    assert "Too early" not in text
 
 
 @needs_train
