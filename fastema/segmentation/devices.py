@@ -14,8 +14,8 @@ from fastema.segmentation.options import TrainOptions
 
 CPU = torch.device("cpu")
 
-# Messages of the CPU allocator on Linux, Windows and macOS.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator", "Cannot allocate memory")
+# In messages of the CPU allocator on Linux, Windows and macOS, of CUDA's driver, and of MPS.
+_NO_MEMORY = ("allocate memory", "not enough memory", "DefaultCPUAllocator", "out of memory")
 
 
 def accelerator() -> torch.device | None:
@@ -80,8 +80,8 @@ def explain_out_of_memory(options: TrainOptions, stage: int, device: torch.devic
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        of_the_host = isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY)
-        if not of_the_host and not isinstance(error, torch.OutOfMemoryError):
+        kinds = (MemoryError, torch.OutOfMemoryError)
+        if not isinstance(error, kinds) and not any(text in str(error) for text in _NO_MEMORY):
             raise
         reason = str(error).strip().partition("\n")[0] or "host memory"
         steps = "; ".join(_what_to_lower(options, stage, device))

@@ -493,6 +493,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(pair
             {"stage2_batch_size": 2, "num_workers": 1},
             "a smaller --stage2-batch-size than 2",
         ),
+        (RuntimeError("CUDA error: out of memory\nmore"), {}, "(CUDA error: out of memory): try, in this order"),
     ],
 )
 def test_out_of_memory_says_what_to_lower(
