@@ -204,7 +204,8 @@ class Snapshots:
         return value if key.startswith(f"{COPY}/") else value.to(self._dtype_of(value))
 
     def _on_cpu(self, key: str, value: Callable[[], Tensor]) -> Tensor:
-        return self._stored(key, value()).cpu().contiguous()
+        # Views by conj() and by its imag have the bytes of their base.
+        return self._stored(key, value()).cpu().contiguous().resolve_conj().resolve_neg()
 
     def _rounding(self, values: dict[str, Callable[[], Tensor]]) -> float:
         """Return the relative L2 error of rounding to the stored dtype.

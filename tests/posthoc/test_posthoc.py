@@ -292,6 +292,15 @@ def test_models_in_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     make_model(dtype=dtype).load_state_dict(found)
 
 
+def test_conjugate_and_negative_views_are_stored_by_value(tmp_path: Path) -> None:
+    model = make_model()
+    model.register_buffer("conjugate", torch.tensor([1 + 2j]).conj())
+    model.register_buffer("negative", torch.tensor([1 + 2j]).conj().imag)
+    run(tmp_path, 10, 10, model=model)
+    found = synthesize(tmp_path, sigma_rel=0.05)
+    assert (found["conjugate"].item(), found["negative"].item()) == (1 - 2j, -2.0)
+
+
 def test_a_snapshot_taken_while_swapped_in_is_the_same(tmp_path: Path) -> None:
     model = make_model()
     ema = FastEMA(model, decay_type="power", sigma_rel=STORED)
