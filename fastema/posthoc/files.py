@@ -17,13 +17,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastema.core.atomic_files import flush, replacing, sync_folder
 from fastema.posthoc.profiles import Profile
+
+T = TypeVar("T")
 
 FORMAT = 1
 COPY = "copy"
@@ -101,6 +103,38 @@ def paths_in(folder: Path) -> dict[int, Path]:
         if path.suffix in (_SINGLE, _SHARDED) and number.isdecimal():
             found[int(number)] = path
     return dict(sorted(found.items()))
+
+
+def rank() -> int:
+    """Return the number of this process; 0 where there is one alone."""
+    return (
+        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    )
+
+
+def on_first_process(act: Callable[[], T], all_raise: bool) -> T | None:
+    """Call a function on the process that writes, since its folder changes while others read it.
+
+    Args:
+        all_raise: raise its `SnapshotError` on every process; all must call this then.
+
+    Returns:
+        The function's result there, None on other processes.
+    """
+    result: T | None = None
+    failures: list[SnapshotError | None] = [None]
+    if rank() == 0:
+        try:
+            result = act()
+        except SnapshotError as error:
+            if not all_raise:
+                raise
+            failures = [error]
+    if all_raise:
+        torch.distributed.broadcast_object_list(failures)
+    if failures[0] is not None:
+        raise failures[0]
+    return result
 
 
 def remove(path: Path) -> None:
@@ -197,8 +231,8 @@ def write_sharded(path: Path, manifest: Manifest, tensors: Mapping[str, Any]) ->
         shutil.rmtree(temporary)
     dist.barrier()
     dcp.save(dict(tensors), checkpoint_id=temporary)
-    failure: list[str | None] = [None]
-    if dist.get_rank() == 0:
+
+    def finish() -> None:
         try:
             sums = {each.name: _file_checksum(each) for each in sorted(temporary.iterdir())}
             (temporary / _MANIFEST).write_text(_dumped(manifest, sums))
@@ -208,10 +242,9 @@ def write_sharded(path: Path, manifest: Manifest, tensors: Mapping[str, Any]) ->
             os.replace(temporary, path)
             sync_folder(path.parent)
         except OSError as error:
-            failure = [f"cannot write the snapshot {path}: {error}"]
-    dist.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise SnapshotError(failure[0])
+            raise SnapshotError(f"cannot write the snapshot {path}: {error}") from error
+
+    on_first_process(finish, all_raise=True)
 
 
 def _dumped(manifest: Manifest, sums: Mapping[str, int]) -> str:

@@ -85,8 +85,10 @@ class Snapshots:
         self._run: str | None = None
         self._latest: Manifest | None = None
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._refuse_others(self._manifest(0, self._contents(), 0.0), files.paths_in(self._folder))
-        if verbose and _rank() == 0:
+        own = self._manifest(0, self._contents(), 0.0)
+        # The first process may be at its first snapshot already, and set others aside, while the others are here.
+        files.on_first_process(lambda: self._refuse_others(own, files.paths_in(self._folder)), self._sharded)
+        if verbose and files.rank() == 0:
             print(self.disk_use())
 
     def save(self) -> Path | None:
@@ -102,18 +104,18 @@ class Snapshots:
         counted, _, step = self._ema._counted()
         if step == 0 or not self._is_due(counted):
             return None
-        if not self._sharded and _rank() != 0:
+        if not self._sharded and files.rank() != 0:
             return None  # every process has the same averages
         contents = self._contents()
         values = self._values(contents)
-        before = files.paths_in(self._folder) if _rank() == 0 else {}
+        before = files.paths_in(self._folder) if files.rank() == 0 else {}
         manifest = self._manifest(step, contents, self._rounding(values))
         changed = None if self._latest is None else self._latest.difference(manifest)
         if changed is not None:
             raise SnapshotError(f"the averages changed in mid-run: {changed}. Their profiles are not known any more")
         if self._run is None:
             before = self._set_later_aside(before, min(self._built_at, step))
-            last = self._refuse_others(manifest, before)
+            last = files.on_first_process(partial(self._refuse_others, manifest, before), self._sharded)
             self._run = last.run if last is not None else uuid.uuid4().hex
         manifest = self._latest = replace(manifest, run=self._run)
         earlier = self._set_later_aside(before, step)  # also where a checkpoint was loaded in mid-run
@@ -122,7 +124,7 @@ class Snapshots:
             files.write_sharded(path, manifest, {key: self._stored(key, value()) for key, value in values.items()})
         else:
             files.write(path, manifest, {key: partial(self._on_cpu, key, value) for key, value in values.items()})
-        if _rank() == 0:
+        if files.rank() == 0:
             self._thin({**earlier, step: path})
         return path
 
@@ -298,12 +300,6 @@ def _place(tensor: Any) -> tuple[int, torch.Size, tuple[int, ...]]:
 
 def _described(tensor: Tensor, dtype: torch.dtype) -> tuple[str, tuple[int, ...]]:
     return str(dtype).removeprefix("torch."), tuple(tensor.shape)
-
-
-def _rank() -> int:
-    return (
-        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
-    )
 
 
 def _bytes(count: float) -> str:

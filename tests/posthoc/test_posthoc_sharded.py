@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -131,6 +133,33 @@ def test_a_resumed_sharded_run_sets_later_snapshots_aside(rank: Rank) -> None:
     assert len(told) == (1 if rank.rank == 0 else 0)
     dist.barrier()
     assert list(files.paths_in(rank.folder)) == [5]
+
+
+@on_ranks(2)
+def test_only_the_process_that_writes_reads_the_folder(rank: Rank) -> None:
+    for shard in (True, False):
+        folder = rank.folder / str(shard)
+        run(folder, make_net(shard), 10)
+        dist.barrier()
+        # On the others a snapshot that is being set aside, or deleted, would be an error.
+        is_writer = rank.rank == 0
+        reading = (
+            contextlib.nullcontext() if is_writer else mock.patch.object(files, "manifest_of", side_effect=OSError)
+        )
+        with reading, pytest.warns(match="later than this run") if is_writer else contextlib.nullcontext():
+            run(folder, make_net(shard), 5)
+        dist.barrier()
+        assert list(files.paths_in(folder)) == [5]
+
+
+@on_ranks(2)
+def test_snapshots_of_another_model_are_refused_on_every_process(rank: Rank) -> None:
+    run(rank.folder, make_net(shard=True), 5)
+    dist.barrier()
+    other = nn.Linear(3, 3)
+    fully_shard(other)
+    with pytest.raises(SnapshotError, match="of another model or run"):
+        Snapshots(rank.folder, FastEMA(other, decay_type="power", sigma_rel=STORED), verbose=False)
 
 
 @on_ranks(2)
