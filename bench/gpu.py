@@ -8,9 +8,7 @@ stage that is started again goes on where it was cut short, as long as the sourc
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -20,11 +18,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.gpu_results import ROOT, read_results, sources_digest, write_part
+
 STAGE_SECONDS = 480.0
 GPU_TESTS = (
     *("backends/test_gpu", "backends/test_gpu_claims"),
@@ -150,31 +148,6 @@ def device_slug() -> str:
     if not torch.cuda.is_available():
         return "no-gpu"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-
-
-def sources_digest() -> str:
-    """Return a digest of what a GPU runs: with other sources nothing counts as done."""
-    digest = hashlib.sha256()
-    folders = ("csrc", "triton_kernels", "fastema", "bench", "tests")
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*.[chp]*") if path.suffix != ".pyc"]
-    for path in sorted([*files, ROOT / "setup.py", ROOT / "setup_gpu.py"]):
-        if path.is_file():
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Return what the file holds; an empty dict where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def write_part(path: Path, stage: str, part: dict[str, Any]) -> None:
-    """Replace one stage's part of the file and leave the others."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = read_results(path) | {"device": path.stem, stage: part}
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(whole, indent=1) + "\n")
-    scratch.replace(path)
 
 
 def run_stage(stage: str, steps: Sequence[Step], results: Path, fresh: bool, seconds: float = STAGE_SECONDS) -> bool:

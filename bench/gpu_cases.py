@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu import read_results, sources_digest, write_part
+from bench.gpu_results import read_results, sources_digest, write_part
 from bench.harness.clocks import clock_for
 from bench.harness.measure import Budget, sweeper, take_turns
 from fastema import FastEMA, backends

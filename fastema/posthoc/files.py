@@ -227,7 +227,7 @@ def write_sharded(path: Path, manifest: Manifest, tensors: Mapping[str, Any]) ->
     import torch.distributed.checkpoint as dcp
 
     temporary = path.with_name(f".{path.name}.tmp")
-    if dist.get_rank() == 0 and temporary.exists():
+    if rank() == 0 and temporary.exists():
         shutil.rmtree(temporary)
     dist.barrier()
     dcp.save(dict(tensors), checkpoint_id=temporary)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, gpu_binary, gpu_cases
+from bench import gpu, gpu_binary, gpu_cases, gpu_results
 from bench.gpu import Step
 
 PYTHON = sys.executable
@@ -51,10 +51,10 @@ def test_the_digest_changes_with_a_kernel(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "csrc").mkdir()
     kernel = tmp_path / "csrc/cuda_kernels.cu"
     kernel.write_text("one")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    before = gpu.sources_digest()
+    monkeypatch.setattr(gpu_results, "ROOT", tmp_path)
+    before = gpu_results.sources_digest()
     kernel.write_text("two")
-    assert gpu.sources_digest() != before
+    assert gpu_results.sources_digest() != before
 
 
 def test_a_step_and_a_stage_have_limits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -166,8 +166,8 @@ def test_launches_are_counted_after_all_times(monkeypatch: pytest.MonkeyPatch, t
 
 def test_a_stage_keeps_what_its_command_wrote(tmp_path: Path) -> None:
     results = tmp_path / "chip.json"
-    part = {"sources": gpu.sources_digest(), "cases": [{"case": "one"}], "steps": {}}
-    code = f"from bench.gpu import *; write_part(Path({str(results)!r}), 'bench', {part!r})"
+    part = {"sources": gpu_results.sources_digest(), "cases": [{"case": "one"}], "steps": {}}
+    code = f"from bench.gpu_results import *; write_part(Path({str(results)!r}), 'bench', {part!r})"
     command = Step("cases", [PYTHON, "-c", code], 60)
     assert gpu.run_stage("bench", [step("build", ""), command], results, fresh=False)
     assert outcome(results, "bench") == {"build": True, "cases": True}

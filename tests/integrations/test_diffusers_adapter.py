@@ -98,7 +98,7 @@ def test_the_same_numbers_over_a_run(original: Any, options: dict[str, Any], for
 
 
 def test_the_same_bits_as_foreach_once_warmed_up(original: Any) -> None:
-    """Where 1 - decay is 0.5 and more, ours is computed from the live end."""
+    """Ours is computed from the live end, if 1 - decay is 0.5 or more."""
     parameters = a_list()
     theirs, ours = original(parameters, foreach=True), EMAModel(parameters, foreach=True)
     ours.optimization_step = theirs.optimization_step = 9
