@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.contenders.libraries import LIBRARIES
+from bench.contenders.libraries import DIFFUSERS, LIBRARIES, LIGHTNING, TORCH_EMA
 from bench.contenders.peers import FOREACH, OURS, STEP
-from bench.harness.cases import REAL_NETS, Unavailable
+from bench.harness.cases import REAL_NETS, RESNET50, Unavailable
 from bench.harness.contender import COPY
 from bench.harness.growth import growth
-from bench.harness.records import Record, Run
+from bench.harness.records import Cache, Record, Run
+from bench.pages.tables import IN_SHORT
 
 # fmt: off
 _COLOURS = (
@@ -44,7 +45,12 @@ def draw(run: Run, folder: Path) -> list[Path]:
         "font.size": 9,
         "axes.spines.top": False,
     }
-    plots: dict[str, Callable[[Any, Run], Any]] = {"update": _updates, "scale": _growth, "train_step": _shares}
+    plots: dict[str, Callable[[Any, Run], Any]] = {
+        "front": _front,
+        "update": _updates,
+        "scale": _growth,
+        "train_step": _shares,
+    }
     with pyplot.rc_context({**options, "axes.spines.right": False}):
         for name, plot in plots.items():
             figure = plot(pyplot, run)
@@ -55,6 +61,29 @@ def draw(run: Run, folder: Path) -> list[Path]:
             pyplot.close(figure)
             written.append(path)
     return written
+
+
+def _front(pyplot: Any, run: Run) -> Any:
+    """Plot the front page's two panels: an update, and a swap in and out, of ResNet-50."""
+    figure, all_axes = pyplot.subplots(1, 2, figsize=(8, 2.2))
+    peers_of = {"update": IN_SHORT, "swap": (OURS, TORCH_EMA, DIFFUSERS, LIGHTNING)}
+    titles = {"update": "an update, ms", "swap": "average into the model and out, ms (log)"}
+    for axes, (bench, entrants) in zip(all_axes, peers_of.items(), strict=True):
+        cache: Cache = "warm" if bench == "swap" else "cold"
+        medians = {peer.name: run.median(bench, RESNET50, peer.name, cache) for peer in entrants}
+        times = {name: median / 1000 for name, median in medians.items() if median}
+        if OURS.name not in times:
+            return None
+        bars = axes.barh(list(times), list(times.values()), color=[_COLOURS[0], *["#b0b7bd"] * (len(times) - 1)])
+        axes.bar_label(bars, [f"{time:.3g}" for time in times.values()], padding=3, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xscale("log" if bench == "swap" else "linear")
+        axes.margins(x=0.15)
+        axes.set_title(titles[bench], loc="left", fontsize=9)
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+    figure.tight_layout()
+    return figure
 
 
 def _updates(pyplot: Any, run: Run) -> Any:

@@ -27,31 +27,30 @@ def _environment(run: Run) -> str:
     return f"{found['device']}, {found['threads']} threads{cores}{more}, {found['date'][:10]}; {packages}."
 
 
+#: The few peers of README's table and of the front page's plot: bare torch, and the most used libraries.
+IN_SHORT = (OURS, peers.FOREACH, peers.MULTI_FN, libraries.TIMM, libraries.DIFFUSERS)
+_MODULES = (peers.MULTI_FN, libraries.TIMM)
+
+
 def _headline(run: Run) -> str:
-    """Return the first table of README: few rows, few peers."""
-    entrants = (OURS, COPY, peers.FOREACH, peers.MULTI_FN, libraries.TIMM, libraries.DIFFUSERS)
-    mixed = cases.mixed_one_tensor().name
-    labels = {
-        cases.small_tensors().name: "1,000 tensors of 256, in the cache",
-        mixed: "64 M bfloat16 in a float32 average",
-    }
-    rows = []
-    for case in (*_NET_COLUMNS, mixed):
-        if run.median("update", case, OURS.name, _cache_of(case)):
-            cells = [_cell(run, "update", case, peer.name, _cache_of(case)) for peer in entrants]
-            rows.append([f"update: {labels.get(case, case)}", *cells])
-    modules = (peers.MULTI_FN, libraries.TIMM)
-    for case in (cases.RESNET50, cases.resnet50_bf16().name):
-        cells = [_cell(run, "swap", case, peer.name, "warm") for peer in entrants]
-        if any(cells):
-            cells = ["a second module" if peer in modules else cell for peer, cell in zip(entrants, cells, strict=True)]
-            rows.append([f"swap in and out: {case}", *cells])
-    extra = [run.find("memory: validation", cases.RESNET50, peer.name) for peer in entrants]
-    if any(extra):
-        row = [f"extra memory for a validation: {cases.RESNET50}"]
-        rows.append([*row, *("" if one is None else size(one.extra_bytes or 0) for one in extra)])
-    rows = [[row[0], _bold(row[1]), *row[2:]] for row in rows]
-    return _markdown(["one run, medians", "fastema", "copy of the model", *(peer.name for peer in entrants[2:])], rows)
+    """Return the first table of README: four rows, few peers."""
+    small, net = cases.small_tensors().name, cases.RESNET50
+    swaps = [_cell(run, "swap", net, peer.name, "warm") for peer in IN_SHORT]
+    swaps = ["a second model" if peer in _MODULES else cell for peer, cell in zip(IN_SHORT, swaps, strict=True)]
+    rows = [
+        ["update, 1,000 small tensors", *(_cell(run, "update", small, peer.name, "warm") for peer in IN_SHORT)],
+        ["update, ResNet-50", *(_cell(run, "update", net, peer.name, "cold") for peer in IN_SHORT)],
+        ["average into the model and out again", *swaps],
+        ["memory of the average and its validation", *(_memory_in_all(run, peer.name) for peer in IN_SHORT)],
+    ]
+    rows = [[row[0], _bold(row[1]), *row[2:]] for row in rows if any(row[1:])]
+    return _markdown(["", *(peer.name for peer in IN_SHORT)], rows)
+
+
+def _memory_in_all(run: Run, impl: str) -> str:
+    """Return the average's size and what a validation of it takes beside it."""
+    found = run.find("memory: validation", cases.RESNET50, impl)
+    return "" if found is None else size(cases.resnet50().shadow_bytes + (found.extra_bytes or 0))
 
 
 def _cell(run: Run, bench: str, case: str, impl: str, cache: Cache) -> str:

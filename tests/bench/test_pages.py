@@ -306,10 +306,10 @@ def test_plots_are_small_and_the_same_for_the_same_records(tmp_path: Path) -> No
     from bench.pages.plots import draw
 
     written = draw(full_run().run, tmp_path)
-    assert [path.name for path in written] == ["update.svg", "scale.svg", "train_step.svg"]
+    assert [path.name for path in written] == ["front.svg", "update.svg", "scale.svg", "train_step.svg"]
     first = [path.read_bytes() for path in written]
     assert all(len(content) < 100_000 for content in first)
-    assert b"torch._foreach_lerp_" in first[0] and b"ns a parameter" in first[1]
+    assert b"torch._foreach_lerp_" in first[1] and b"ns a parameter" in first[2]
     assert [path.read_bytes() for path in draw(full_run().run, tmp_path)] == first
     assert draw(new_run().run, tmp_path) == []
 
