@@ -257,3 +257,29 @@ def test_the_files_measured_by_pysodmetrics_give_what_evaluate_says(
     }
     means = next(each["means"] for each in json.loads(record.read_text())["weights"] if each["name"] == "ema_net")
     assert means == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_mask_has_the_size_and_the_turn_that_viewers_show(run: Run, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "upright.png")
+    out = run(tmp_path / "turned.png", tmp_path / "upright.png")
+    assert (mask_of(out / "turned.png") == mask_of(out / "upright.png")).all()
+
+
+def test_images_of_16_bits_are_read_with_the_white_that_was_trained_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.pth"
+    save_checkpoint(path, net=random_net(0), options=OPTIONS, whites=[4095, 0])
+    pixels = np.random.default_rng(0).integers(0, 1000, (40, 56))
+    images = {"dark": pixels.astype(np.uint16), "same": np.rint(pixels * (255 / 4095)).astype(np.uint8)}
+    for name, each in images.items():
+        Image.fromarray(each).save(tmp_path / f"{name}.png")
+    Image.fromarray((pixels * 50).astype(np.uint16)).save(tmp_path / "bright.png")
+    given = ["predict", str(path), *(str(tmp_path / f"{name}.png") for name in ("dark", "same", "bright"))]
+    assert cli.main([*given, "--out", str(tmp_path / "masks"), "--device", "cpu"]) == 2
+    assert "bright.png (values up to 49950, but those of the images trained on end at 4095)" in capsys.readouterr().err
+    assert (mask_of(tmp_path / "masks" / "dark.png") == mask_of(tmp_path / "masks" / "same.png")).all()

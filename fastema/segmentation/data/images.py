@@ -9,40 +9,63 @@ import hashlib
 import io
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from fastema.core.text import first_few
+from fastema.segmentation.data.files import (
+    Range,
+    Whites,
+    deep_range,
+    is_deep,
+    open_image,
+    orientation,
+    reason,
+    to_rgb,
+    upright,
+    whites_of,
+)
 from fastema.segmentation.data.listing import Listing, Pair
 from fastema.segmentation.errors import UserError
 
 # A mask has 0 and 255, or 0 and 1. From the middle up is foreground, which allows for JPEG noise.
 _FOREGROUND_FROM = 128
+# EXIF orientations from this one on exchange width and height.
+_FIRST_QUARTER_TURN = 5
 
 
 class MaskValuesError(ValueError):
     """The mask is an image, but not of foreground and background."""
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read an image as uint8 [H, W, 3]."""
-    with Image.open(path) as image:
-        return np.array(image.convert("RGB"))
+def read_image(path: Path, whites: Whites = Whites()) -> np.ndarray:
+    """Read an image as uint8 [H, W, 3], turned as its EXIF orientation says.
+
+    Args:
+        path: any file of one image that Pillow reads.
+        whites: what is white in its set's images of more than 8 bits; unless given, in this one.
+
+    Raises:
+        ValueError: several pages, or values of unclear range.
+    """
+    with open_image(path) as image:
+        pixels = to_rgb(image, whites)
+        return upright(pixels, orientation(image))
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Read a mask as uint8 [H, W] of 0 and 1.
+    """Read a mask as uint8 [H, W] of 0 and 1, turned as its EXIF orientation says.
 
     Raises:
         MaskValuesError: the values are neither 0/255 nor 0/1, for example class numbers.
     """
-    with Image.open(path) as image:
-        values = np.array(image.convert("L"))
+    with open_image(path) as image:
+        values = upright(np.array(image.convert("L")), orientation(image))
     highest = int(values.max(initial=0))
     if highest <= 1:
         return values
@@ -55,7 +78,7 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     """Read an image, uint8 [H, W, 3], and its mask, uint8 [H, W] of 0 and 1."""
     path = pair.image
     try:
-        image = read_image(path)
+        image = read_image(path, pair.whites)
         path = pair.mask
         mask = read_mask(path)
     except Exception as error:  # Pillow raises anything on a damaged file
@@ -66,19 +89,22 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     return image, mask
 
 
-def reason(error: Exception) -> str:
-    """Return why a file could not be read, without its path."""
-    if "cannot identify image file" in str(error):
-        return "not an image"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+def verify_pairs(
+    listing: Listing, advance: Callable[[], object] = lambda: None, whites: Sequence[float] = ()
+) -> list[Pair]:
+    """Read all pairs of a listing, set its `all_black` and `repeated`, and return the pairs, ready for `read_pair`.
 
+    Args:
+        listing: changed in place.
+        advance: called after each pair.
+        whites: of the images that a network was trained on, as `Whites`; unless given, these images' own.
 
-def verify_pairs(listing: Listing, advance: Callable[[], object] = lambda: None) -> list[Pair]:
-    """Read all pairs of a listing, set its `all_black` and `repeated`, and return the pairs."""
+    Raises:
+        UserError: files that cannot be read, or not as an image and its mask.
+    """
     problems = defaultdict(list, {kind: list(texts) for kind, texts in listing.problems.items()})
     names, all_black = defaultdict(list), 0
+    ranges: dict[str, Range] = {}  # by name
     # Threads are enough: Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         try:
@@ -88,6 +114,8 @@ def verify_pairs(listing: Listing, advance: Callable[[], object] = lambda: None)
                 else:
                     names[read.digest].append(pair.image.name)
                     all_black += read.all_black
+                    if read.values is not None:
+                        ranges[pair.image.name] = read.values
                 advance()
         except BaseException:
             threads.shutdown(cancel_futures=True)  # Ctrl-C should not wait for the rest of a large set
@@ -97,9 +125,31 @@ def verify_pairs(listing: Listing, advance: Callable[[], object] = lambda: None)
         lines = [f"{total} problems in {listing.folder}; nothing was started. Mend or remove these files:"]
         lines += [f"  {len(texts)} {kind}: {first_few(texts)}" for kind, texts in problems.items()]
         raise UserError("\n".join(lines))
+    own = _whites(listing.folder, ranges, Whites(*whites))
+    listing.pairs = [replace(pair, whites=own) for pair in listing.pairs] if any(own) else listing.pairs
     listing.all_black = all_black
     listing.repeated = [" = ".join(same[:2]) + " = …" * (len(same) > 2) for same in names.values() if len(same) > 1]
     return listing.pairs
+
+
+def _whites(folder: Path, ranges: dict[str, Range], trained: Whites) -> Whites:
+    if not ranges:
+        return Whites()
+    lowest = min(ranges, key=lambda name: ranges[name].low)
+    highest = max(ranges, key=lambda name: ranges[name].high)
+    try:
+        own = whites_of(list(ranges.values()))
+    except ValueError as error:
+        raise UserError(
+            f"images of more than 8 bits in {folder} have {error} (the lowest in {lowest}, the highest in {highest}): "
+            "convert them, all alike"
+        ) from error
+    if any(white and mine > white for mine, white in zip(own, trained, strict=True)):
+        raise UserError(
+            f"{folder / highest} has values up to {ranges[highest].high:g}, but those of the images trained on end at "
+            f"{max(trained):g}: convert the images of this set alike"
+        )
+    return Whites(*(white or mine for mine, white in zip(own, trained, strict=True)))
 
 
 class _Read(NamedTuple):
@@ -107,16 +157,23 @@ class _Read(NamedTuple):
     detail: str = ""
     digest: bytes = b""  # of the image file
     all_black: bool = False
+    values: Range | None = None  # of an image of more than 8 bits
 
 
 def _verify(pair: Pair) -> _Read:
     file, problem = pair.image, "images that cannot be read"
     try:
         data = file.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            image.draft("RGB", (max(1, width // 8), max(1, height // 8)))  # JPEG decodes faster when small
+        with open_image(io.BytesIO(data)) as image:
+            stored = image.size
+            if not is_deep(image):
+                # JPEG decodes faster when small.
+                image.draft("RGB", (max(1, stored[0] // 8), max(1, stored[1] // 8)))
             image.load()
+            size = stored if image.format in ("JPEG", "MPO") else image.size  # TIFF is turned already
+            turned = orientation(image) >= _FIRST_QUARTER_TURN
+            width, height = size[::-1] if turned else size
+            values = deep_range(image)
         file, problem = pair.mask, "masks that are not an image"
         mask = read_mask(file)
     except MaskValuesError as error:
@@ -125,6 +182,6 @@ def _verify(pair: Pair) -> _Read:
         empty = file.is_file() and not file.stat().st_size
         return _Read(problem, f"{file.name} ({'0 bytes' if empty else reason(error)})")
     if mask.shape != (height, width):
-        sizes = f"image {width}x{height}, mask {mask.shape[1]}x{mask.shape[0]}"
+        sizes = f"image {width}x{height}{' as EXIF turns it' * turned}, mask {mask.shape[1]}x{mask.shape[0]}"
         return _Read("masks of another size than their image", f"{file.name} ({sizes})")
-    return _Read(digest=hashlib.sha256(data).digest(), all_black=not mask.any())
+    return _Read("", "", hashlib.sha256(data).digest(), not mask.any(), values)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastema.core.text import first_few
+from fastema.segmentation.data.files import Whites
 from fastema.segmentation.errors import UserError
 
 # (images, masks), in the order in which they are looked for.
@@ -30,6 +31,7 @@ class Pair:
 
     image: Path
     mask: Path
+    whites: Whites = Whites()  # of its set; `verify_pairs` sets it
 
     @property
     def stem(self) -> str:

@@ -1,4 +1,4 @@
-"""Write the masks of images as PNG files, at the size of the image.
+"""Write the masks of images as PNG files, at the size that viewers show the image in.
 
 8 bits, the probability in 255ths, not stretched: 128 and above is foreground, as the field's evaluation toolkits read
 it. Only masks that this command wrote are replaced.
@@ -17,7 +17,8 @@ from rich.console import Console
 
 from fastema.core.text import first_few
 from fastema.segmentation.console import progress, say
-from fastema.segmentation.data.images import read_image, reason
+from fastema.segmentation.data.files import Whites, reason
+from fastema.segmentation.data.images import read_image
 from fastema.segmentation.data.listing import image_files
 from fastema.segmentation.data.loaders import network_input
 from fastema.segmentation.devices import select_device
@@ -48,6 +49,7 @@ def write_masks(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, not a folder")
     out.mkdir(parents=True, exist_ok=True)
+    whites = Whites(*checkpoint.content.get("whites", ()))
     weights = weights or checkpoint.weights[-1]
     device = select_device(device_name)
     net = load_net(checkpoint, device, weights)
@@ -64,7 +66,7 @@ def write_masks(
     problems = []
     with progress(console, "Masks", len(targets)) as advance:
         for image, target in targets.items():
-            problem = _why_not_replaced(target, inputs) or _write_mask(mask_of, image, target)
+            problem = _why_not_replaced(target, inputs) or _write_mask(mask_of, whites, image, target)
             if problem:
                 problems.append(f"{image} ({problem})")
             elif target.stem != image.stem:
@@ -115,10 +117,10 @@ def _why_not_replaced(target: Path, inputs: set[Path]) -> str | None:
     return f"{target} is there already, and no mask of fastema predict"
 
 
-def _write_mask(mask_of: Callable[[np.ndarray], np.ndarray], image: Path, target: Path) -> str | None:
+def _write_mask(mask_of: Callable[[np.ndarray], np.ndarray], whites: Whites, image: Path, target: Path) -> str | None:
     """Return why there is no mask, or None."""
     try:
-        pixels = read_image(image)
+        pixels = read_image(image, whites)
     except Exception as error:  # Pillow raises anything on a damaged file
         return reason(error)
     try:

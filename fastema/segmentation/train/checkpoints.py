@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -127,10 +127,11 @@ def write_epoch(
     history: Sequence[EpochRecord],
     bests_after: int,
     parallel: ParallelModel,
+    data: Mapping[str, Any],
 ) -> None:
     """Write `last.pth`, and link the other names that this epoch earned. All processes must call this.
 
-    Epochs up to `bests_after` do not count for `best_*.pth`; their files are in another folder.
+    `data` says how the images were read. Epochs up to `bests_after` do not count for `best_*.pth`; their files are in another folder.
     """
     record, last = history[-1], options.checkpoint_dir / LAST
     candidates = [each for each in history if each.epoch > bests_after]
@@ -147,6 +148,7 @@ def write_epoch(
         "rng": rng_states(),
         "bests": {"iou": best.iou, "ema_iou": best_average},
         "ema_start_epoch": averages.start_epoch,
+        **data,
     }
     if not parallel.processes.is_first:
         return

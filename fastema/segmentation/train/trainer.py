@@ -113,6 +113,7 @@ class Trainer:
         self._training_set = TrainingSet(training, options.img_size)
         self._stage_loader: tuple[Stage, DataLoader] | None = None
         self._validation_pairs = validation
+        self._data = {"whites": list(training[0].whites)}  # which evaluate and predict read images with
         validation_set = ValidationSet(validation[rank::world_size], options.img_size)
         batch_size = options.batch_size // world_size
         self._validation_loader = validation_loader(validation_set, batch_size, options.num_workers)
@@ -337,7 +338,14 @@ class Trainer:
     def _save(self) -> None:
         try:
             write_epoch(
-                self.options, self.net, self.averages, self.optimizer, self.history, self._bests_after, self._parallel
+                self.options,
+                self.net,
+                self.averages,
+                self.optimizer,
+                self.history,
+                self._bests_after,
+                self._parallel,
+                self._data,
             )
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {self._last_good()}") from error
