@@ -37,6 +37,10 @@ class Whites(NamedTuple):
     real: float = 0.0
 
 
+#: Of a set that is not known: each image has its own.
+OWN_WHITES = Whites()
+
+
 class Range(NamedTuple):
     """The values of an image of more than 8 bits."""
 
@@ -116,7 +120,7 @@ def whites_of(ranges: list[Range]) -> Whites:
     return Whites(*(white_of(_joint(each)) if each else 0 for each in (integer, real)))  # type: ignore[arg-type]
 
 
-def to_rgb(image: Image.Image, whites: Whites = Whites()) -> np.ndarray:
+def to_rgb(image: Image.Image, whites: Whites = OWN_WHITES) -> np.ndarray:
     """Return an image's pixels as uint8 [H, W, 3], as they are stored.
 
     Args:

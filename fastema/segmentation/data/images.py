@@ -19,6 +19,7 @@ import numpy as np
 
 from fastema.core.text import first_few
 from fastema.segmentation.data.files import (
+    OWN_WHITES,
     Range,
     Whites,
     deep_range,
@@ -43,7 +44,7 @@ class MaskValuesError(ValueError):
     """The mask is an image, but not of foreground and background."""
 
 
-def read_image(path: Path, whites: Whites = Whites()) -> np.ndarray:
+def read_image(path: Path, whites: Whites = OWN_WHITES) -> np.ndarray:
     """Read an image as uint8 [H, W, 3], turned as its EXIF orientation says.
 
     Args:
@@ -134,7 +135,7 @@ def verify_pairs(
 
 def _whites(folder: Path, ranges: dict[str, Range], trained: Whites) -> Whites:
     if not ranges:
-        return Whites()
+        return OWN_WHITES
     lowest = min(ranges, key=lambda name: ranges[name].low)
     highest = max(ranges, key=lambda name: ranges[name].high)
     try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastema.core.text import first_few
-from fastema.segmentation.data.files import Whites
+from fastema.segmentation.data.files import OWN_WHITES, Whites
 from fastema.segmentation.errors import UserError
 
 # (images, masks), in the order in which they are looked for.
@@ -31,7 +31,7 @@ class Pair:
 
     image: Path
     mask: Path
-    whites: Whites = Whites()  # of its set; `verify_pairs` sets it
+    whites: Whites = OWN_WHITES  # of its set; `verify_pairs` sets it
 
     @property
     def stem(self) -> str:

@@ -131,7 +131,8 @@ def write_epoch(
 ) -> None:
     """Write `last.pth`, and link the other names that this epoch earned. All processes must call this.
 
-    `data` says how the images were read. Epochs up to `bests_after` do not count for `best_*.pth`; their files are in another folder.
+    Epochs up to `bests_after` do not count for `best_*.pth`; their files are in another folder. `data` says how the
+    images were read.
     """
     record, last = history[-1], options.checkpoint_dir / LAST
     candidates = [each for each in history if each.epoch > bests_after]
