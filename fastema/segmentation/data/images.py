@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -91,14 +91,14 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
 
 
 def verify_pairs(
-    listing: Listing, advance: Callable[[], object] = lambda: None, whites: Sequence[float] = ()
+    listing: Listing, advance: Callable[[], object] = lambda: None, whites: Whites = OWN_WHITES
 ) -> list[Pair]:
     """Read all pairs of a listing, set its `all_black` and `repeated`, and return the pairs, ready for `read_pair`.
 
     Args:
         listing: changed in place.
         advance: called after each pair.
-        whites: of the images that a network was trained on, as `Whites`; unless given, these images' own.
+        whites: of the images that a network was trained on; unless given, these images' own.
 
     Raises:
         UserError: files that cannot be read, or not as an image and its mask.
@@ -126,7 +126,7 @@ def verify_pairs(
         lines = [f"{total} problems in {listing.folder}; nothing was started. Mend or remove these files:"]
         lines += [f"  {len(texts)} {kind}: {first_few(texts)}" for kind, texts in problems.items()]
         raise UserError("\n".join(lines))
-    own = _whites(listing.folder, ranges, Whites(*whites))
+    own = _whites(listing.folder, ranges, whites)
     listing.pairs = [replace(pair, whites=own) for pair in listing.pairs] if any(own) else listing.pairs
     listing.all_black = all_black
     listing.repeated = [" = ".join(same[:2]) + " = …" * (len(same) > 2) for same in names.values() if len(same) > 1]
@@ -150,7 +150,7 @@ def _whites(folder: Path, ranges: dict[str, Range], trained: Whites) -> Whites:
             f"{folder / highest} has values up to {ranges[highest].high:g}, but those of the images trained on end at "
             f"{max(trained):g}: convert the images of this set alike"
         )
-    return Whites(*(white or mine for mine, white in zip(own, trained, strict=True)))
+    return Whites(trained.integer or own.integer, trained.real or own.real)
 
 
 class _Read(NamedTuple):

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 import fastema
 from fastema.segmentation.console import progress, say
 from fastema.segmentation.data import synthetic
+from fastema.segmentation.data.files import Whites
 from fastema.segmentation.data.images import verify_pairs
 from fastema.segmentation.data.listing import Listing, hold_out, list_pairs
 from fastema.segmentation.data.loaders import ValidationSet, validation_loader
@@ -54,7 +55,7 @@ def _list_images(options: EvaluateOptions, checkpoint: Checkpoint, console: Cons
     listing = list_pairs(root, "Train" if held_out else options.split, options.cam_only)
     if held_out:
         listing.pairs = hold_out(listing.pairs, _trained_with(checkpoint, "val_fraction"))[1]
-    verify_pairs(listing, whites=checkpoint.content.get("whites", ()))
+    verify_pairs(listing, whites=Whites(*checkpoint.content.get("whites", ())))
     notes = [f"{len(listing.pairs)} images", *listing.notes()]
     say(console, f"Data:  {listing.folder}{', held out' if held_out else ''}; {', '.join(notes)}")
     if options.split == "Test" and listing.folder.resolve() == root.resolve() and root.name.lower() != "test":

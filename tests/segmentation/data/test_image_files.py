@@ -131,9 +131,9 @@ def test_a_set_has_one_white_so_that_bright_frames_stay_brighter_than_dark_ones(
 
 def test_images_brighter_than_those_trained_on_are_refused(tmp_path: Path) -> None:
     microscopy(tmp_path)
-    assert verify_pairs(list_pairs(tmp_path), whites=[16383, 0])[0].whites.integer == 16383
+    assert verify_pairs(list_pairs(tmp_path), whites=Whites(16383))[0].whites.integer == 16383
     with pytest.raises(UserError, match=r"f3\.tif has values up to .* trained on end at 1023"):
-        verify_pairs(list_pairs(tmp_path), whites=[1023, 0])
+        verify_pairs(list_pairs(tmp_path), whites=Whites(1023))
     with pytest.raises(ValueError, match="those of the images trained on end at 1023"):
         read_image(tmp_path / "Image" / "f3.tif", Whites(1023))
 
