@@ -28,6 +28,7 @@ from fastema.core.model.policy import Buffers, Managed, Policy, Source, checked_
 from fastema.core.shadow import state
 from fastema.core.shadow.shadow import Shadow
 from fastema.core.swap import swap
+from fastema.core.swap.caches import clear_caches
 from fastema.core.threads import OneThread, one_thread
 
 # Attributes that a pickle or a copy rebuilds.
@@ -354,7 +355,7 @@ class FastEMA:
         self._refuse_while_applied("copy_to()")
         self._ensure_current()
         state.copy_averages(self._shadow, self._checked_which(which), self._source if model is None else model)
-        torch.clear_autocast_cache()  # it holds casts of the old weights
+        clear_caches()  # they hold what was computed from the old weights
 
     # ---- numbers ----
 

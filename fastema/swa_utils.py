@@ -50,6 +50,7 @@ from fastema.core.averaged_model.paired_modules import PairedModules, tensors_by
 from fastema.core.averaged_model.pairs import UseTorchFallback
 from fastema.core.averaged_model.update import Update
 from fastema.core.model.compiled import refuse_freezing
+from fastema.core.model.tensors import refuse_elsewhere
 from fastema.core.swap.swap import Swap
 
 __all__ = [
@@ -123,6 +124,7 @@ class AveragedModel(_TorchAveragedModel):
 
     Raises:
         AssertionError: both functions are given.
+        ValueError: the elements of a tensor are elsewhere (ZeRO-3, FSDP1, the meta device).
         RuntimeError: the model cannot be deep-copied.
 
     Examples:
@@ -146,6 +148,8 @@ class AveragedModel(_TorchAveragedModel):
         multi_avg_fn: Callable[..., None] | None = None,
         use_buffers: bool = False,
     ) -> None:
+        if isinstance(model, nn.Module):
+            refuse_elsewhere("AveragedModel", tensors_by_name(model).items())
         try:
             # Under inference_mode these would be inference tensors, which cannot be updated.
             with torch.inference_mode(False):

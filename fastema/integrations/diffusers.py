@@ -14,7 +14,7 @@ Differences from diffusers:
   `foreach=True` and 1 - decay below 0.5; without `foreach` it rounds the product too.
 - `step()` refuses another number of parameters, where the original averages as many as the shorter list has.
 - An unknown argument is a TypeError, where the original ignores it.
-- DeepSpeed's ZeRO-3 parameters are refused: they are empty outside a gathering.
+- Parameters whose elements are not in them are refused: DeepSpeed's ZeRO-3, FSDP1, the meta device.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fastema.core.checks import difference, refuse_differences
 from fastema.core.model.policy import AVERAGED_DTYPES, Rule
+from fastema.core.model.tensors import refuse_elsewhere
 from fastema.core.shadow.storages import shadow_dtype
 from fastema.integrations.external_average import ExternalAverage, shadow_like
 
@@ -95,7 +96,9 @@ class EMAModel:
                 _warn_deprecated(f"EMAModel's argument {name!r}", repr(instead))
         if isinstance(parameters, nn.Module):
             use_ema_warmup = True  # as the original does
-        self.shadow_params: list[Tensor] = [_widened_copy(parameter) for parameter in _listed(parameters)]
+        lives = _listed(parameters)
+        refuse_elsewhere("EMAModel", _numbered(lives))
+        self.shadow_params: list[Tensor] = [_widened_copy(live) for live in lives]
         self.temp_stored_params: list[Tensor] | None = None
         self.decay = decay if kwargs.get("max_value") is None else kwargs["max_value"]
         self.min_decay = min_decay if kwargs.get("min_value") is None else kwargs["min_value"]
@@ -152,6 +155,7 @@ class EMAModel:
         """Copy the averages into `parameters`; None: those of the last step."""
         self._refuse_while_swapped("copy_to()")
         lives = self._listed_or_last(parameters)
+        refuse_elsewhere("copy_to()", _numbered(lives))
         averages = [average.to(live.device) for average, live in zip(self.shadow_params, lives, strict=False)]
         # As the original, past autograd: a graph recorded before stays valid once the weights are restored.
         torch._foreach_copy_([live.data for live in lives[: len(averages)]], averages)
@@ -159,6 +163,7 @@ class EMAModel:
     def store(self, parameters: Parameters | None = None) -> None:
         """Keep a copy of `parameters`, in the CPU's memory, for `restore()`."""
         lives = self._listed_or_last(parameters)
+        refuse_elsewhere("store()", _numbered(lives))
         self.temp_stored_params = [live.detach().to("cpu", copy=True) for live in lives]
 
     @torch.no_grad()
@@ -298,6 +303,7 @@ class EMAModel:
         if len(lives) != len(self.shadow_params):
             raise ValueError(f"got {len(lives)} parameters, the average has {len(self.shadow_params)}")
         names = [str(index) for index in range(len(lives))]
+        refuse_elsewhere("EMAModel", _numbered(lives))
         refuse_differences(
             "the parameters are not those of the averages",
             [
@@ -305,10 +311,6 @@ class EMAModel:
                 for name, average, live in zip(names, self.shadow_params, lives, strict=True)
             ],
         )
-        if any(hasattr(live, "ds_id") for live in lives):
-            raise ValueError(
-                "these are DeepSpeed ZeRO-3 parameters, empty outside a gathering: use diffusers' EMAModel"
-            )
         is_averaged = {
             name: live.dtype in AVERAGED_DTYPES and (needs_gradient or not any(trained))
             for name, live, needs_gradient in zip(names, lives, trained, strict=True)
@@ -368,6 +370,10 @@ def _listed(parameters: Parameters | nn.Module) -> list[Tensor]:
         _warn_deprecated("passing a module", "its parameters")
         return list(parameters.parameters())
     return list(parameters)
+
+
+def _numbered(parameters: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((f"parameter {index}", parameter) for index, parameter in enumerate(parameters))
 
 
 def _warn_deprecated(what: str, instead: str) -> None:

@@ -18,7 +18,7 @@ from fastema.backends import contract
 from fastema.core.averaged_model.pairs import UseTorchFallback, pairs_of
 from fastema.core.averaged_model.swap import swap_of
 from fastema.core.averaged_model.update import Update
-from fastema.core.model.policy import why_no_storage
+from fastema.core.model.tensors import refuse_elsewhere, why_no_storage
 from fastema.core.swap.swap import Swap, entered, refuse_foreign
 
 _TRAVERSALS = ("parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "_named_members")
@@ -41,6 +41,7 @@ class PairedModules:
 
     Raises:
         UseTorchFallback: the modules cannot be watched, or not be paired.
+        ValueError: the elements of a live tensor are not in it.
     """
 
     def __init__(self, averaged: nn.Module, model: nn.Module, use_buffers: bool, forget: Callable[[Any], None]) -> None:
@@ -51,6 +52,7 @@ class PairedModules:
         dicts = [slots for module in modules for slots in (module._parameters, module._buffers, module._modules)]
         if not all(isinstance(slots, dict) for slots in dicts):
             raise UseTorchFallback  # TorchScript stores them elsewhere
+        refuse_elsewhere("AveragedModel", tensors_by_name(model).items())
         self.pairs, self._counts = pairs_of(averaged, model, use_buffers)
         self.is_regular = all(pair.is_regular for pair in self.pairs)
         self._use_buffers = use_buffers
@@ -104,7 +106,9 @@ class PairedModules:
                     f"swapped() needs the model that is averaged: it has {self._counts[1]} tensors, the average has "
                     f"{self._counts[0]}"
                 )
-            self._swap = swap_of(self.pairs, self._names, self._host)
+            model = self._model()
+            assert model is not None
+            self._swap = swap_of(self.pairs, self._names, self._host, model.modules())
         return self._swap
 
     def is_unchanged(self) -> bool:

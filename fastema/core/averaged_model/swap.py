@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastema.core.averaged_model.pairs import Pair, span, strides
 from fastema.core.memory import Run, allocate, element_runs, flat, gaps, merged, view_in
-from fastema.core.model.policy import why_no_storage
+from fastema.core.model.tensors import why_no_storage
 from fastema.core.swap.buffers import SwapBuffer
 from fastema.core.swap.swap import Swap, exchange_of
 
@@ -20,7 +21,7 @@ _DROPPED = (
 )
 
 
-def swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any) -> Swap:
+def swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any, modules: Iterable[nn.Module]) -> Swap:
     """Return the swap of averaged and live tensors.
 
     Where two storages differ (dtype, device, or live weights that are slices of one buffer), the average is copied into
@@ -30,6 +31,7 @@ def swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any) -> Swap:
         pairs: of all tensors.
         names: of the live tensors, by id.
         host: the backend whose `StorageExchange` to use.
+        modules: of the live model.
 
     Raises:
         ValueError: a tensor has no storage of its own, or shapes differ.
@@ -51,7 +53,7 @@ def swap_of(pairs: list[Pair], names: dict[int, list[str]], host: Any) -> Swap:
         versioned = [tensor for pair in pairs for tensor in (pair.averaged, pair.live)]
         exchange = exchange_of(buffers, versioned, host)
         tensors = [(names.get(id(pair.live), []), pair.live, pair.copy) for group in groups.values() for pair in group]
-        swap = Swap(_OWNER, _DROPPED, tensors, exchange, buffers)
+        swap = Swap(_OWNER, _DROPPED, tensors, exchange, buffers, modules)
         for buffer in buffers:
             buffer.free()
     return swap

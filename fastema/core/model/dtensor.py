@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastema.core.model.tensors import FSDP1, is_wrapper
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -38,7 +39,7 @@ def has_storage(tensor: Any) -> bool:
         isinstance(local, Tensor)
         and not nn.parameter.is_lazy(local)
         and local.layout == torch.strided
-        and not is_traceable_wrapper_subclass(local)
+        and not is_wrapper(local)
     )
 
 
@@ -102,10 +103,7 @@ class GatheredParameters:
             return
         for module in modules:
             if isinstance(module, package.FullyShardedDataParallel):
-                raise ValueError(
-                    "FullyShardedDataParallel keeps parameters in flat copies that FastEMA cannot follow: shard with "
-                    "torch.distributed.fsdp.fully_shard(model) instead"
-                )
+                raise ValueError(FSDP1)
             if isinstance(module, package.FSDPModule):
                 fsdp_state = module._get_fsdp_state()
                 single = getattr(fsdp_state, "_fsdp_param_group", None)  # older torch has at most one

@@ -14,10 +14,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastema.backends.atomic import run_atomically
 from fastema.core.model import dtensor
+from fastema.core.model.tensors import why_no_storage
 
 Rule = Literal["average", "copy", "skip"]
 Buffers = Literal["auto", "average", "copy", "skip"]
@@ -167,23 +167,6 @@ def _rule_for(slot: _Slot, buffers: Buffers, policy: Policy | None) -> Rule:
     if chosen == "average" and slot.tensor.dtype not in AVERAGED_DTYPES:
         raise ValueError(f"policy wants to average {slot.name!r}, but {slot.tensor.dtype} cannot be averaged: copy it")
     return chosen
-
-
-def why_no_storage(tensor: Tensor) -> str | None:
-    """Return why `tensor` has no ordinary memory of its own; None: it has."""
-    if nn.parameter.is_lazy(tensor):
-        return "is not initialised yet: run the lazy module once first"
-    if tensor.layout != torch.strided:
-        return f"has layout {tensor.layout}: only strided tensors have storage that can be mirrored"
-    if tensor.is_quantized:
-        return "is quantised: average the float model and quantise the result"
-    if tensor.device.type == "meta":
-        return "is on the meta device: materialise the model (to_empty() and initialise) first, it has no memory yet"
-    if is_traceable_wrapper_subclass(tensor):
-        return f"is a {type(tensor).__name__}, a wrapper without storage of its own"
-    if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
-        return "has no memory: its storage was freed"
-    return None
 
 
 def _refuse_unmanageable(slot: _Slot) -> None:

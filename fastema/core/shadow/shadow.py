@@ -60,7 +60,7 @@ class Shadow:
         self._backend = backend
         self._source = source
         self._may_split = may_split
-        modules = list(source.modules()) if isinstance(source, nn.Module) else []
+        self._modules = modules = list(source.modules()) if isinstance(source, nn.Module) else []
         self._dicts = [slots for module in modules for slots in (module._parameters, module._buffers, module._modules)]
         self._gathered = dtensor.GatheredParameters(modules)
         self._parts: list[tuple[Any, Tensor]] = [
@@ -307,7 +307,9 @@ class Shadow:
         key = which, in_place, len(versioned)  # FSDP makes its gathered parameters in their first forward
         if key not in self._swaps:
             contents_of = self.plans if in_place else None
-            self._swaps[key] = swap_of(self._storages, which, self._mirrored, versioned, self._host, contents_of)
+            self._swaps[key] = swap_of(
+                self._storages, which, self._mirrored, versioned, self._host, contents_of, self._modules
+            )
         chosen = self._swaps[key]
         self._swap, self._which = chosen, which
         self._loose_live = [average.entry.current() for average in self._loose[which]]

@@ -17,9 +17,11 @@ from fastema.backends.atomic import Step, run_atomically
 from fastema.backends.torch import place_of
 from fastema.core.checks import difference, refuse_differences
 from fastema.core.model import dtensor
-from fastema.core.model.policy import Managed, Source, named_tensors
+from fastema.core.model.policy import Managed, Source, clean_name, named_tensors
+from fastema.core.model.tensors import why_no_storage, why_not_writable
 from fastema.core.shadow.averages import Average
 from fastema.core.shadow.shadow import Shadow
+from fastema.core.swap.swap import SwapError
 from fastema.core.text import first_few
 
 Place: TypeAlias = tuple[Any, ...]
@@ -69,8 +71,7 @@ def model_state(
         is_in_model: whether these averages are in the model now.
         swapped: open a block in which they are.
     """
-    values = {_place_of_entry(entry): average for entry, average in averages}
-    return _state_of_side(source, shadow, values, is_in_model, swapped, "averaged")
+    return _state_of_side(source, shadow, averages, is_in_model, swapped, "averaged")
 
 
 def live_state(model: Source, shadow: Shadow, restored: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
@@ -80,11 +81,8 @@ def live_state(model: Source, shadow: Shadow, restored: Callable[[], AbstractCon
         restored: open a block in which they are not.
     """
     live = shadow.live_values()
-    values = {
-        _place_of_entry(entry): dtensor.as_dtensor_like(entry.whole, live[entry.name].detach())
-        for entry in shadow.managed
-    }
-    return _state_of_side(model, shadow, values, False, restored, "trained")
+    tensors = [(entry, dtensor.as_dtensor_like(entry.whole, live[entry.name].detach())) for entry in shadow.managed]
+    return _state_of_side(model, shadow, tensors, False, restored, "trained")
 
 
 def own_state(source: Source) -> dict[str, Any]:
@@ -95,7 +93,7 @@ def own_state(source: Source) -> dict[str, Any]:
 def _state_of_side(
     source: Source,
     shadow: Shadow,
-    values: dict[Place, Tensor],
+    tensors: list[tuple[Managed, Tensor]],
     is_in_model: bool,
     put_in_model: Callable[[], AbstractContextManager[Any]],
     side: str,
@@ -103,17 +101,24 @@ def _state_of_side(
     """Return `source.state_dict()` with the tensors of one side: the averages, or the trained weights.
 
     Args:
-        values: the tensors of that side, by the place of their live tensor in memory.
+        tensors: those of that side, of all managed ones.
         is_in_model: True if that side is in the model now.
         put_in_model: open a block in which it is; used for values that `state_dict()` computes.
     """
     state = own_state(source)
+    values = {_place_of_entry(entry): tensor for entry, tensor in tensors}
+    named = by_name(tensors)
     managed = {place[0] for place in values} | shadow.live_storage_ids
     unmanaged = {_place(tensor)[0] for _, tensor in named_tensors(source) if dtensor.has_storage(tensor)} - managed
     result = dict(state)
     made_anew: list[str] = []
     for key, value in state.items():
-        if not (isinstance(value, Tensor) and dtensor.has_storage(value)):
+        if not isinstance(value, Tensor):
+            continue
+        if not dtensor.has_storage(value):
+            # A wrapper has no place. Put into the model inside a swap, it has the other side's value, if any.
+            name = clean_name(key)
+            result[key] = named.get(name, named.get(name.removeprefix("module."), value))
             continue
         place = _place(value)
         if place in values:
@@ -125,6 +130,8 @@ def _state_of_side(
             with nullcontext() if is_in_model else put_in_model():
                 state = state if is_in_model else own_state(source)
                 result.update({key: state[key].detach().clone() for key in made_anew})
+        except SwapError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 f"the model's state_dict() makes {first_few([repr(key) for key in made_anew], 5)} anew, so that the "
@@ -194,7 +201,8 @@ def copy_averages(shadow: Shadow, which: int, target: Source) -> None:
             difference(name, average, targets[name], dtypes=False) if name in targets else f"{name!r} is missing"
             for name, average in averages.items()
         ]
-        + [dtensor.difference(name, targets[name], averages[name]) for name in averages if name in targets],
+        + [dtensor.difference(name, targets[name], averages[name]) for name in averages if name in targets]
+        + [_unwritable(name, averages[name], targets[name]) for name in averages if name in targets],
     )
     if isinstance(target, nn.Module):
         dtensor.GatheredParameters(target.modules()).drop()
@@ -275,10 +283,15 @@ def carry_over(old: Shadow, new: Shadow) -> None:
 
 def _unreadable(name: str, value: Any) -> str | None:
     """Return why nothing can be copied from a tensor; None where it can."""
-    if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_quantized or value.is_meta):
-        kind = "on the meta device" if value.is_meta else f"quantised or of layout {value.layout}"
-        return f"{name!r} is {kind}, an ordinary tensor is expected"
-    return None
+    reason = why_no_storage(dtensor.local_part(value)) if isinstance(value, Tensor) else None
+    return None if reason is None else f"{name!r} {reason}; an ordinary tensor is expected"
+
+
+def _unwritable(name: str, value: Tensor, target: Tensor) -> str | None:
+    """Return why nothing can be copied into a tensor of a model; None where it can."""
+    local = dtensor.local_part(target)
+    reason = why_not_writable(local, value.dtype, type(local))
+    return None if reason is None else f"{name!r} {reason}"
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastema.backends import contract
 from fastema.backends.torch import ContentsExchange
@@ -29,6 +29,7 @@ def swap_of(
     versioned: Sequence[Tensor],
     host: Any,
     contents_of: Plans | None,
+    modules: Sequence[nn.Module] = (),
 ) -> Swap:
     """Return the swap of live weights and average `which`.
 
@@ -37,6 +38,7 @@ def swap_of(
         versioned: tensors that recorded graphs may refer to.
         host: the backend whose `StorageExchange` to use.
         contents_of: the plans that exchange contents; None: pointers are exchanged.
+        modules: of the model.
 
     Raises:
         ValueError: contents could not be put back exactly.
@@ -56,4 +58,4 @@ def swap_of(
             pairs = [(buffer.live, buffer.storage) for buffer in buffers]
             exchange = ContentsExchange(contents_of.by_device, which, versioned, pairs)
         tensors = [(entry.names, entry.tensor, entry.rule == "copy") for entry in entries]
-        return Swap(_OWNER, _DROPPED, tensors, exchange, buffers)
+        return Swap(_OWNER, _DROPPED, tensors, exchange, buffers, modules)

@@ -13,16 +13,19 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastema.backends.contract import StorageExchange
 from fastema.backends.torch import ContentsExchange, place_of
-from fastema.core.memory import whole
+from fastema.core.memory import element_runs, view_in, whole
 from fastema.core.model import dtensor
+from fastema.core.model.tensors import has_own_operations, why_not_writable
 from fastema.core.swap.buffers import SwapBuffer
+from fastema.core.swap.caches import Merges, clear_caches
 from fastema.core.text import first_few
 
 #: The swaps that are entered now, by id; empty: no model has averages in it.
@@ -63,20 +66,21 @@ class SwapEntry:
     place: tuple[Any, ...]  # of its local memory: see `place_of`
     is_copied: bool  # its rule is "copy": its average may be lost
     live_view: Tensor  # the live value while the average is in the model
+    kind: type[Tensor]  # the class of the tensor
 
     def is_in_place(self, now: Tensor) -> bool:
         """Return True if `now` is at the same place of the same storage."""
-        return now.layout == torch.strided and place_of(now) == self.place
+        return dtensor.has_storage(now) and place_of(now) == self.place
 
     def why_not_copied_to(self, now: Tensor | None, taken: frozenset[int]) -> str | None:
-        """Return why the live value cannot be copied into `now`; None: it can. `taken`: storages of the exchange."""
+        """Return why the live value cannot be copied into `now`; None: it can. `taken`: storages not to write to."""
         if now is None:
             return "is gone"
+        reason = why_not_writable(now, self.live_view.dtype, self.kind)
+        if reason is not None:
+            return f"{reason} now"
         if now.shape != self.live_view.shape:
             return f"has shape {tuple(now.shape)} now, was {tuple(self.live_view.shape)}"
-        if now.layout != torch.strided or now.is_quantized or now.is_meta:
-            kind = "on the meta device" if now.is_meta else f"quantised or of layout {now.layout}"
-            return f"is {kind} now"
         if now.untyped_storage()._cdata in taken:
             return "is in the memory of other weights or averages now"
         return None
@@ -107,6 +111,7 @@ class Swap:
         tensors: of each live tensor of the swap all its names, itself, and whether its rule is "copy".
         exchange: a backend's `StorageExchange`, or a `ContentsExchange`.
         buffers: one for each live storage; those that `exchange` swaps by pointer come first, in its order.
+        modules: of the model, whose adapters must not be merged on one side of the swap only.
     """
 
     def __init__(
@@ -116,13 +121,21 @@ class Swap:
         tensors: Iterable[tuple[list[str], Tensor, bool]],
         exchange: StorageExchange | ContentsExchange,
         buffers: Sequence[SwapBuffer],
+        modules: Iterable[nn.Module] = (),
     ) -> None:
+        self._merges = Merges(modules)
         self.owner = owner
         self.storage_ids = frozenset(s._cdata for buffer in buffers for s in (buffer.live, buffer.storage))
         self._dropped = dropped
         buffer_of = {buffer.live._cdata: buffer for buffer in buffers}
         self._entries = [
-            SwapEntry(names, place_of(tensor), is_copied, buffer_of[tensor.untyped_storage()._cdata].view_of(tensor))
+            SwapEntry(
+                names,
+                place_of(tensor),
+                is_copied,
+                buffer_of[tensor.untyped_storage()._cdata].view_of(tensor),
+                type(tensor),
+            )
             for names, tensor, is_copied in tensors
         ]
         self._exchange = exchange
@@ -147,9 +160,11 @@ class Swap:
         """Swap the averages in.
 
         Raises:
-            RuntimeError: sizes or devices of two storages differ, or memory is short. Nothing is changed.
+            RuntimeError: sizes or devices of two storages differ, memory is short, or an adapter is merged into the
+                weights. Nothing is changed.
         """
-        torch.clear_autocast_cache()  # it holds casts of the live weights
+        self._merges.enter()
+        clear_caches()  # they hold what was computed from the live weights
         if self._swaps_only_pointers:
             self._enter()
         else:
@@ -179,9 +194,13 @@ class Swap:
             True if the model was as `enter()` left it. If not, plans and watches must be rebuilt.
 
         Raises:
-            SwapError: a tensor cannot take its live value. Nothing is changed.
+            SwapError: a tensor cannot take its live value, or an adapter is merged into the averages. Nothing is
+                changed.
         """
-        torch.clear_autocast_cache()
+        merged = self._merges.changed()
+        if merged is not None:
+            raise self._error([merged])
+        clear_caches()
         if self._swaps_only_pointers:
             if is_unchanged() and self._exchange.leave_untouched():
                 entered.pop(id(self), None)
@@ -209,8 +228,9 @@ class Swap:
     def _leave_changed(self, now: dict[str, Tensor]) -> None:
         """Copy the live values of tensors that the exchange no longer reaches, then exchange the others."""
         damage = {buffer.live._cdata: self._damage(index) for index, buffer in enumerate(self._buffers)}
+        taken = self.storage_ids | self._unmanaged(now)
         with_parts = {self._buffers[index].live._cdata for index in self._with_parts}
-        copies: list[tuple[Tensor, Tensor]] = []
+        copies: list[tuple[Tensor, SwapEntry]] = []
         errors: list[str] = []
         changes: list[str] = []
         for entry in self._entries:
@@ -222,10 +242,10 @@ class Swap:
                     if reason is None:
                         continue  # the exchange reaches it
                 else:
-                    reason = entry.why_not_copied_to(tensor, self.storage_ids)
+                    reason = entry.why_not_copied_to(tensor, taken)
                 if reason is None:
                     assert tensor is not None
-                    copies.append((tensor, entry.live_view))
+                    copies.append((tensor, entry))
                     if not entry.is_copied:
                         changes.append(f"{name!r} was replaced or moved")
                 elif entry.is_copied and not (storage in with_parts and damage[storage]):
@@ -235,17 +255,15 @@ class Swap:
             if not entry.is_copied and damage[storage] is not None and not errors:
                 # The average, or the live value, is lost with the storage.
                 errors.append(f"{entry.names[0]!r} {damage[storage]}")
+        errors += _shared(copies)
         if errors:
-            raise SwapError(
-                "the model was changed while the averaged weights were in it, and cannot take all of its trained "
-                f"values back: {first_few(errors, 5, '; ')}. Nothing was changed. The trained values are in this "
-                "error's `.live`, by name; or undo the change and call restore() again",
-                {name: value.clone() for name, value in self.live_values().items()},
-            )
-        for tensor, value in copies:
-            # Inference tensors can be written to in inference mode only.
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                tensor.copy_(value)
+            raise self._error(errors)
+        try:  # to the dtype and device of now: memory may be short
+            values = [entry.live_view.to(tensor.device, tensor.dtype) for tensor, entry in copies]
+        except RuntimeError as error:
+            raise self._error([str(error)]) from error
+        for (tensor, _), value in zip(copies, values, strict=True):
+            _write(tensor, value)
         self._leave([index for index, buffer in enumerate(self._buffers) if damage[buffer.live._cdata] is not None])
         if changes:
             warnings.warn(
@@ -253,6 +271,20 @@ class Swap:
                 "others have their trained values again, by copy where they were replaced or moved",
                 stacklevel=6,
             )
+
+    def _unmanaged(self, now: dict[str, Tensor]) -> frozenset[int]:
+        """Return the storages (`_cdata`) of the model's tensors that are not of the swap."""
+        managed = {name for entry in self._entries for name in entry.names}
+        others = (dtensor.local_part(tensor) for name, tensor in now.items() if name not in managed)
+        return frozenset(other.untyped_storage()._cdata for other in others if dtensor.has_storage(other))
+
+    def _error(self, errors: list[str]) -> SwapError:
+        return SwapError(
+            "the model was changed while the averaged weights were in it, and cannot take all of its trained "
+            f"values back: {first_few(errors, 5, '; ')}. Nothing was changed. The trained values are in this "
+            "error's `.live`, by name; or undo the change and call restore() again",
+            {name: value.clone() for name, value in self.live_values().items()},
+        )
 
     def _damage(self, index: int) -> str | None:
         """Return why a live storage cannot be swapped back; None: it can."""
@@ -273,3 +305,39 @@ class Swap:
             return
         entered.pop(id(self), None)
         warnings.warn(self._dropped, RuntimeWarning, stacklevel=2)
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    """Copy into the memory of a tensor, also past a class that has operations of its own."""
+    # Inference tensors can be written to in inference mode only.
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        if not has_own_operations(type(tensor)):
+            tensor.copy_(value)
+            return
+        view_in(tensor.untyped_storage(), tensor, tensor.dtype, tensor.storage_offset()).copy_(value)
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
+def _shared(copies: Iterable[tuple[Tensor, SwapEntry]]) -> list[str]:
+    """Return what to say of tensors that share memory now and did not: they cannot all take their live values."""
+    runs = [(tensor.untyped_storage()._cdata, *run, entry) for tensor, entry in copies for run in _byte_runs(tensor)]
+    runs.sort(key=lambda run: run[:3])
+    errors = {}
+    for before, after in pairwise(runs):
+        (storage, _, end, entry), (other_storage, begin, _, other) = before, after
+        shares = storage == other_storage and begin < end
+        if shares and entry is not other and not _overlapped(entry.live_view, other.live_view):
+            errors[id(other)] = f"{other.names[0]!r} shares its memory with {entry.names[0]!r} now"
+    return list(errors.values())
+
+
+def _byte_runs(tensor: Tensor) -> list[tuple[int, int]]:
+    size = tensor.dtype.itemsize
+    return [(begin * size, end * size) for begin, end in element_runs(tensor)]
+
+
+def _overlapped(one: Tensor, other: Tensor) -> bool:
+    if one.untyped_storage()._cdata != other.untyped_storage()._cdata:
+        return False
+    return any(a < d and c < b for a, b in _byte_runs(one) for c, d in _byte_runs(other))

@@ -334,3 +334,218 @@ def test_autocast_forgets_its_casts_with_averaged_model() -> None:
         with averaged_model.swapped(model):
             assert not torch.equal(model(x), live)
         assert torch.equal(model(x), live)
+
+
+# ---- other classes of tensors, put into the model inside a swap ----
+
+
+class Packed(torch.Tensor):
+    """A wrapper as torchao's quantised tensors are; nothing can be copied into it."""
+
+    @staticmethod
+    def __new__(cls, of: Tensor) -> Packed:
+        return torch.Tensor._make_wrapper_subclass(cls, of.shape, dtype=of.dtype)
+
+    def __init__(self, of: Tensor) -> None:
+        self.of = of
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].of)
+        raise AttributeError(f"{cls.__name__} has no {func}")
+
+
+class Transparent(Packed):
+    """The same, as torch.compile wants it."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["of"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: None, size: Any, stride: Any) -> Transparent:
+        return Transparent(inner["of"])
+
+
+class Scaled(nn.Parameter):
+    """As bitsandbytes' parameters: ordinary memory, with a meaning of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def weight_of(kind: Callable[[Tensor], Any]) -> Callable[[nn.Sequential], None]:
+    def change(model: nn.Sequential) -> None:
+        model[0].bias.data = model[0].bias.data.clone()  # moved: it can take its value by copy
+        model[2].weight = nn.Parameter(kind(model[2].weight.detach()), requires_grad=False)
+
+    return change
+
+
+def tied_anew(model: nn.Sequential) -> None:
+    model[1].weight = model[1].bias = nn.Parameter(torch.zeros(4))
+
+
+def into_what_is_skipped(model: nn.Sequential) -> None:
+    model.register_parameter("other", nn.Parameter(torch.zeros(4)))
+    model[1].weight = nn.Parameter(model.other.detach())
+
+
+def swapped_objects(model: nn.Sequential) -> None:
+    model[2].weight.requires_grad_(False)
+    torch.utils.swap_tensors(model[2].weight, nn.Parameter(Packed(model[2].weight.detach()), requires_grad=False))
+
+
+NOT_WRITABLE: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {
+    "wrapper": (weight_of(Packed), r"'2\.weight' is a Packed now"),
+    "traceable_wrapper": (weight_of(Transparent), r"'2\.weight' is a Transparent now"),
+    "object_swapped": (swapped_objects, r"'2\.weight' is a Packed now"),
+    "operations_of_its_own": (
+        lambda model: model[2].register_parameter("weight", Scaled(torch.zeros(2, 4, 1, 1))),
+        r"'2\.weight' is a Scaled now",
+    ),
+    "integers": (weight_of(lambda weight: weight.to(torch.int8)), r"'2\.weight' is of dtype torch\.int8 now"),
+    "expanded": (weight_of(lambda w: torch.zeros(1).expand(w.shape)), r"'2\.weight' has overlapping elements"),
+    "quantised": (
+        weight_of(lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)),
+        r"'2\.weight' is quantised",
+    ),
+    "lazy": (
+        lambda model: model[2].register_parameter("weight", nn.UninitializedParameter()),
+        r"'2\.weight' is not initialised now",
+    ),
+    "sparse": (weight_of(lambda weight: weight.to_sparse()), r"'2\.weight' is quantised or of layout"),
+    "one_for_two": (tied_anew, r"'1\.\w+' shares its memory with '1\.\w+' now"),
+    "in_other_weights": (into_what_is_skipped, r"'1\.weight' is in the memory of other weights"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), NOT_WRITABLE.values(), ids=NOT_WRITABLE.keys())
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_written_to_is_found_before_anything_changes(
+    model: nn.Sequential, swapped: Swapped, change: Callable[[nn.Sequential], Any], message: str
+) -> None:
+    trained = values(model)
+    with pytest.raises(SwapError, match=message) as caught, swapped():
+        bias = model[0].bias.detach().clone()
+        change(model)
+    assert caught.value.live.keys() == trained.keys()
+    assert all(torch.equal(value, trained[name]) for name, value in caught.value.live.items())
+    assert torch.equal(model[0].bias, bias), "nothing changes where not all can"
+
+
+@pytest.mark.parametrize("kind", [Packed, Transparent])
+def test_the_trained_state_is_right_while_a_wrapper_is_in_the_model(kind: type, backend: str) -> None:
+    model = network()
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
+    shift(model)
+    ema.update()
+    trained = values(model)
+    ema.apply_shadow()
+    averaged, weight = values(model), model[2].weight
+    model[2].weight = nn.Parameter(kind(weight.detach()), requires_grad=False)
+    assert all(torch.equal(value, trained[name]) for name, value in ema.live_state_dict().items())
+    assert all(torch.equal(value, averaged[name]) for name, value in ema.shadow_state_dict().items())
+    with pytest.raises(SwapError):
+        ema.restore()
+    model[2].weight = weight
+    ema.restore()
+    assert all(torch.equal(value, trained[name]) for name, value in values(model).items())
+
+
+def test_a_class_of_its_own_that_was_there_before_takes_its_value_by_copy(backend: str) -> None:
+    model = nn.Linear(3, 3)
+    model.weight = Scaled(model.weight.detach().clone())
+    ema = FastEMA(model, decay=0.5, decay_type="constant", backend=backend)
+    shift(model)
+    trained = values(model)
+    with pytest.warns(UserWarning, match="'weight' was replaced or moved"), ema.swapped():
+        model.weight = Scaled(torch.zeros(3, 3))
+        version = model.weight._version
+    assert torch.equal(model.weight.detach(), trained["weight"])
+    assert model.weight._version > version, "a graph recorded inside must not be differentiated with other weights"
+
+
+# ---- what is computed from the weights and kept ----
+
+
+def both_kinds(model: nn.Module) -> list[Swapped]:
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    shift(model)
+    ema.update()
+    return [ema.swapped, lambda: averaged.swapped(model)]
+
+
+def test_a_swap_inside_of_cached_parametrizations_shows_the_average() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    x = torch.ones(2, 4)
+    for swapped in both_kinds(model):
+        trained = model(x)
+        with swapped():
+            average = model(x)
+        with nn.utils.parametrize.cached():
+            assert torch.equal(model(x), trained)
+            with swapped():
+                assert torch.equal(model(x), average)
+            assert torch.equal(model(x), trained)
+        assert not torch.equal(average, trained)
+
+
+class Adapted(nn.Module):
+    """A layer as PEFT has it: `merged`, `merge()` and `unmerge()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.adapter, self.merged = nn.Linear(3, 3), nn.Linear(3, 3, bias=False), False
+
+    def merge(self) -> None:
+        self.base.weight.data += self.adapter.weight.data
+        self.merged = True
+
+    def unmerge(self) -> None:
+        self.base.weight.data -= self.adapter.weight.data
+        self.merged = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) if self.merged else self.base(x) + self.adapter(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*was deleted while")
+@pytest.mark.parametrize("policy", [None, lambda name, *_: "skip" if "base" in name else None])
+def test_an_adapter_left_merged_at_the_end_of_a_swap_is_an_error(policy: Any) -> None:
+    model = nn.Sequential(Adapted())
+    ema = FastEMA(model, decay=0.5, decay_type="constant", policy=policy)
+    shift(model)
+    trained = values(model)
+    with pytest.raises(SwapError, match=r"merged into a Adapted.*unmerge") as caught, ema.swapped():
+        model[0].merge()
+    assert all(torch.equal(value, trained[name]) for name, value in caught.value.live.items())
+    assert ema.is_applied
+    model[0].unmerge()
+    ema.restore()
+    for name, value in values(model).items():
+        torch.testing.assert_close(value, trained[name])
+    with ema.swapped():
+        model[0].merge()
+        model[0].unmerge()
+
+
+def test_a_swap_of_a_merged_adapter_is_refused() -> None:
+    model = nn.Sequential(Adapted())
+    for swapped in both_kinds(model):
+        model[0].merge()
+        with pytest.raises(RuntimeError, match=r"merged into a Adapted.*Unmerge it first"), swapped():
+            pytest.fail("the block was entered")
+        model[0].unmerge()
+        with swapped():
+            pass
+
+
+def test_a_flag_of_this_name_that_means_something_else_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].merged = True
+    with FastEMA(model).swapped():
+        model[0].merged = False
