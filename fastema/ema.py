@@ -360,6 +360,11 @@ class FastEMA:
     # ---- numbers ----
 
     @property
+    def source(self) -> Source:
+        """The module that is averaged, or the list of (name, tensor)."""
+        return self._source
+
+    @property
     def decay(self) -> Any:
         """The target decay, or the tuple of them; schedules without a target, such as "power", ignore it."""
         return self._decays.one_or_all(self._decays.targets)

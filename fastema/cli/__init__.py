@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from fastema.checkpoint import CheckpointError
-from fastema.cli import advise, distill, evaluate, info, posthoc, predict, train
+from fastema.cli import advise, convert, distill, evaluate, info, posthoc, predict, train
 from fastema.segmentation.errors import Terminated, UserError
 
 _COMMANDS = {
@@ -21,6 +21,7 @@ _COMMANDS = {
     "predict": predict,
     "advise": advise,
     "posthoc": posthoc,
+    "convert": convert,
     "info": info,
 }
 

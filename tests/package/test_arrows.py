@@ -14,7 +14,7 @@ import pytest
 import fastema
 
 PACKAGE = Path(fastema.__file__).parent
-FRONT = {"ema", "swa_utils", "checkpoint", "schedules", "posthoc"}
+FRONT = {"ema", "swa_utils", "checkpoint", "schedules", "posthoc", "importing"}
 GUESTS = {"advisor", "integrations", "segmentation", "cli", "__main__"}
 #: A folder of core -> those that it may import beside itself; "core" are the files beside the folders.
 IN_CORE: dict[str, set[str]] = {

@@ -25,6 +25,7 @@ from fastema.core.swap.swap import SwapError
 from fastema.core.text import first_few
 
 Place: TypeAlias = tuple[Any, ...]
+_IMPORT = "fastema.import_average(ema, file) goes on with the average of another library, or under other names"
 
 
 class LoadResult(NamedTuple):
@@ -213,13 +214,13 @@ def copy_averages(shadow: Shadow, which: int, target: Source) -> None:
 def saved_averages(state: Any) -> list[dict[str, Tensor]]:
     """Return the averages of a saved state, or raise ValueError if it is none."""
     if not isinstance(state, dict):
-        raise ValueError(f"not a FastEMA state: it is a {type(state).__name__}, not a dict")
+        raise ValueError(f"not a FastEMA state: it is a {type(state).__name__}, not a dict. {_IMPORT}")
     absent = {"step", "num_updates", "shadow"} - set(state)
     if absent:
-        raise ValueError(f"not a FastEMA state: it has no {', '.join(sorted(absent))}")
+        raise ValueError(f"not a FastEMA state: it has no {', '.join(sorted(absent))}. {_IMPORT}")
     saved = state["shadow"] if isinstance(state["shadow"], list) else [state["shadow"]]
     if not all(isinstance(averages, dict) for averages in saved):
-        raise ValueError("not a FastEMA state: its shadow does not hold tensors by name")
+        raise ValueError(f"not a FastEMA state: its shadow does not hold tensors by name. {_IMPORT}")
     return saved
 
 
@@ -249,7 +250,10 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
         differences += [dtensor.difference(name, own[name], values[name]) for name in found]
         differences += [_unreadable(name, values[name]) for name in found]
         targets += [(averages[name], values[name]) for name in found]
-        if strict:
+        if values and not found:
+            theirs, ours = next(iter(values)), next(iter(own))
+            differences.append(f"none of its names is a tensor's here ({theirs!r} there, {ours!r} here). {_IMPORT}")
+        elif strict:
             differences += [f"{name!r} is missing in the state" for name in missing]
             differences += [f"{name!r} is in the state, not in the model" for name in unexpected]
     refuse_differences("the state is of another model", differences)
