@@ -7,9 +7,10 @@ one kernel launch over all of them. To evaluate the average, the data pointers o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -24,11 +25,22 @@ from fastema.core.decay.device_schedule import DeviceSchedule
 from fastema.core.decay.schedules import takes_argument
 from fastema.core.hooks import AttachedHandle, AttachedOptimizers
 from fastema.core.model import compiled
-from fastema.core.model.policy import Buffers, Managed, Policy, Source, checked_source, collect
+from fastema.core.model.policy import (
+    Buffers,
+    Managed,
+    Policy,
+    Rule,
+    Source,
+    checked_source,
+    collect,
+    frozen_parameters,
+    named_tensors,
+)
 from fastema.core.shadow import state
 from fastema.core.shadow.shadow import Shadow
 from fastema.core.swap import swap
 from fastema.core.swap.caches import clear_caches
+from fastema.core.text import first_few
 from fastema.core.threads import OneThread, one_thread
 
 # Attributes that a pickle or a copy rebuilds.
@@ -57,6 +69,9 @@ class FastEMA:
         buffers: "auto" averages the running statistics of normalisation layers and copies all other buffers. "average",
             "copy" or "skip" applies to all buffers. Integer and bool tensors are always copied.
         policy: `(name, tensor, module) -> "average" | "copy" | "skip" | None`, the rule of a tensor; None: the default.
+            It is asked when FastEMA is built, and again where tensors were replaced or moved, or a parameter that is
+            not averaged begins to need a gradient. What is averaged once stays averaged, frozen or not; what the policy
+            averages from then on starts as a copy, with a warning.
         dtype: dtype of the shadow; None: float32 for bfloat16 and float16 weights, else the weights' own.
         device: device of the shadow; None: where the weights are. "cpu" for weights on a GPU: each update copies them
             to pinned host memory (one buffer of the weights' size) on a side stream, and a thread averages them there.
@@ -477,7 +492,8 @@ class FastEMA:
 
         Args:
             state_dict: the state, of a FastEMA of the same model. A sharded one takes its part of whole tensors.
-            strict: names and dtypes must agree; False: load what fits, cast where dtypes differ.
+            strict: names and dtypes must agree, but what the policy skips now and the state has is averaged again;
+                False: load what fits, cast where dtypes differ.
 
         Raises:
             RuntimeError: the EMA weights are applied.
@@ -492,10 +508,13 @@ class FastEMA:
             for key in ("step", "num_updates", "last_update")
         ]
         self._ensure_current()
-        result, steps = state.loading(self._shadow, saved, strict)
+        shadow = self._shadow_for(saved) if strict and saved else self._shadow
+        result, steps = state.loading(shadow, saved, strict)
         decays, own = self._decays.of_state(state_dict), self._decays.config()
         checked_shadow_dtype(self._dtype, decays.highest)
         with torch.no_grad():
+            if shadow is not self._shadow:
+                self._replace_shadow(shadow)
             run_atomically([*steps, *self._counting(*counters), *self._replacing_decays(decays)])
         self._shadow.plans.note_writes()
         for key, value in decays.config().items():
@@ -564,7 +583,13 @@ class FastEMA:
         config["_nonfinite_before"] = self.nonfinite_count()
         averages = [state.averages_by_name(self._shadow, which) for which in range(len(self._decays))]
         # Plain values only: a pickle must not name our classes by module path.
-        return {"config": config, "decays": self._decays.arguments(), "counters": self._counted(), "averages": averages}
+        return {
+            "config": config,
+            "decays": self._decays.arguments(),
+            "counters": self._counted(),
+            "averages": averages,
+            "averaged": self._shadow.averaged_names(),
+        }
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         config = dict(pickled["config"])
@@ -593,7 +618,7 @@ class FastEMA:
         counters = pickled["counters"]
         if len(counters) == 2:  # pickled by 0.1.0
             counters = (*counters, counters[0] // self._update_every * self._update_every)
-        self._shadow = self._build_shadow()
+        self._shadow = self._build_shadow(dict.fromkeys(pickled.get("averaged", ()), "average"))
         self._device_schedule = self._build_device_schedule()
         run_atomically(self._counting(*counters))
         for which, averages in enumerate(pickled["averages"]):
@@ -610,10 +635,11 @@ class FastEMA:
 
     # ---- private ----
 
-    def _build_shadow(self) -> Shadow:
-        managed = collect(self._source, self._buffers, self._policy, self._replaced)
+    def _build_shadow(self, kept: Mapping[str, Rule | None] = MappingProxyType({})) -> Shadow:
+        managed = collect(self._source, self._buffers, self._policy, self._replaced, kept)
+        frozen = [] if self._policy is None else frozen_parameters(self._source, managed)
         count = len(self._decays)
-        return Shadow(self._source, managed, count, self._dtype, self._device, self._backend, self._may_split)
+        return Shadow(self._source, managed, count, self._dtype, self._device, self._backend, self._may_split, frozen)
 
     def _build_device_schedule(self) -> DeviceSchedule | None:
         if not self._capturable:
@@ -654,6 +680,25 @@ class FastEMA:
         on_device: list[Step] = [] if self._device_schedule is None else [self._device_schedule.replacing(decays)]
         return [*on_device, partial(setattr, self, "_decays", decays)]
 
+    def _shadow_for(self, saved: list[dict[str, Tensor]]) -> Shadow:
+        """Return a shadow that also has what a state has and the policy skips now, such as frozen weights."""
+        shadow = self._shadow
+        own = {name for entry in shadow.managed for name in entry.names}
+        others = [name for name, _ in named_tensors(self._source) if name in saved[0] and name not in own]
+        if self._policy is None or not others:
+            return shadow
+        new = self._build_shadow({**dict.fromkeys(shadow.averaged_names(), "average"), **dict.fromkeys(others)})
+        state.carry_over(shadow, new, may_begin=True)
+        return new
+
+    def _replace_shadow(self, new: Shadow) -> None:
+        new.plans.note_writes()
+        if self._device_schedule is not None and not self._shadow.is_on_cpu:
+            self._captured.append(self._shadow)  # captured graphs still use it
+        self._shadow = new
+        self._defer_copies()
+        self._warm_up()
+
     def _ensure_current(self) -> None:
         """Rebuild the plan if tensors were replaced or moved in memory; keep the averages."""
         if self._shadow.is_current():
@@ -664,14 +709,15 @@ class FastEMA:
             return
         state.refuse_averages_as_weights(self._source, self._shadow)
         self._replaced |= state.replaced_buffers(self._shadow)
-        new = self._build_shadow()
-        state.carry_over(self._shadow, new)
-        new.plans.note_writes()
-        if self._device_schedule is not None and not self._shadow.is_on_cpu:
-            self._captured.append(self._shadow)  # captured graphs still use it
-        self._shadow = new
-        self._defer_copies()
-        self._warm_up()
+        new = self._build_shadow(dict.fromkeys(self._shadow.averaged_names(), "average"))
+        begun = state.carry_over(self._shadow, new, may_begin=self._policy is not None)
+        self._replace_shadow(new)
+        if begun:
+            warnings.warn(
+                f"{first_few([repr(name) for name in begun], 5)} are averaged from now on, starting as a copy: the "
+                "policy says so, and did not before",
+                stacklevel=4,
+            )
 
     def _warm_up(self) -> None:
         """Compile and load the kernels by an update that skips: inside a capture that is not possible."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from fastema.core.extras import require
 from fastema.core.model.policy import Rule
-from fastema.core.shadow.state import by_name, stored_by_name
+from fastema.core.shadow.state import by_name
+from fastema.core.text import first_few
 from fastema.ema import FastEMA
 
 if TYPE_CHECKING:
@@ -59,17 +61,24 @@ def write_average(ema: FastEMA, folder: Path, model: nn.Module) -> None:
                 metadata[name] = first
         del every, averages, value  # averages of bfloat16 weights are copies
         safetensors.torch.save_file(tensors, _numbered(folder / EMA_WEIGHTS, which), metadata=metadata)
-    (folder / EMA_STATE).write_text(json.dumps(ema._counters(), indent=2) + "\n")
+    counters = ema._counters()
+    if ema._policy is not None:
+        counters["averaged"] = ema._shadow.averaged_names()  # another time the policy may say something else
+    (folder / EMA_STATE).write_text(json.dumps(counters, indent=2) + "\n")
 
 
 def read_average(ema: FastEMA, folder: Path) -> None:
     """Load what `write_average` wrote, by value.
 
+    What was averaged then and does not train now stays averaged; what trains now and did not then starts as a copy.
+
     Raises:
         ValueError: it is the average of another model; lists the first differences. Nothing is changed.
     """
     state: dict[str, Any] = json.loads((folder / EMA_STATE).read_text())
-    wanted = stored_by_name(ema._shadow, 0, saved_only=True)
+    averaged = state.pop("averaged", None)
+    own = by_name(ema._shadow.averages(0), saved_only=True)
+    wanted = dict.fromkeys([*own, *(averaged or ())])
     shadows = []
     for which in range(len(state["decay"]) if isinstance(state["decay"], list) else 1):
         with safetensors.safe_open(_numbered(folder / EMA_WEIGHTS, which), framework="pt") as file:
@@ -77,6 +86,17 @@ def read_average(ema: FastEMA, folder: Path) -> None:
             held = set(file.keys())
             found = {name: name if name in held else aliases.get(name) for name in wanted}
             shadows.append({name: file.get_tensor(stored) for name, stored in found.items() if stored is not None})
+    if averaged is not None and any(name in shadows[0] for name in averaged):
+        begun = [name for name in own if name not in shadows[0]]
+        for which, shadow in enumerate(shadows):
+            live = by_name(ema._shadow.averages(which), saved_only=True)
+            shadow.update({name: live[name] for name in begun})
+        if begun:
+            warnings.warn(
+                f"the checkpoint has no average of {first_few([repr(name) for name in begun], 5)}, which did not train "
+                "then: they are averaged from now on, starting as a copy",
+                stacklevel=2,
+            )
     ema.load_state_dict({**state, "shadow": shadows if isinstance(state["decay"], list) else shadows[0]})
 
 

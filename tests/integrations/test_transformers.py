@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cases import AliveBytes
 from cases.callbacks import CONSTANT, assert_average, assert_same, average
-from fastema import FastEMA
+from fastema import FastEMA, SwapError
 from fastema.segmentation.torchvision_shim import import_torchvision
 
 with contextlib.suppress(ImportError):
@@ -516,6 +516,46 @@ def test_the_averaged_adapter_can_be_merged(tmp_path: Path, adapted: Any) -> Non
     merged = adapted.merge_and_unload()
     with torch.no_grad():
         torch.testing.assert_close(merged(Data().x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_that_is_not_active_keeps_its_average(tmp_path: Path, adapted: Any) -> None:
+    import peft
+
+    adapted.add_adapter("other", peft.LoraConfig(target_modules=["base"], r=2))
+    _, first = trained_adapter(adapted, tmp_path / "first")
+    assert first.ema is not None
+    averages = {name: value.clone() for name, value in first.ema.state_dict()["shadow"].items()}
+    adapted.set_adapter("other")
+    live = {name: value for name, value in snapshot(adapted).items() if "default" in name}
+    trainer, _ = build(tmp_path / "second", adapted, label_names=["labels"], num_train_epochs=3)
+    callback = FastEMATrainerCallback(**CONSTANT).attach(trainer)
+    # The optimizer of the checkpoint is of the other adapter.
+    (tmp_path / "first" / "checkpoint-10" / "optimizer.pt").unlink()
+    with pytest.warns(UserWarning, match="the checkpoint has no average of .*other.*starting as a copy"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-10"))
+    assert callback.ema is not None
+    now = callback.ema.state_dict()["shadow"]
+    assert set(now) > set(averages) and len(now) == 2 * len(averages)
+    left = CONSTANT["decay"] ** (trainer.state.global_step - 10)
+    for name, value in averages.items():
+        expected = live[name] + left * (value - live[name]) if name in live else None
+        torch.testing.assert_close(now[name], expected.to(now[name]), rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_left_merged_at_the_end_of_an_evaluation_is_an_error(tmp_path: Path, adapted: Any) -> None:
+    _, callback = trained_adapter(adapted, tmp_path)
+    ema, x = callback.ema, Data().x
+    assert ema is not None
+    adapted.eval()
+    with torch.no_grad():
+        trained = adapted(x)
+        with pytest.raises(SwapError, match="merged into a Linear"), ema.swapped():
+            average = adapted(x)
+            adapted.merge_adapter()
+            torch.testing.assert_close(adapted(x), average, rtol=1e-4, atol=1e-5)
+        adapted.unmerge_adapter()
+        ema.restore()
+        torch.testing.assert_close(adapted(x), trained, rtol=1e-4, atol=1e-5)
 
 
 # ---- saving ----

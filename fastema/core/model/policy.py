@@ -6,9 +6,10 @@ masks, caches or spectral-norm vectors, whose average means nothing. Integer and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -183,12 +184,17 @@ def _refuse_unmanageable(slot: _Slot) -> None:
 
 
 def collect(
-    source: Source, buffers: Buffers = "auto", policy: Policy | None = None, replaced: Collection[str] = ()
+    source: Source,
+    buffers: Buffers = "auto",
+    policy: Policy | None = None,
+    replaced: Collection[str] = (),
+    kept: Mapping[str, Rule | None] = MappingProxyType({}),
 ) -> list[Managed]:
     """Return all tensors that are averaged or copied, each once, in the model's order.
 
     Args:
         replaced: names of buffers that the model reassigns; those that are copied become `loose`.
+        kept: rules that hold by name whatever the policy says now; None: the default.
 
     Raises:
         ValueError: nothing to average, a tensor that cannot be managed, or a rule that does not exist.
@@ -203,7 +209,9 @@ def collect(
             raise TypeError(f"{slot.name!r} is a {type(slot.tensor).__name__}, not a tensor")
         if by_name.setdefault(slot.name, slot.tensor) is not slot.tensor:
             raise ValueError(f"two tensors are named {slot.name!r}: a state could hold only one of them")
-        rule = _rule_for(slot, buffers, policy)
+        rule = kept.get(slot.name)
+        if rule is None or slot.tensor.dtype not in AVERAGED_DTYPES:
+            rule = _rule_for(slot, buffers, None if slot.name in kept else policy)
         if rule != "skip":
             _refuse_unmanageable(slot)
         managed = found.setdefault(id(slot.tensor), Managed(slot.tensor, rule, slot.persistent))
@@ -221,3 +229,10 @@ def collect(
         what = "parameters" if isinstance(source, nn.Module) else "tensors"
         raise ValueError(f"nothing to average: the model has no floating-point {what}, or the policy skips them all")
     return selected
+
+
+def frozen_parameters(source: Source, managed: Iterable[Managed]) -> list[Tensor]:
+    """Return the parameters that are not averaged and need no gradient: once one does, a policy may say otherwise."""
+    averaged = {id(entry.whole) for entry in managed if entry.rule == "average"}
+    parameters = {id(tensor): tensor for _, tensor in named_tensors(source) if isinstance(tensor, nn.Parameter)}
+    return [each for key, each in parameters.items() if key not in averaged and not each.requires_grad]

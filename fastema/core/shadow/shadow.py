@@ -6,8 +6,9 @@ view of a weight follows when pointers change places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from fastema.core.shadow.swap import swap_of
 from fastema.core.swap import swap
 from fastema.core.swap.swap import Swap
 
+_needs_gradient = attrgetter("requires_grad")
+
 
 class Shadow:
     """`count` shadows of the managed tensors.
@@ -37,6 +40,7 @@ class Shadow:
         dtype, device: the shadows'; None: see `storages.shadow_dtype`, and where the live tensor is.
         backend: "auto" or the name of one.
         may_split: True if float32 averages of bfloat16 tensors may be kept in two planes.
+        frozen: tensors that are not averaged; once one needs a gradient, the shadow is not current any more.
 
     Raises:
         ValueError: a tensor whose storage cannot be mirrored; names it.
@@ -51,6 +55,7 @@ class Shadow:
         device: torch.device | None,
         backend: str,
         may_split: bool = True,
+        frozen: Sequence[Tensor] = (),
     ) -> None:
         self.managed = managed
         self.count = count
@@ -60,6 +65,7 @@ class Shadow:
         self._backend = backend
         self._source = source
         self._may_split = may_split
+        self._frozen = frozen
         self._modules = modules = list(source.modules()) if isinstance(source, nn.Module) else []
         self._dicts = [slots for module in modules for slots in (module._parameters, module._buffers, module._modules)]
         self._gathered = dtensor.GatheredParameters(modules)
@@ -68,6 +74,7 @@ class Shadow:
         ]  # DTensors and their local tensors
         self._swap: Swap | None = None  # the one that is entered, or was last
         self._which = 0  # the shadow that it exchanges
+        self._one_call: Callable[..., str | None] | None = None  # watch and update in one
         self._swaps: dict[tuple[int, bool, int], Swap] = {}  # built at the first use of a shadow
         self._loose_live: list[Tensor] = []  # the live values of loose buffers, while the averages are in
         self.nonfinite_elsewhere = 0  # elements counted in compiled graphs, and by earlier plans
@@ -120,7 +127,12 @@ class Shadow:
             self._watch: contract.Watch = self._host.Watch(self._dicts, self._tensors, shadows, loose)
         is_simple = len(self.plans.by_device) == 1 and not self._gathered and not self._parts and not loose
         native = getattr(self.plans.by_device[0], "update_watched", None) if is_simple else None
-        self._one_call = None if native is None else partial(native, self._watch)
+        one_call = None if native is None else partial(native, self._watch)
+        self._one_call = _unless_one_trains(self._frozen, one_call) if one_call and self._frozen else one_call
+
+    def averaged_names(self) -> list[str]:
+        """Return the names of what is averaged, not copied."""
+        return [name for entry in self.managed if entry.rule == "average" for name in entry.names]
 
     @property
     def is_sharded(self) -> bool:
@@ -130,8 +142,8 @@ class Shadow:
     # ---- every step ----
 
     def is_current(self) -> bool:
-        """Return True if model and averages are the same tensors in the same memory."""
-        return self._holds(self._watch.holds)
+        """Return True if model and averages are the same tensors in the same memory, and none has begun to train."""
+        return self._holds(self._watch.holds) and True not in map(_needs_gradient, self._frozen)
 
     def _is_unchanged(self) -> bool:
         """Return True if the model has the same tensors in the same storages; their memory may differ."""
@@ -393,6 +405,15 @@ class Shadow:
             **self._swap.live_values(),
             **{name: live for average, live in loose for name in average.entry.names},
         }
+
+
+def _unless_one_trains(frozen: Sequence[Tensor], update: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Return a function like `update` that does nothing, and returns "moved", once a tensor needs a gradient."""
+
+    def checked(*arguments: Any) -> str | None:
+        return "moved" if True in map(_needs_gradient, frozen) else update(*arguments)
+
+    return checked
 
 
 def _same_view(view: Tensor, flat: Tensor) -> Tensor:

@@ -261,18 +261,25 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
 
 
 @torch.no_grad()
-def carry_over(old: Shadow, new: Shadow) -> None:
+def carry_over(old: Shadow, new: Shadow, may_begin: bool = False) -> list[str]:
     """Copy the averages of a shadow into one that was built anew for the same model.
 
     What is only copied has no history: it may come, go and change.
+
+    Args:
+        may_begin: True if tensors may be averaged that were not before.
+
+    Returns:
+        Their names.
 
     Raises:
         RuntimeError: an averaged tensor is new, gone, or of another shape, dtype or device.
     """
     was = {name: entry for entry in old.managed if entry.rule == "average" for name in entry.names}
     now = {name: entry for entry in new.managed if entry.rule == "average" for name in entry.names}
+    begun = [name for name in now if name not in was]
     differences = [f"{name!r} is gone" for name in was if name not in now]
-    differences += [f"{name!r} is new" for name in now if name not in was]
+    differences += [] if may_begin else [f"{name!r} is new" for name in begun]
     differences += [
         f"{name!r} is now {entry.layout}, was {was[name].layout}"
         for name, entry in now.items()
@@ -281,8 +288,9 @@ def carry_over(old: Shadow, new: Shadow) -> None:
     refuse_differences("the model changed since FastEMA was built; build a new one", differences, RuntimeError)
     for which in range(old.count):
         before, after = (stored_by_name(shadow, which) for shadow in (old, new))
-        run_atomically([step for name in now for step in after[name].filling(before[name])])
+        run_atomically([step for name in now if name in was for step in after[name].filling(before[name])])
     new.nonfinite_elsewhere = old.nonfinite_count()
+    return begun
 
 
 def _unreadable(name: str, value: Any) -> str | None:
