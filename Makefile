@@ -7,7 +7,7 @@ JOBS ?= 2
 CORE := $(addprefix tests/,core checkpoint swa_utils backends advisor)
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check lint format docs dist matrix bench gpu-test gpu-sanitize gpu-bench gpu-build planes sanitize fuzz faults soak clean
+.PHONY: help demo test check lint format docs dist matrix bench gpu-test gpu-sanitize gpu-bench gpu-rehearse gpu-build planes sanitize fuzz faults soak clean
 
 help:  ## lists these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## +(.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -50,8 +50,8 @@ matrix:  ## other Pythons and torches: builds, tests, and writes the result to d
 bench: .venv/.ready  ## every benchmark, ten minutes; ARGS=--quick: one minute. Peers: pip install -e ".[bench]"
 	$(BIN)/python -m bench.all $(ARGS)
 
-# On a machine with a GPU, with the Python that has CUDA torch; each at most 8 minutes, and goes on where it was cut short.
-# ARGS=--dry-run shows what would run.
+# On a machine with a GPU, with the Python that has CUDA torch; at most 9 minutes each, and each goes on where it was cut
+# short. ARGS="--results FOLDER" (default: build/gpu), ARGS=--dry-run. docs/devices.md has the plan of a first run.
 gpu-test:  ## builds for the GPU at hand, and runs the tests that need one
 	$(PYTHON) -m bench.gpu test $(ARGS)
 
@@ -60,6 +60,9 @@ gpu-sanitize:  ## the kernels under compute-sanitizer
 
 gpu-bench:  ## updates and exchanges beside what was predicted of them, then beside the peers
 	$(PYTHON) -m bench.gpu bench $(ARGS)
+
+gpu-rehearse: .venv/.ready  ## no GPU needed: every step of those, each of which must pass or fail for its own reason
+	$(BIN)/python -m bench.gpu rehearse
 
 gpu-build: .venv-gpu/.ready  ## no GPU needed: builds against a CUDA torch (6 GB), tests it on the CPU, lists architectures
 	.venv-gpu/bin/python -m bench.gpu build $(ARGS)

@@ -1,9 +1,9 @@
 """Time implementations in turns, one call each a round, in a new order every round.
 
 Taking turns spreads other load on the machine over all of them. Warm: each timed call follows a millisecond of untimed
-calls of the same implementation. Cold: each implementation has a model of its own, and a sweep through twice the
-last-level cache precedes every round, so that model, average, Python objects and code come from memory, as after a
-training step.
+calls of the same implementation. Cold: each implementation has a model of its own, and a sweep that reads twice the
+last-level cache precedes every round (on a GPU every call), so that model, average, Python objects and code come from
+memory, as after a training step.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def take_turns(
         clock: of the device.
         cache: "warm" makes untimed calls of the same before each timed one.
         budget: how many rounds.
-        sweep: empties the caches before each round; None where the calls themselves move more than fits into them.
+        sweep: empties the caches before each round, on a GPU before each call; None where the calls themselves move
+            more than fits into them.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     host: dict[str, list[float]] = {name: [] for name in calls}
@@ -68,10 +69,12 @@ def take_turns(
             if turn >= budget.least * rounds_a_sample and time.perf_counter() > deadline:
                 break
             shuffle(order)
-            if sweep is not None:
+            if sweep is not None and not clock.has_host_part:
                 sweep()
             for name in order:
                 call = calls[name]
+                if sweep is not None and clock.has_host_part:  # cheap there, and a call leaves lines to be written back
+                    sweep()
                 if cache == "warm":
                     _warm_up(call)
                 if turn % rounds_a_sample == 0:
@@ -120,6 +123,10 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 def sweeper(device: torch.device) -> Callable[[], object]:
-    """Return a call that reads and writes twice the last-level cache, on every core."""
+    """Return a call that reads twice the last-level cache, on every core.
+
+    It writes next to nothing: lines that a sweep had written would be written back while the next call is timed.
+    """
     swept = torch.zeros(cache_bytes(device) // 2, device=device)  # of 4 bytes
-    return lambda: swept.add_(1)
+    total = torch.zeros((), device=device)
+    return lambda: torch.sum(swept, 0, out=total)

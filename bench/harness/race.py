@@ -41,7 +41,7 @@ class Group:
 
 
 def race(session: Session, group: Group) -> list[Record]:
-    """Measure and print one table; return its records."""
+    """Measure, print and keep one table; return its records."""
     missed_before = len(session.run.missing)
     try:
         case = group.make_case()
@@ -49,6 +49,8 @@ def race(session: Session, group: Group) -> list[Record]:
         name = getattr(group.make_case, "__name__", group.bench)
         session.miss(group.bench, name, "", error)
         print(f"{group.bench}: {name} is left out: {error}\n")
+        return []
+    if (group.bench, case.name, group.cache) in session.before:
         return []
     # From twice the cache on, each call replaces the cache's contents, so no sweep is needed and all share one model.
     fits = case.live_bytes + case.shadow_bytes < 2 * cache_bytes(session.device)
@@ -61,6 +63,7 @@ def race(session: Session, group: Group) -> list[Record]:
     print_records(
         f"{group.bench}: {case.name}, {dtypes(case)}, {CACHE_WORDS[group.cache]}", records, missed, group.note
     )
+    session.keep()
     return records
 
 

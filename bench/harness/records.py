@@ -121,6 +121,11 @@ class Run:
     missing: list[Missing] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def tables(self) -> frozenset[tuple[str, str, Cache]]:
+        """Return benchmark, case and cache of every table."""
+        return frozenset((one.bench, one.case, one.cache) for one in self.records)
+
     def find(self, bench: str, case: str, impl: str, cache: Cache = "cold", shadows: int = 1) -> Record | None:
         """Return the record; None where there is none."""
         wanted = (bench, case, impl, cache, shadows)
@@ -146,7 +151,9 @@ def save(run: Run, path: Path) -> None:
     for name, items in lists.items():
         lines = ",\n".join(f"  {json.dumps(_rounded(asdict(item)), allow_nan=False)}" for item in items)
         parts.append(f'"{name}": [\n{lines}\n ]' if lines else f'"{name}": []')
-    path.write_text("{\n " + ",\n ".join(parts) + "\n}\n")
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("{\n " + ",\n ".join(parts) + "\n}\n")
+    scratch.replace(path)  # as a whole: an interrupt leaves the old file or the new one
 
 
 def _rounded(plain: dict[str, Any]) -> dict[str, Any]:

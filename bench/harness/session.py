@@ -17,7 +17,7 @@ from bench.harness.clocks import Call, Clock, clock_for
 from bench.harness.console import print_environment
 from bench.harness.machine import device_name, environment, pin, settle_allocator, versions
 from bench.harness.measure import Budget, sweeper
-from bench.harness.records import Cache, InstructionCount, Missing, Record, Run, Timing, save
+from bench.harness.records import Cache, InstructionCount, Missing, Record, Run, Timing, load, save
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Session:
     Args:
         quick: fewer cases, and only peers that import fast.
         stretch: factor of the time that every table gets.
+        path: the file of records, or None.
+        before: benchmark, case and cache of the tables that the file held, where the run goes on with it.
     """
 
     device: torch.device
@@ -34,6 +36,8 @@ class Session:
     quick: bool = False
     stretch: float = 1.0
     run: Run = field(default_factory=lambda: Run({}))
+    path: Path | None = None
+    before: frozenset[tuple[str, str, Cache]] = frozenset()
 
     @cached_property
     def sweep(self) -> Call:
@@ -43,6 +47,11 @@ class Session:
     def budget(self, seconds: float, least: int = 5) -> Budget:
         """Return the time for one table; a quick run takes a quarter of it."""
         return Budget(seconds * self.stretch * (0.25 if self.quick else 1.0), least=3 if self.quick else least)
+
+    def keep(self) -> None:
+        """Write the file: after each table, so that an interrupted run leaves what it measured."""
+        if self.path is not None:
+            save(self.run, self.path)
 
     def miss(self, bench: str, case: str, impl: str, reason: object) -> None:
         self.run.missing.append(Missing(bench, case, impl, str(reason)))
@@ -120,6 +129,9 @@ def run_benchmarks(
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     parser.add_argument("--quick", action="store_true", help="fewer cases, fewer peers, less time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    parser.add_argument(
+        "--go-on", action="store_true", help="keep what FILE holds of this machine, and measure the rest"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads, each kept on a core (default: torch's)")
     parser.add_argument("--seconds", type=float, default=1.0, help="stretch the time of every table (default: 1)")
@@ -128,18 +140,30 @@ def run_benchmarks(
     pin(parsed.threads)
     settle_allocator()
     device = torch.device(parsed.device)
-    session = Session(device, clock_for(device), parsed.quick, parsed.seconds, Run(environment(device)))
+    run = _run_to_go_on(device, parsed.json if parsed.go_on else None)
+    session = Session(device, clock_for(device), parsed.quick, parsed.seconds, run, parsed.json, run.tables)
     print_environment(session.run.environment)
     for name, benchmark in {**({"copy": prepare} if prepare else {}), **benchmarks}.items():
+        if name in session.run.seconds:
+            continue
         begin = time.perf_counter()
         benchmark(session)
         session.run.seconds[name] = round(time.perf_counter() - begin, 1)
-        if parsed.json is not None:  # each time, so that an interrupted run leaves what it measured
-            save(session.run, parsed.json)
+        session.keep()
     print("seconds:", ", ".join(f"{name} {seconds:.0f}" for name, seconds in session.run.seconds.items()))
     if parsed.json is not None:
         print(f"written: {parsed.json}")
     return 0
+
+
+def _run_to_go_on(device: torch.device, path: Path | None) -> Run:
+    """Return what the file holds of this machine and these packages; an empty run where it holds none."""
+    here = environment(device)
+    if path is not None and path.is_file():
+        before = load([path])
+        if all(before.environment.get(key) == here[key] for key in ("device", "threads", "versions")):
+            return before
+    return Run(here)
 
 
 def _check(parser: argparse.ArgumentParser, parsed: Any) -> None:
@@ -149,5 +173,7 @@ def _check(parser: argparse.ArgumentParser, parsed: Any) -> None:
         parser.error(f"--threads must be at least 1, got {parsed.threads}")
     if not parsed.seconds > 0:
         parser.error(f"--seconds must be positive, got {parsed.seconds:g}")
+    if parsed.go_on and parsed.json is None:
+        parser.error("--go-on needs --json, the file to go on with")
     if parsed.json is not None and not parsed.json.parent.is_dir():
         parser.error(f"--json: there is no folder {parsed.json.parent}")

@@ -228,8 +228,11 @@ def test_a_sweep_comes_before_every_cold_round() -> None:
 
 def test_a_sweep_goes_through_twice_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "cache_bytes", lambda device: 1000)
-    swept = measure.sweeper(CPU)()
-    assert isinstance(swept, torch.Tensor) and swept.nbytes == 2000
+    sweep, read, add_up = measure.sweeper(CPU), [], torch.sum
+    monkeypatch.setattr(torch, "sum", lambda swept, *rest, **named: read.append(swept) or add_up(swept, *rest, **named))
+    left = sweep()
+    assert [swept.nbytes for swept in read] == [2000]
+    assert isinstance(left, torch.Tensor) and left.nbytes == 4, "it reads, and leaves no lines to be written back"
 
 
 def test_small_cases_are_swept_and_have_models_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,6 +437,7 @@ def test_all_of_them_go_into_one_file_and_the_losses_follow(
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--seconds", "-1"], "--seconds must be positive, got -1"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+        (["--go-on"], "--go-on needs --json"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -441,6 +445,32 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
         session.run_benchmarks("bench.update", "", {}, arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_is_kept_table_by_table_and_goes_on_where_it_was_cut(tmp_path: Path) -> None:
+    file = tmp_path / "it.json"
+    raced: list[str] = []
+
+    def plan(one: Session) -> None:
+        for bench_name in ("first", "second", "third"):
+            found = race(one, Group(bench_name, tiny, (LIMIT, peers.OURS), "cold", TINY))
+            raced.extend(record.bench for record in found if record.impl == peers.OURS.name)
+            if found and len(raced) == 2:
+                raise SystemExit("cut")
+
+    arguments = ["--json", str(file), "--go-on"]
+    with pytest.raises(SystemExit, match="cut"):
+        session.run_benchmarks("bench.update", "", {"copy": lambda one: None, "update": plan}, arguments)
+    assert {record.bench for record in records.load([file]).records} == {"first", "second"}
+    for _ in range(2):
+        assert session.run_benchmarks("bench.update", "", {"copy": pytest.fail, "update": plan}, arguments) == 0
+        assert raced == ["first", "second", "third"]
+    run = records.load([file])
+    assert [record.bench for record in run.records] == ["first", "first", "second", "second", "third", "third"]
+    assert list(run.seconds) == ["copy", "update"]
+    file.write_text(file.read_text().replace(str(run.environment["device"]), "another machine"))
+    assert session.run_benchmarks("bench.update", "", {"update": lambda one: None}, arguments) == 0
+    assert records.load([file]).records == [], "records of another machine are not gone on with"
 
 
 def test_a_quick_run_needs_no_slow_imports() -> None:

@@ -1,4 +1,4 @@
-"""`python bench/gpu_binary.py [FILE]`: the architectures in a built extension, the installed one by default."""
+"""`python bench/gpu/binary.py [FILE]`: the architectures in a built extension, the installed one by default."""
 
 from __future__ import annotations
 
