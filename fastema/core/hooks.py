@@ -7,10 +7,26 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+#: Wrappers that step the optimizer inside exactly where the training steps: module, class, attribute.
+_WRAPPERS = (
+    ("accelerate.optimizer", "AcceleratedOptimizer", "optimizer"),
+    ("opacus.optimizers", "DPOptimizer", "original_optimizer"),
+)
+#: So many writes to one weight are no single load, clamp or copy between a step and a swap.
+_CHANGES_OF_A_TRAINING = 2
+
+
+class AveragedWeights(Protocol):
+    """What the warnings ask of `fastema.core.shadow.shadow.Shadow`."""
+
+    def versions(self) -> int: ...
+    def versions_of_few(self) -> list[int]: ...
+    def has(self, tensor: Tensor) -> bool: ...
 
 
 class AttachedOptimizers:
@@ -25,7 +41,10 @@ class AttachedOptimizers:
     def __init__(self, before: Callable[[], None], after: Callable[..., None], changed: Callable[[], None]) -> None:
         self.before, self.after = weakref.WeakMethod(before), weakref.WeakMethod(after)
         self.changed = weakref.WeakMethod(changed)
-        self.versions: int | None = None  # of the weights at `add()`; None: an optimizer has stepped since
+        self.at_add: int | None = None  # versions of the weights; None: an optimizer has stepped since
+        #: Updates and versions of a few weights after the last training step; None: not known, or warned already.
+        self.at_last_step: tuple[int, list[int]] | None = None
+        self._are_the_models: bool = True  # False: not looked at yet
         self._handles: weakref.WeakKeyDictionary[torch.optim.Optimizer, AttachedHandle] = weakref.WeakKeyDictionary()
 
     def add(self, optimizers: Sequence[Any], versions: int) -> AttachedHandle:
@@ -45,25 +64,53 @@ class AttachedOptimizers:
                 self._handles[optimizer].discard(optimizer)
         handle = AttachedHandle(inner, self)
         self._handles.update(dict.fromkeys(inner, handle))
-        self.versions = versions
+        self.at_add, self.at_last_step, self._are_the_models = versions, None, False
         _call(self.changed)
         return handle
 
-    def parameters(self) -> list[Tensor]:
-        """Return what the attached optimizers write to."""
-        attached = [optimizer for optimizer, handle in self._handles.items() if optimizer in handle]
+    def parameters(self, of: AttachedHandle | None = None) -> list[Tensor]:
+        """Return what the attached optimizers write to, or those of one handle."""
+        attached = [optimizer for optimizer, handle in self._handles.items() if optimizer in (of or handle)]
         return [each for optimizer in attached for group in optimizer.param_groups for each in group["params"]]
 
-    def warn_about_steps_unseen(self, versions: Callable[[], int]) -> None:
-        """Warn if the weights changed while no attached optimizer called step(), as with SAM."""
-        if self.versions is None or self.versions == versions():
-            return
-        self.versions = None
-        warnings.warn(
-            "an optimizer is attached, and the weights changed, but its step() was never called: the average is as it "
-            "was. Where the optimizer steps in another way (SAM's first_step and second_step), call update() yourself",
-            stacklevel=4,
-        )
+    def warn(self, weights: AveragedWeights, updates: int) -> None:
+        """Warn if updates and the training have come apart: steps that are not seen, or of something else."""
+        if not self._are_the_models:
+            self._are_the_models = True
+            self._warn_about_other_parameters(weights)
+        message = None
+        if self.at_add is not None:
+            if self.at_add != weights.versions():
+                self.at_add = None
+                message = (
+                    "an optimizer is attached, and the weights changed, but its step() was never called: the average "
+                    "is as it was. Where the optimizer steps in another way (SAM's first_step and second_step), call "
+                    "update() yourself; where another one trains now, attach it too"
+                )
+        elif self.at_last_step is not None and self.at_last_step[0] == updates:
+            changes = map(int.__sub__, weights.versions_of_few(), self.at_last_step[1])
+            if max(changes, default=0) >= _CHANGES_OF_A_TRAINING:
+                self.at_last_step = None
+                message = (
+                    "the weights changed several times since the last step() of an attached optimizer, and no update() "
+                    "followed: the average is as it was then. Where another optimizer trains now (a second stage), "
+                    "attach it too: ema.attach(optimizer)"
+                )
+        if message is not None:
+            warnings.warn(message, stacklevel=4)
+
+    def _warn_about_other_parameters(self, weights: AveragedWeights) -> None:
+        """Warn if what is attached writes to no tensor of the model."""
+        for handle in dict.fromkeys(self._handles.values()):
+            parameters = self.parameters(handle)
+            if parameters and not any(weights.has(each) for each in parameters):
+                warnings.warn(
+                    "an attached optimizer trains no tensor of the averaged model: it steps copies (as after "
+                    "deepspeed.initialize, once for each of its parameter groups), or another model. Updates come "
+                    "at its steps, and may average weights that are not written yet. Call update() yourself, once "
+                    "after each step of the training, instead of attach()",
+                    stacklevel=5,
+                )
 
 
 class AttachedHandle:
@@ -103,11 +150,15 @@ class AttachedHandle:
         if optimizer not in self:
             return
         # A gradient scaler sets it on optimizers that skip the step themselves (fused ones).
-        self._found_inf[id(optimizer)] = getattr(optimizer, "found_inf", None)
-        if len(self._found_inf) == len(self._hooks):
+        found_inf = getattr(optimizer, "found_inf", None)
+        if len(self._hooks) > 1:
+            self._found_inf[id(optimizer)] = found_inf
+            if len(self._found_inf) < len(self._hooks):
+                return
             found, self._found_inf = list(self._found_inf.values()), {}
-            self._attached.versions = None
-            _call(self._attached.after, found_inf=combined_found_inf(found))
+            found_inf = combined_found_inf(found)
+        self._attached.at_add = None
+        _call(self._attached.after, found_inf=found_inf)
 
 
 def _call(method: weakref.WeakMethod[Any], **arguments: Any) -> None:
@@ -124,14 +175,15 @@ def combined_found_inf(found_inf: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def checked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the optimizer whose `step()` runs hooks: the one inside Accelerate's wrapper.
+    """Return the optimizer whose `step()` runs hooks: the one inside the wrapper of Accelerate or opacus.
 
     Raises:
         TypeError: it has no step hooks.
     """
-    accelerate = sys.modules.get("accelerate.optimizer")
-    while accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
+    for module, name, inside in _WRAPPERS:
+        wrapper = getattr(sys.modules.get(module), name, None)  # nothing is one where its module was not imported
+        while wrapper is not None and isinstance(optimizer, wrapper):
+            optimizer = getattr(optimizer, inside)
     # torch marks the step() that runs hooks; timm's Lookahead inherits the hooks' dictionaries but never runs them.
     has_hooks = hasattr(optimizer, "_optimizer_step_post_hooks") and getattr(type(optimizer).step, "hooked", False)
     if not (isinstance(optimizer, torch.optim.Optimizer) and has_hooks):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -182,3 +184,124 @@ def test_no_warning_where_steps_are_seen(recwarn: pytest.WarningsRecorder) -> No
     with ema.swapped():
         pass
     assert not recwarn.list
+
+
+# ---- updates and training that come apart ----
+
+
+@pytest.mark.parametrize("kind", ["all", "head"])
+@pytest.mark.parametrize("swaps", [0, 2])
+@pytest.mark.parametrize("steps", [0, 5])
+def test_a_swap_warns_where_another_optimizer_took_over(
+    kind: str, swaps: int, steps: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    ema, first = FastEMA(model), sgd(model.parameters())
+    ema.attach(first)
+    for _ in range(steps):
+        train(model, first)
+    for _ in range(swaps):
+        with ema.swapped():
+            pass
+    second = torch.optim.AdamW(model[2].parameters() if kind == "head" else model.parameters(), lr=0.01)
+    assert not recwarn.list
+    for _ in range(3):
+        train(model, second)
+    with pytest.warns(UserWarning, match="attach it too"), ema.swapped():
+        pass
+    recwarn.clear()
+    with ema.swapped():
+        pass
+    assert not recwarn.list, "once is enough"
+    ema.attach(second)
+    train(model, second)
+    with ema.swapped():
+        pass
+    assert not recwarn.list
+    for _ in range(3):
+        train(model, first)
+    assert ema.num_updates == steps + 4, "the first one is attached still"
+
+
+def test_no_warning_where_weights_are_loaded_clamped_or_updated_by_hand(recwarn: pytest.WarningsRecorder) -> None:
+    model = nn.Linear(3, 2)
+    ema, optimizer = FastEMA(model), sgd(model.parameters())
+    ema.attach(optimizer)
+    for change in (
+        lambda: model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}),
+        lambda: [parameter.data.clamp_(-1, 1) for parameter in model.parameters()],
+        lambda: ema.copy_to(),
+        lambda: [(train(model, sgd(model.parameters())), ema.update()) for _ in range(3)],
+        lambda: model.double().float(),
+    ):
+        train(model, optimizer)
+        change()
+        with ema.swapped():
+            pass
+    assert not recwarn.list
+
+
+def flattened(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer flat copies of its parameters in groups of their own, as DeepSpeed does."""
+    for group in optimizer.param_groups:
+        group["params"] = [torch.cat([parameter.detach().flatten() for parameter in group["params"]])]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_swap_warns_where_an_optimizer_steps_copies(late: bool) -> None:
+    model = nn.Linear(3, 2)
+    ema = FastEMA(model)
+    optimizer = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias]}], lr=0.1)
+    if late:
+        ema.attach(optimizer)
+    flattened(optimizer)
+    if not late:
+        ema.attach(optimizer)
+    with pytest.warns(UserWarning, match="trains no tensor of the averaged model"), ema.swapped():
+        pass
+
+
+@pytest.mark.parametrize("kind", ["views", "part", "both", "moved"])
+def test_no_warning_where_an_optimizer_steps_the_models_memory(kind: str, recwarn: pytest.WarningsRecorder) -> None:
+    """One of two is enough: a GAN's discriminator may be attached beside its generator."""
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    ema = FastEMA(model)
+    if kind == "views":
+        ema.attach(sgd([model.weight.data.view(-1)]))
+    elif kind == "part":
+        ema.attach(sgd([model.bias]))
+    elif kind == "both":
+        ema.attach(sgd(other.parameters()), sgd(model.parameters()))
+    else:
+        optimizer = sgd(model.parameters())
+        ema.attach(optimizer)
+        model.weight.data = model.weight.data.clone()
+    with ema.swapped():
+        pass
+    assert not recwarn.list
+
+
+def test_an_optimizer_inside_opacus_wrapper_is_attached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It steps at the end of each logical batch; the wrapper's own step() runs for every physical one."""
+
+    class DPOptimizer(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.original_optimizer, self.param_groups, self.calls = optimizer, optimizer.param_groups, 0
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.original_optimizer.zero_grad(set_to_none)
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.calls += 1
+            if self.calls % 4 == 0:
+                self.original_optimizer.step()
+
+    module = ModuleType("opacus.optimizers")
+    module.DPOptimizer = DPOptimizer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "opacus.optimizers", module)
+    model = nn.Linear(3, 2)
+    ema, optimizer = FastEMA(model), DPOptimizer(sgd(model.parameters()))
+    ema.attach(optimizer)
+    for _ in range(16):
+        train(model, optimizer)
+    assert ema.num_updates == 4

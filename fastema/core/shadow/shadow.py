@@ -19,6 +19,7 @@ from fastema.backends import contract
 from fastema.backends import torch as plain_torch
 from fastema.core.model import dtensor
 from fastema.core.model.policy import Managed, Source, named_tensors
+from fastema.core.model.tensors import why_no_storage
 from fastema.core.shadow import offload
 from fastema.core.shadow.averages import Average
 from fastema.core.shadow.plans import Plans
@@ -27,6 +28,7 @@ from fastema.core.shadow.swap import swap_of
 from fastema.core.swap import swap
 from fastema.core.swap.swap import Swap
 
+_FEW = 8  # so many tensors show whether the weights were written to
 _needs_gradient = attrgetter("requires_grad")
 
 
@@ -61,6 +63,8 @@ class Shadow:
         self.count = count
         self._mirrored = [entry for entry in managed if not entry.loose]
         self._tensors = [entry.tensor for entry in self._mirrored]
+        written = [e.tensor for e in self._mirrored if e.rule == "average" and not e.tensor.is_inference()]
+        self._few = written[:: -(-len(written) // _FEW)] if written else []
         self._host = backends.host(backend)
         self._backend = backend
         self._source = source
@@ -301,6 +305,17 @@ class Shadow:
     def versions(self) -> int:
         """Return a number that changes whenever autograd sees a write to a managed tensor."""
         return sum(tensor._version for tensor in self._tensors if not tensor.is_inference())
+
+    def versions_of_few(self) -> list[int]:
+        """Return the versions of a few averaged tensors: cheap enough for every step."""
+        return [tensor._version for tensor in self._few]
+
+    def has(self, tensor: Tensor) -> bool:
+        """Return whether `tensor` has memory of a managed one, or is in its place."""
+        if any(tensor is entry.whole for entry in self.managed):
+            return True
+        local = dtensor.local_part(tensor)
+        return why_no_storage(local) is None and local.untyped_storage()._cdata in self.live_storage_ids
 
     def refuse_foreign(self, what: str) -> None:
         """Raise RuntimeError while another EMA's averages are in this model, or this EMA's are in another model."""
