@@ -401,6 +401,35 @@ def test_a_crash_in_the_averaged_validation_repeats_it_after_the_resume(tmp_path
     assert net.epochs == {1, 2}
 
 
+@pytest.mark.parametrize("left", range(12))
+def test_both_resumes_from_a_validation_of_two_loaders_and_repeats_it_whole(tmp_path: Path, left: int) -> None:
+    class Crashes(Net):
+        left: int | None = None
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx, dataloader_idx)
+            if self.left is not None:
+                self.left -= 1
+                if self.left < 0:
+                    raise ValueError("stop")
+
+    loaders = [loader(seed=8, count=12), loader(seed=9, count=12)]
+    saves = ModelCheckpoint(tmp_path, save_on_exception=True, every_n_epochs=10)
+    args: dict[str, Any] = {"max_epochs": 1, "num_sanity_val_steps": 0}
+    net = Crashes()
+    net.left = left
+    with pytest.raises(ValueError, match="stop"):
+        trainer(tmp_path, FastEMACallback(validate="both"), saves, **args).fit(net, loader(), loaders)
+    (path,) = tmp_path.glob("*.ckpt")
+    runs = [trainer(tmp_path, FastEMACallback(validate="both"), **args) for _ in range(2)]
+    runs[0].fit(Crashes(), loader(), loaders)
+    runs[1].fit(Crashes(), loader(), loaders, ckpt_path=path)
+    whole, resumed = (run.callback_metrics for run in runs)
+    names = [f"{name}/dataloader_idx_{which}" for name in ("val/acc", "val_ema/acc") for which in (0, 1)]
+    assert names and all(whole[name] == resumed[name] for name in names)
+    assert whole.keys() == resumed.keys()
+
+
 # ---- checkpoints ----
 
 
@@ -453,6 +482,34 @@ def test_a_checkpoint_of_lightnings_own_callback_resumes_with_both(tmp_path: Pat
     assert_same(seen["average"], saved["state_dict"])
     assert callback.ema is not None and callback.ema.num_updates == 15
     assert_average(callback.ema_state_dict(), average(saved["state_dict"], net.after_steps))
+
+
+@pytest.mark.skipif(not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="this lightning has none")
+@pytest.mark.parametrize(
+    ("theirs", "own"),
+    [
+        ({"update_starting_at_step": 6}, {"decay_type": "constant", "update_after_step": 6}),
+        ({"update_every_n_steps": 5}, {"decay_type": "threshold"}),
+        ({"update_every_n_steps": 5}, {"decay_type": "warmup", "update_every": 5}),
+    ],
+)
+def test_an_average_of_lightnings_own_callback_goes_on_at_its_step(
+    tmp_path: Path, theirs: dict[str, Any], own: dict[str, Any]
+) -> None:
+    """Not at its number of updates: a schedule would begin too early, or a start that has passed wipe the average."""
+    written = pl.callbacks.EMAWeightAveraging(decay=DECAY, **theirs)
+    trainer(tmp_path, written, ModelCheckpoint(tmp_path, filename="theirs")).fit(Net(), loader())
+    seen: dict[str, Any] = {}
+
+    class Noted(FastEMACallback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            seen.setdefault("state", self.ema.state_dict())
+
+    callback = Noted(decay=DECAY, **own)
+    trainer(tmp_path, callback, max_epochs=3).fit(Net(), loader(), ckpt_path=tmp_path / "theirs.ckpt")
+    assert (seen["state"]["step"], seen["state"]["num_updates"]) == (10, int(written._average_model.n_averaged))
+    assert callback.ema is not None and callback.ema.state_dict()["step"] == 15
 
 
 # ---- a module that changes in mid-run ----

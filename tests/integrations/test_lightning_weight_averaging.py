@@ -211,3 +211,14 @@ def test_an_exception_in_a_validation_leaves_the_trained_weights(tmp_path: Path)
         saved = torch.load(path, weights_only=True)
         assert_same(saved["current_model_state"], net.after_steps[-1])
         assert_same(saved["state_dict"], snapshot(callback._average_model.module))
+
+
+@pytest.mark.parametrize("start", [{"update_starting_at_step": 7}, {"update_starting_at_step": 50}])
+def test_validations_before_the_start_are_said_and_no_training_is_lost(tmp_path: Path, start: dict[str, int]) -> None:
+    net, callback = Net(), ours.EMAWeightAveraging(decay=DECAY, **start)
+    with pytest.warns(UserWarning, match="copy of the initial weights") as said:
+        trainer(tmp_path, callback, max_epochs=2).fit(net, loader(), loader(seed=8))
+    never = start["update_starting_at_step"] == 50
+    assert sum("initial weights: these" in str(each.message) for each in said) == 1
+    assert sum("in the whole fit" in str(each.message) for each in said) == never
+    assert_same(snapshot(net), net.after_steps[-1] if never else snapshot(callback._average_model.module))

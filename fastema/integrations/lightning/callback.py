@@ -203,10 +203,10 @@ class FastEMACallback(HoldsAverage, Callback):
             # Of Lightning's WeightAveraging: the average is in the place of the weights.
             updates = int(checkpoint["averaging_state"]["n_averaged"])
             if updates > 0:
-                self._restored = _state_of(checkpoint["state_dict"], updates)
+                self._restored = self._state_of(checkpoint["state_dict"], checkpoint, updates)
             pl_module.load_state_dict(checkpoint["current_model_state"])
         elif "ema_state_dict" in checkpoint and checkpoint.get("callbacks") is None:
-            self._restored = _state_of(checkpoint["ema_state_dict"], checkpoint["global_step"])
+            self._restored = self._state_of(checkpoint["ema_state_dict"], checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until the module is on the device where it trains."""
@@ -321,7 +321,15 @@ class FastEMACallback(HoldsAverage, Callback):
         if self._ema is not None and self._ema.is_applied:
             self._ema.restore()
 
+    def _state_of(
+        self, averages: dict[str, Any], checkpoint: dict[str, Any], updates: int | None = None
+    ) -> dict[str, Any]:
+        """Return a state for FastEMA from averaged weights under the module's keys.
 
-def _state_of(averages: dict[str, Any], updates: int) -> dict[str, Any]:
-    """Return a state for FastEMA from averaged weights under the module's keys."""
-    return {"step": updates, "num_updates": updates, "shadow": dict(averages)}
+        Args:
+            checkpoint: Lightning's; its step is that of all optimizers together.
+            updates: number of updates, if known.
+        """
+        step = checkpoint["global_step"] // max(1, len(checkpoint.get("optimizer_states", ())))
+        known = step // self._ema_args.get("update_every", 1) if updates is None else updates
+        return {"step": step, "num_updates": known, "shadow": dict(averages)}

@@ -61,7 +61,8 @@ def extra_run(trainer: Trainer, loop: Any) -> Iterator[None]:
     """Open a block in which an evaluation loop runs once more than the trainer knows of.
 
     Its metrics get the names of the average. The other callbacks' hooks are not called. Random numbers, the progress
-    of the loop, learning rates and their schedulers are afterwards as they were before.
+    of the loop, learning rates and their schedulers are afterwards as they were before. A validation that a checkpoint
+    has interrupted begins anew, in both runs: Lightning would leave out as many batches as were done.
     """
     with ExitStack() as undo:
         undo.enter_context(isolate_rng())
@@ -120,12 +121,11 @@ def _untouched_progress(loop: Any) -> Iterator[None]:
 
     An exception leaves what was counted: the validation has not finished, and a resumed run repeats it.
     """
-    restarting, loop.restarting = loop.restarting, False
+    loop.restarting = False
     progress = deepcopy(loop.batch_progress.state_dict())
     seen = getattr(loop, "_seen_batches_per_dataloader", None)
     counts = None if seen is None else dict(seen)
     yield
-    loop.restarting = restarting
     loop.batch_progress.load_state_dict(progress)
     seen = getattr(loop, "_seen_batches_per_dataloader", None)
     if seen is not None and counts is not None:

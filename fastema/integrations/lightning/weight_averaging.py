@@ -12,6 +12,8 @@ Differences from Lightning:
 - The exchange before and after a validation moves pointers, where Lightning copies every tensor three times.
 - An exception in a validation leaves the trained weights in the model, and a checkpoint saved inside of a validation
   has the trained weights and the average each in its own place. Lightning leaves and saves them exchanged.
+- A fit that ends before the first update leaves the trained weights in the model, and warns; so does a validation
+  before it, which takes the initial weights as Lightning's does.
 - The callback can be pickled, also before the fit (for `ddp_spawn`).
 - A checkpoint of `FastEMACallback` is read: both the trained weights and its average.
 """
@@ -43,6 +45,7 @@ class WeightAveraging(callbacks.WeightAveraging):
     """
 
     _exchanged: ExitStack | None = None  # while the model holds the average
+    _said_not_begun = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Build the average when a fit begins."""
@@ -58,6 +61,31 @@ class WeightAveraging(callbacks.WeightAveraging):
         self._average_model = AveragedModel(
             pl_module, self._device or pl_module.device, use_buffers=self._use_buffers, **self._kwargs
         )
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the average into the model; before its first update that is the initial weights, as in Lightning."""
+        if not trainer.sanity_checking and not self._has_begun and not self._said_not_begun:
+            self._said_not_begun = True
+            rank_zero_warn(
+                f"{type(self).__name__} has not averaged yet, and the average is a copy of the initial weights: these "
+                "are validated, as with Lightning's own callback. FastEMACallback(start_step=...) validates the "
+                "trained weights until the average begins"
+            )
+        super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy the average into the model, if there is one."""
+        if self._has_begun:
+            super().on_train_end(trainer, pl_module)
+        else:
+            rank_zero_warn(
+                f"{type(self).__name__} has not averaged in the whole fit: the model keeps its trained weights, "
+                "where Lightning's own callback would put the initial ones in their place"
+            )
+
+    @property
+    def _has_begun(self) -> bool:
+        return self._average_model is None or int(self._average_model.n_averaged) > 0
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put the trained weights back, before any checkpoint of the crash is written."""
