@@ -20,7 +20,7 @@ from torch import nn
 
 from fastema.core.atomic_files import replacing
 from fastema.core.model import dtensor
-from fastema.core.model.policy import clean_name
+from fastema.core.model.policy import clean_name, unwrapped
 from fastema.core.text import first_few
 from fastema.ema import FastEMA
 
@@ -57,9 +57,10 @@ def save_checkpoint(
 
     Args:
         path: the file to write; its folder must exist. A symbolic link is followed.
-        net: the model; its `state_dict()` is stored as `net`.
+        net: the model; its `state_dict()` is stored as `net`, that of the model inside where it is wrapped in DDP,
+            `torch.compile` or a DeepSpeed engine.
         ema: stored twice, at no cost on the disk, since the tensors are shared: `ema_net`, the averaged model
-            under the model's own keys, and `ema`, the state that resumes it exactly.
+            under the same keys as `net`, and `ema`, the state that resumes it exactly.
         optimizer: stored as `optimizer`.
         **extra: stored under their names: through `.state_dict()` where they have one, else as they are. Only tensors
             and plain Python values, since `load_checkpoint` accepts nothing else.
@@ -79,7 +80,9 @@ def save_checkpoint(
         )
     if "ema_net" in extra:
         raise ValueError("'ema_net' is written from ema=...: pass the EMA itself, or another name")
-    content: dict[str, Any] = {"net": ema.live_state_dict(net) if isinstance(ema, FastEMA) else _state_of(net)}
+    content: dict[str, Any] = {
+        "net": ema.live_state_dict(net) if isinstance(ema, FastEMA) else _state_of(unwrapped(net))
+    }
     if any(map(dtensor.is_dtensor, content["net"].values())):
         raise ValueError(
             "the model is sharded, and each process would write its own part to one file: save its state_dict() and "

@@ -135,7 +135,7 @@ class FastEMA:
         self._backend = backends.default_name() if backend is None else backend
         self._source = checked_source(model)
         self._capturable = capturable
-        self._attached = AttachedOptimizers(self._before_step, self.update, self._defer_copies)
+        self._attached = AttachedOptimizers(self._before_step, self._after_step, self._defer_copies)
         self._replaced: set[str] = set()  # names of copied buffers that the model reassigns
         self._one_thread = OneThread()
         self._step = 0
@@ -156,10 +156,19 @@ class FastEMA:
         Missing or None values default as in super-gradients: decay 0.9999, decay_type "exp". A `beta` that the schedule
         does not take is ignored. `exp_activation=False` means "constant".
 
+        Raises:
+            ValueError: a whole `training_params`; its entry "ema_params" is what is expected here.
+
         Examples:
             >>> FastEMA.from_params(torch.nn.Linear(2, 1), {"decay": 0.9, "decay_type": "linear"}, 10).decay_at(5)
             0.45
         """
+        if "ema_params" in ema_params or isinstance(ema_params.get("ema"), bool):
+            raise ValueError(
+                f"from_params() needs the dictionary of the average, and got a whole training_params "
+                f"({first_few([repr(name) for name in ema_params])}): pass training_params['ema_params'], and build no "
+                "average where training_params['ema'] is false"
+            )
         params = {"decay": 0.9999, **{name: value for name, value in ema_params.items() if value is not None}}
         decay_type = "exp" if params.pop("exp_activation", True) else "constant"
         params.setdefault("decay_type", decay_type)
@@ -178,7 +187,9 @@ class FastEMA:
         """Average the model's weights as they are now. Call it once per optimizer step.
 
         Args:
-            step: number of optimizer steps so far, from 1, for the schedule; None: count here.
+            step: number of optimizer steps so far, from 1, for the schedule; None: count here. "debiased", "power" and
+                the half-lives give an average that was not updated for long little weight, or none. They warn where
+                the first step given is late: load the average of earlier steps by `load_state_dict()`.
             found_inf: float32 scalar on a device of the model, as torch's gradient scaler has it. Not 0: the optimizer
                 skipped its step, and nothing is averaged. On a GPU the kernel reads it, and the step still counts
                 unless `capturable=True`.
@@ -223,7 +234,10 @@ class FastEMA:
             return
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
             return
-        step = self._step + 1 if step is None else checked_count("step", step, at_least=1)
+        if step is None:
+            step = self._step + 1
+        elif checked_count("step", step, at_least=1) > self._update_every and self._step == 0 and decay is None:
+            self._decays.warn_of_a_late_start(step, self._update_every)
         if step % self._update_every == 0:
             if decay is None:
                 decays = self._decays.at(step, self._last_update)
@@ -265,8 +279,8 @@ class FastEMA:
 
         Args:
             *optimizers: one; or several that make one step together, in any order (a GAN's two, or one for each
-                parameter, stepped in backward): the EMA is updated once each of them has stepped. Accelerate's wrapper
-                is unwrapped.
+                parameter, stepped in backward): the EMA is updated once each of them has stepped. The wrappers of
+                Accelerate and opacus are unwrapped.
 
         Returns:
             A handle; `handle.remove()` ends it.
@@ -279,6 +293,11 @@ class FastEMA:
     def _before_step(self) -> None:
         self._refuse_while_applied("optimizer.step()")
         self._shadow.plans.order_writes()
+
+    def _after_step(self, found_inf: Tensor | None) -> None:
+        self.update(found_inf=found_inf)
+        if not torch.compiler.is_compiling():
+            self._attached.at_last_step = self._num_updates, self._shadow.versions_of_few()
 
     def _defer_copies(self) -> None:
         self._shadow.defer_copies_until_step(self._attached.parameters())
@@ -321,7 +340,7 @@ class FastEMA:
         modules = self._source.modules() if isinstance(self._source, nn.Module) else ()
         compiled.refuse_freezing((entry.whole for entry in self._shadow.managed), modules)
         self._warn_about_nonfinite()
-        self._attached.warn_about_steps_unseen(self._shadow.versions)
+        self._attached.warn(self._shadow, self._num_updates)
         self._warn_about_tensors_unused()
         self._shadow.apply(which, in_place)
 
@@ -493,11 +512,12 @@ class FastEMA:
         Args:
             state_dict: the state, of a FastEMA of the same model. A sharded one takes its part of whole tensors.
             strict: names and dtypes must agree, but what the policy skips now and the state has is averaged again;
-                False: load what fits, cast where dtypes differ.
+                False: load what fits, cast where dtypes differ, and warn of parameters that the state does not have.
 
         Raises:
             RuntimeError: the EMA weights are applied.
-            ValueError: not a state, or one of another model; lists the first differences. Nothing is changed.
+            ValueError: not a state, or one of another model (with `strict=False`: no name fits); lists the first
+                differences. Nothing is changed.
         """
         self._refuse_while_applied("load_state_dict()")
         saved = state.saved_averages(state_dict)
@@ -528,8 +548,9 @@ class FastEMA:
     def shadow_state_dict(self, which: int = 0) -> dict[str, Any]:
         """Return the averaged weights under the model's own keys: `model.load_state_dict(it)` works.
 
-        Averaged tensors come in the shadow's dtype, what is skipped as it is in the model. Tensors share memory with
-        the EMA, but for float32 averages of bfloat16 weights, which are copies.
+        Where FastEMA was built of a wrapped model (DDP, DataParallel, `torch.compile`, a DeepSpeed engine), the keys
+        are those of the model inside. Averaged tensors come in the shadow's dtype, what is skipped as it is in the
+        model. Tensors share memory with the EMA, but for float32 averages of bfloat16 weights, which are copies.
 
         Raises:
             RuntimeError: the model's structure, shapes, dtypes or devices changed.
@@ -552,10 +573,10 @@ class FastEMA:
         return self._model_state(0, averages[0]), self._state(averages)
 
     def live_state_dict(self, model: nn.Module | None = None) -> dict[str, Any]:
-        """Return the trained weights under the model's own keys, also while the averaged ones are applied.
+        """Return the trained weights under the same keys, also while the averaged ones are applied.
 
         Args:
-            model: the averaged model in a wrapper; None: the model itself.
+            model: the averaged model, in a wrapper or not; None: the one that FastEMA was built of.
         """
         source: Source = self._source if model is None else model
         if not self.is_applied:
@@ -600,7 +621,7 @@ class FastEMA:
         if "decays" in pickled:
             self._decays = Decays(**pickled["decays"])
         self._one_thread = OneThread()
-        self._attached = AttachedOptimizers(self._before_step, self.update, self._defer_copies)
+        self._attached = AttachedOptimizers(self._before_step, self._after_step, self._defer_copies)
         self._captured = []
         self._pickled = pickled
         if state.is_complete(self._source):
@@ -696,6 +717,7 @@ class FastEMA:
         if self._device_schedule is not None and not self._shadow.is_on_cpu:
             self._captured.append(self._shadow)  # captured graphs still use it
         self._shadow = new
+        self._attached.at_last_step = None  # versions of other tensors
         self._defer_copies()
         self._warm_up()
 

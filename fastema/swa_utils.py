@@ -14,8 +14,9 @@ Differences from torch:
   rounded after the subtraction and at the end. An update differs by rounding alone, at most two units in the last
   place of the larger operand, and an average of equal weights stays exactly what it is. Called directly, the functions
   are torch's own.
-- Integer and bool tensors are copied at every update: under `use_buffers=True` torch freezes them with an EMA (it
-  rounds down) and raises with SWA, and an average of counters means nothing.
+- Integer and bool tensors are copied at every update, whatever the function, your own too: under `use_buffers=True`
+  torch freezes or shifts them with an EMA (it rounds down) and raises with SWA, and an average of counters means
+  nothing.
 - Weights of another floating-point dtype than the average (bfloat16 weights, float32 average) are averaged, in the
   average's precision; torch raises with the `multi` functions.
 - A GPU's counter is read once, and again only after `n_averaged` was written to or replaced; torch waits for the device
@@ -178,6 +179,8 @@ class AveragedModel(_TorchAveragedModel):
         update = None if function is None else self._update_for(model)
         if function is None or update is None:
             super().update_parameters(model)
+            if self.use_buffers:
+                self._copy_integers(model)
             return
         if self._counter is None:
             self._counter = Counter()
@@ -277,6 +280,13 @@ class AveragedModel(_TorchAveragedModel):
         if self._rule[0] is not function:
             self._rule = (function, recognise(function))
         return self._rule[1]
+
+    def _copy_integers(self, model: nn.Module) -> None:
+        """Copy what torch gave to the user's function, which rounds down: counters, indices, masks."""
+        with torch.no_grad():
+            for averaged, live in zip(self.module.buffers(), model.buffers(), strict=False):
+                if not (averaged.is_floating_point() or averaged.is_complex()):
+                    averaged.copy_(live)
 
     def _current_pairs(self, model: nn.Module, what: str) -> PairedModules:
         if self._pairs is None or not self._pairs.holds(model, self.use_buffers):

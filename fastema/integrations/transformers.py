@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -36,10 +37,13 @@ from fastema.integrations.transformers_checkpoint import EMA_STATE, is_peft, rea
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer, TrainerCallback, TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import get_last_checkpoint
 else:
     TrainerCallback = require("transformers", "transformers").TrainerCallback
+    TrainerState = require("transformers", "transformers").TrainerState
+    TRAINER_STATE_NAME = require("transformers.trainer", "transformers").TRAINER_STATE_NAME
     get_last_checkpoint = require("transformers.trainer_utils", "transformers").get_last_checkpoint
     np = require("numpy", "transformers")
 
@@ -271,11 +275,25 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
             self._handle = None
 
     def _load(self, model: nn.Module, folder: Path) -> None:
-        """Build the average that a checkpoint holds; where it holds none, there is none yet."""
+        """Build the average that a checkpoint holds; where it holds none, warn, and there is none yet."""
         if (folder / EMA_STATE).is_file():
             ema = self._build(model)
             read_average(ema, folder)
             self._ema = ema
+        elif self._begins_before(folder):
+            warnings.warn(
+                f"the checkpoint {folder} has no average ({EMA_STATE}): one begins anew, as a copy of the weights, "
+                "with its schedule at step 0",
+                stacklevel=2,
+            )
+
+    def _begins_before(self, folder: Path) -> bool:
+        """Return whether the average had begun when a checkpoint was written; True where that is not known."""
+        file = folder / TRAINER_STATE_NAME
+        done = TrainerState.load_from_json(str(file)) if file.is_file() else None
+        if done is None:
+            return True
+        return done.global_step > self._start_step and (done.epoch or 0) > self._start_epoch
 
     @contextmanager
     def _averaged(self, what: str) -> Iterator[None]:

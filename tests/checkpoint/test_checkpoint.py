@@ -8,6 +8,8 @@ import pickle
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -360,3 +362,47 @@ def test_a_model_whose_only_part_is_called_module(tmp_path: pathlib.Path) -> Non
     other = Wrapped(model(seed=1))
     load_weights(other, tmp_path / "a.pth")
     assert torch.equal(other.module[0].weight, model()[0].weight)  # type: ignore[index]
+
+
+def wrappers() -> dict[str, Callable[[nn.Module], nn.Module]]:
+    class Engine(nn.Module):  # DeepSpeed's keeps the model as `module`
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    sys.modules["deepspeed"].DeepSpeedEngine = Engine  # type: ignore[attr-defined]
+    return {
+        "none": lambda model: model,
+        "parallel": nn.DataParallel,
+        "compiled": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
+        "both": lambda model: torch.compile(nn.DataParallel(torch.compile(model, backend="eager"))),  # type: ignore
+        "engine": Engine,
+        "engine of both": lambda model: Engine(nn.DataParallel(model)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["none", "parallel", "compiled", "both", "engine", "engine of both"])
+@pytest.mark.parametrize("given", ["wrapped", "inner"])
+def test_one_rule_for_names(kind: str, given: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every state has the keys of the model inside, whichever of the two the average and the file are made of."""
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    inner = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    inner.add_module("module", nn.Linear(2, 2))
+    wrapped = wrappers()[kind](inner)
+    ema = FastEMA(wrapped, 0.5)
+    expected = set(inner.state_dict())
+    save_checkpoint(tmp_path / "c.pth", net=wrapped if given == "wrapped" else inner, ema=ema)
+    content = load_checkpoint(tmp_path / "c.pth")
+    states = [content["net"], content["ema_net"], content["ema"]["shadow"], ema.shadow_state_dict()]
+    with ema.swapped():
+        save_checkpoint(tmp_path / "inside.pth", net=wrapped if given == "wrapped" else inner, ema=ema)
+        states += [ema.live_state_dict(), ema.live_state_dict(wrapped), load_checkpoint(tmp_path / "inside.pth")["net"]]
+    save_checkpoint(tmp_path / "alone.pth", net=wrapped)
+    states.append(load_checkpoint(tmp_path / "alone.pth")["net"])
+    assert all(set(state) == expected for state in states)
+    inner.load_state_dict(ema.shadow_state_dict())
+    for model in (wrapped, inner):
+        load_weights(model, content)
+    if given == "wrapped":
+        save_checkpoint(tmp_path / "c.pth", net=inner, ema=FastEMA(inner))
+        load_weights(wrapped, tmp_path / "c.pth")

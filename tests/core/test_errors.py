@@ -118,6 +118,12 @@ def test_from_params_with_an_unknown_key() -> None:
         FastEMA.from_params(small_model(), {"decay": 0.9, "gamma": 3})
 
 
+@pytest.mark.parametrize("whole", [{"ema": True, "ema_params": {"decay": 0.9}}, {"max_epochs": 3, "ema": False}])
+def test_from_params_with_a_whole_training_params(whole: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"whole training_params .*: pass training_params\['ema_params'\]"):
+        FastEMA.from_params(small_model(), whole, total_steps=10)
+
+
 # ---- what cannot be averaged ----
 
 

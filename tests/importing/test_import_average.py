@@ -221,7 +221,7 @@ def test_a_state_with_other_names_is_refused_without_strict_too() -> None:
     ema = FastEMA(model)
     before = snapshot(ema)
     state = {"step": 9000, "num_updates": 9000, "shadow": an_average(model, "module.")}
-    with pytest.raises(ValueError, match="none of its names is a tensor's here"):
+    with pytest.raises(ValueError, match="none of its names is an average's here"):
         ema.load_state_dict(state, strict=False)
     assert snapshot(ema) == before
     assert fastema.import_average(ema, state).source == "fastema"

@@ -376,14 +376,28 @@ def test_resume_is_bit_for_bit(tmp_path: Path, decay: Any, last: bool) -> None:
         ]
 
 
-def test_a_resume_without_an_average_begins_at_once_where_the_start_has_passed(tmp_path: Path) -> None:
+def test_a_resume_without_an_average_warns_and_begins_at_once_where_the_start_has_passed(tmp_path: Path) -> None:
     build(tmp_path, save_strategy="epoch")[0].train()
     trainer, optimizer = build(tmp_path, num_train_epochs=3)
     callback = FastEMATrainerCallback(**CONSTANT, start_step=4).attach(trainer)
-    trainer.train(resume_from_checkpoint=True)
+    with pytest.warns(UserWarning, match=r"checkpoint-10 has no average \(ema\.json\): one begins anew"):
+        trainer.train(resume_from_checkpoint=True)
     first = safetensors.torch.load_file(tmp_path / "checkpoint-10" / "model.safetensors")
     assert callback.ema is not None and callback.ema.num_updates == 5
     assert_average(callback.ema_state_dict(), average(first, optimizer.after_steps))
+
+
+def test_a_resume_from_before_the_start_has_nothing_to_warn_of(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    trainer = build(tmp_path, save_strategy="epoch")[0]
+    FastEMATrainerCallback(start_step=10).attach(trainer)
+    trainer.train()
+    again = build(tmp_path, num_train_epochs=3)[0]
+    callback = FastEMATrainerCallback(start_step=10).attach(again)
+    again.train(resume_from_checkpoint=True)
+    assert callback.ema is not None and callback.ema.num_updates == 5
+    assert not [each for each in recwarn if "no average" in str(each.message)]
 
 
 @pytest.mark.parametrize(

@@ -517,7 +517,7 @@ def test_the_users_function_is_called_as_torch_calls_it() -> None:
             averaged.update_parameters(model)
     assert calls[0] == calls[1]
     assert len(calls[1]) == 2 * 3  # two updates; float32, float64, int64
-    assert states_differ(*pair) == []
+    assert states_differ(*pair) == ["module.2.num_batches_tracked"]  # which is copied afterwards
 
 
 def test_the_users_function_of_one_parameter_gets_a_tensor_counter() -> None:
@@ -884,3 +884,25 @@ def test_importing_changes_nothing_in_torch() -> None:
         "assert dict(vars(t)) == before; assert t.AveragedModel is not fastema.swa_utils.AveragedModel"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("argument", ["avg_fn", "multi_avg_fn"])
+def test_integers_are_copied_whatever_the_function(argument: str) -> None:
+    """torch rounds down what a user's function makes of position ids, counters and masks."""
+    functions = {
+        "avg_fn": lambda averaged, current, count: 0.9999 * averaged + (1 - 0.9999) * current,
+        "multi_avg_fn": lambda averaged, current, count: [
+            a.copy_(0.9999 * a + (1 - 0.9999) * c) for a, c in zip(averaged, current, strict=True)
+        ],
+    }
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model.register_buffer("ids", torch.arange(2048))
+    model.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+    averaged = ours.AveragedModel(model, use_buffers=True, **{argument: functions[argument]})  # type: ignore[arg-type]
+    for _ in range(3):
+        with torch.no_grad():
+            model[0].weight.add_(1)
+            model[1].running_mean.add_(1)
+        averaged.update_parameters(model)
+    assert torch.equal(averaged.module.ids, torch.arange(2048)) and averaged.module.mask.all()
+    assert 0 < (model[1].running_mean - averaged.module[1].running_mean).min() < 2.1, "floats are the function's"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,17 +97,33 @@ class Decays:
         """
         if step >= self._settled_at:
             return self.targets
-        last_update = step - 1 if last_update is None else last_update
-        decays = tuple(
-            schedule.at(target, step, self.total_steps, last_update, self.update_after_step)
-            for schedule, target in zip(self.schedules, self.targets, strict=True)
-        )
+        decays = self._of_schedules(step, step - 1 if last_update is None else last_update)
         for decay, name in zip(decays, self._types, strict=True):
             if not 0.0 <= decay <= 1.0:
                 raise ValueError(f"decay_type {name!r} gave decay {decay} at step {step}; it must be in [0, 1]")
         if decays == self.targets and self.settles:
             self._settled_at = step
         return decays
+
+    def _of_schedules(self, step: int, last_update: int) -> tuple[float, ...]:
+        return tuple(
+            schedule.at(target, step, self.total_steps, last_update, self.update_after_step)
+            for schedule, target in zip(self.schedules, self.targets, strict=True)
+        )
+
+    def warn_of_a_late_start(self, step: int, update_every: int) -> None:
+        """Warn if a first update that is late gives what FastEMA was built on less, for the steps in between."""
+        decays, without_gap = self._of_schedules(step, 0), self._of_schedules(step, step - update_every)
+        lost = [which for which, pair in enumerate(zip(decays, without_gap, strict=True)) if pair[0] < pair[1]]
+        if lost and step > self.update_after_step:
+            which = lost[0]
+            warnings.warn(
+                f"the first update is told step {step}: of what FastEMA was built on, decay_type "
+                f"{self._types[which]!r} leaves {decays[which]:.3g}, since it was not updated in {step} steps. If that "
+                f"is an average of earlier steps, say so before: load_state_dict({{'step': {step - 1}, 'num_updates': "
+                f"{step - 1}, 'shadow': ...}}). If the average begins here, nothing is lost",
+                stacklevel=4,
+            )
 
     def checked(self, decay: float | Sequence[float], what: str) -> tuple[float, ...]:
         """Return `decay` as one value for each average.

@@ -6,6 +6,7 @@ masks, caches or spectral-norm vectors, whose average means nothing. Integer and
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -115,12 +116,14 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _without_wrappers(module: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile and data-parallel wrappers: states with and without them are the same."""
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the model inside torch.compile, DDP, DataParallel and DeepSpeed: every state has the keys of that one."""
+    deepspeed = sys.modules.get("deepspeed")  # nothing is its engine where it was not imported
+    wrappers = (DistributedDataParallel, DataParallel, getattr(deepspeed, "DeepSpeedEngine", DataParallel))
     while True:
-        if isinstance(module, (DistributedDataParallel, DataParallel)):
+        if isinstance(module, wrappers):
             module = module.module
-        elif "_orig_mod" in module._modules:
+        elif "_orig_mod" in getattr(module, "_modules", ()):
             module = module.get_submodule("_orig_mod")
         else:
             return module
@@ -131,7 +134,7 @@ def _slots(source: Source) -> list[_Slot]:
     if not isinstance(source, nn.Module):
         return [_Slot(name, tensor, None, False, True) for name, tensor in source]
     with dtensor.GatheredParameters(source.modules()).set_aside():
-        return list(_slots_of(_without_wrappers(source)))
+        return list(_slots_of(unwrapped(source)))
 
 
 def _slots_of(model: nn.Module) -> Iterator[_Slot]:

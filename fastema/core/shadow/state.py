@@ -5,6 +5,7 @@ Everything here checks first and lists the first differences; nothing is changed
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -17,7 +18,7 @@ from fastema.backends.atomic import Step, run_atomically
 from fastema.backends.torch import place_of
 from fastema.core.checks import difference, refuse_differences
 from fastema.core.model import dtensor
-from fastema.core.model.policy import Managed, Source, clean_name, named_tensors
+from fastema.core.model.policy import Managed, Source, clean_name, named_tensors, unwrapped
 from fastema.core.model.tensors import why_no_storage, why_not_writable
 from fastema.core.shadow.averages import Average
 from fastema.core.shadow.shadow import Shadow
@@ -87,8 +88,8 @@ def live_state(model: Source, shadow: Shadow, restored: Callable[[], AbstractCon
 
 
 def own_state(source: Source) -> dict[str, Any]:
-    """Return the model's state as it is now."""
-    return source.state_dict() if isinstance(source, nn.Module) else dict(source)
+    """Return the model's state as it is now, under the keys of the model inside its wrappers."""
+    return unwrapped(source).state_dict() if isinstance(source, nn.Module) else dict(source)
 
 
 def _state_of_side(
@@ -118,8 +119,7 @@ def _state_of_side(
             continue
         if not dtensor.has_storage(value):
             # A wrapper has no place. Put into the model inside a swap, it has the other side's value, if any.
-            name = clean_name(key)
-            result[key] = named.get(name, named.get(name.removeprefix("module."), value))
+            result[key] = named.get(clean_name(key), value)
             continue
         place = _place(value)
         if place in values:
@@ -232,13 +232,15 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
         The names that are only on one side, and the steps for `run_atomically`.
 
     Raises:
-        ValueError: another number of shadows; shapes that differ; with `strict`, names or dtypes that differ.
+        ValueError: another number of shadows; shapes that differ; with `strict`, names or dtypes that differ; without,
+            no name in common.
     """
     if len(saved) != shadow.count:
         raise ValueError(f"the state has {len(saved)} averages, this FastEMA has {shadow.count}: build it with as many")
     missing: list[str] = []
     unexpected: list[str] = []
     differences: list[str | None] = []
+    left: list[str] = []  # averages that keep their values
     targets: list[tuple[Average, Tensor]] = []
     for which, values in enumerate(saved):
         averages = stored_by_name(shadow, which, saved_only=True)
@@ -250,14 +252,27 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
         differences += [dtensor.difference(name, own[name], values[name]) for name in found]
         differences += [_unreadable(name, values[name]) for name in found]
         targets += [(averages[name], values[name]) for name in found]
-        if values and not found:
-            theirs, ours = next(iter(values)), next(iter(own))
-            differences.append(f"none of its names is a tensor's here ({theirs!r} there, {ours!r} here). {_IMPORT}")
+        loaded = {id(averages[name].entry) for name in found if averages[name].entry.rule == "average"}
+        if not loaded and (values or not strict):
+            theirs, ours = next(iter(values), None), next(iter(own))
+            differences.append(f"none of its names is an average's here ({theirs!r} there, {ours!r} here). {_IMPORT}")
         elif strict:
             differences += [f"{name!r} is missing in the state" for name in missing]
             differences += [f"{name!r} is in the state, not in the model" for name in unexpected]
+        else:
+            left += [n for n in missing if _is_parameter(averages[n]) and id(averages[n].entry) not in loaded]
     refuse_differences("the state is of another model", differences)
+    if left:
+        warnings.warn(
+            f"{first_few([repr(name) for name in left])} not in the state: their averages stay as they are, and go on "
+            "with its counters",
+            stacklevel=4,
+        )
     return LoadResult(missing, unexpected), [step for average, value in targets for step in average.filling(value)]
+
+
+def _is_parameter(average: Average) -> bool:
+    return isinstance(average.entry.whole, nn.Parameter)
 
 
 @torch.no_grad()

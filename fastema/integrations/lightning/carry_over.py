@@ -39,7 +39,7 @@ def carried_over(old: FastEMA, new: FastEMA, module: nn.Module) -> list[str]:
             if average is not None and average.shape == tensor.shape:
                 found[name] = average
             else:
-                anew[name] = None
+                found[name], anew[name] = tensor, None
         carried.append(found)
     new.load_state_dict({**state, "shadow": carried if several else carried[0]}, strict=False)
     return [name for name, tensor in named_tensors(module) if name in anew and isinstance(tensor, nn.Parameter)]

@@ -118,6 +118,7 @@ def test_the_profile_is_the_power_function(every: int, after: int) -> None:
     assert sum(found) == pytest.approx(1.0)
 
 
+@pytest.mark.filterwarnings("ignore:the first update is told")
 def test_irregular_steps_keep_the_profile() -> None:
     steps = [2, 3, 10, 11, 20]
     found = weights_of_steps(steps, passed=True, decay_type="power", gamma=3.0)
@@ -137,6 +138,7 @@ def test_the_standard_deviation_is_sigma_rel(sigma_rel: float) -> None:
     assert math.sqrt(square - mean**2) / steps == pytest.approx(sigma_rel, rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:the first update is told")
 def test_a_step_before_the_last_updates_is_refused_and_the_same_one_adds_nothing() -> None:
     weight, ema = made(decay_type="power", gamma=3.0)
     for step in (5, 9):
@@ -149,6 +151,7 @@ def test_a_step_before_the_last_updates_is_refused_and_the_same_one_adds_nothing
     assert torch.equal(ema.state_dict()["shadow"]["w"], before["shadow"]["w"])
 
 
+@pytest.mark.filterwarnings("ignore:the first update is told")
 def test_the_state_knows_the_last_update() -> None:
     weight, ema = made(decay_type="power", gamma=3.0)
     ema.update(step=4)
@@ -421,3 +424,46 @@ def test_decays_pickled_by_0_1_0_go_on() -> None:
     loaded = pickle.loads(pickle.dumps(old))
     assert [loaded.at(step) for step in (3, 4, 90)] == [new.at(step) for step in (3, 4, 90)]
     assert loaded.config() == new.config() and loaded.type == "exp"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"decay_type": "power", "sigma_rel": 0.1},
+        {"decay_type": "debiased"},
+        {"decay_type": "half_life", "half_life": 1000},
+        {"decay_type": "half_life_fraction"},
+        {"decay_type": ["threshold", "power"], "decay": [0.9, 0.9], "gamma": 3.0},
+    ],
+)
+def test_a_first_step_that_is_late_says_what_is_lost(arguments: dict[str, Any]) -> None:
+    """The obvious way to go on with another average: build on it, load the live weights, tell the step."""
+    weight, ema = made(**arguments)
+    weight.fill_(1.0)
+    with pytest.warns(UserWarning, match=r"told step 100001: .* load_state_dict\(\{'step': 100000") as said:
+        ema.update(step=100_001)
+    assert [each.filename for each in said] == [__file__]
+    ema.update(step=100_002)
+    assert len(said) == 1, "the first alone"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ({"decay_type": "threshold"}, [100_001]),
+        ({"decay_type": "warmup"}, [100_001]),
+        ({"decay_type": "power", "gamma": 3.0, "update_every": 10}, [10, 20]),
+        ({"decay_type": "power", "gamma": 3.0}, [1, 2]),
+        ({"decay_type": "power", "gamma": 3.0, "update_after_step": 1000}, [1000, 1001]),
+    ],
+)
+def test_no_warning_where_nothing_is_lost(
+    arguments: dict[str, Any], steps: list[int], recwarn: pytest.WarningsRecorder
+) -> None:
+    _, ema = made(**arguments)
+    for step in steps:
+        ema.update(step=step)
+    loaded = made(**arguments)[1]
+    loaded.load_state_dict({**ema.state_dict(), "step": 100_000, "num_updates": 100_000, "last_update": 100_000})
+    loaded.update(step=100_001)
+    assert not recwarn.list

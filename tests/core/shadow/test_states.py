@@ -138,7 +138,7 @@ def test_a_checkpoint_saved_inside_the_block_through_a_wrapper(tmp_path: Path) -
     wrapped = nn.DataParallel(model)
     ema = FastEMA(model, decay=0.5, decay_type="constant")
     shift(model)
-    live = clones(wrapped.state_dict())
+    live = clones(model.state_dict())
     with ema.swapped():
         save_checkpoint(tmp_path / "a.pth", net=wrapped, ema=ema)
     assert_equal(load_checkpoint(tmp_path / "a.pth")["net"], live)
@@ -190,3 +190,42 @@ def test_a_module_that_holds_its_own_average_can_be_copied(copied: Any) -> None:
     with twin.ema.swapped():
         assert not torch.equal(twin.linear.weight, module.linear.weight)
     assert torch.equal(twin.linear.weight, module.linear.weight)
+
+
+# ---- states that fit in part ----
+
+
+def state_of(names: dict[str, Tensor]) -> dict[str, Any]:
+    return {"step": 9000, "num_updates": 9000, "shadow": names}
+
+
+@pytest.mark.parametrize("names", ["module.", "ema_model.module.", "none", "counters alone"])
+def test_a_state_of_which_nothing_fits_is_refused_without_strict_too(names: str) -> None:
+    """A prefix that is left on: nothing would be loaded, but the counters."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    foreign = {f"{names}{name}": tensor + 1 for name, tensor in model.state_dict().items()}
+    if names == "none":
+        foreign = {}
+    elif names == "counters alone":
+        foreign = {"1.num_batches_tracked": torch.tensor(3)}
+    ema = FastEMA(model, 0.9)
+    before = clones(ema.state_dict()["shadow"])
+    with pytest.raises(ValueError, match="none of its names is an average's here"):
+        ema.load_state_dict(state_of(foreign), strict=False)
+    assert ema.num_updates == ema.state_dict()["step"] == 0
+    assert_equal(ema.state_dict()["shadow"], before)
+    several = FastEMA(model, [0.9, 0.99])
+    with pytest.raises(ValueError, match="none of its names is an average's here"):
+        several.load_state_dict(state_of([several.state_dict()["shadow"][0], foreign]), strict=False)  # type: ignore
+
+
+def test_parameters_that_a_state_lacks_are_named(recwarn: pytest.WarningsRecorder) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    model[2].weight = model[0].weight
+    ema = FastEMA(model, 0.9)
+    parameters = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    assert "1.running_mean" in ema.load_state_dict(state_of(parameters), strict=False).missing_keys
+    assert not recwarn.list, "a list of parameters has no buffers, and a tied one once"
+    del parameters["0.bias"]
+    with pytest.warns(UserWarning, match=r"'0\.bias' not in the state"):
+        ema.load_state_dict(state_of(parameters), strict=False)
