@@ -1,86 +1,100 @@
-"""Histories in files: CSV, JSON, JSON Lines or TensorBoard's, a column or key per metric and a row per epoch."""
+"""Histories in files: what was logged, in its order, and which of it is the metric to judge."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from fastema.advisor.event_files import is_event_file, read_scalars
+from fastema.advisor.metric_names import (
+    importance_of,
+    is_averaged,
+    is_loss,
+    is_metric,
+    key_of,
+    known_mode_of,
+    looks_numeric,
+    mode_of,
+    split_of,
+    twin_of,
+)
+from fastema.advisor.readers.event_files import is_event_file, read_events
+from fastema.advisor.readers.json_rows import read_json
+from fastema.advisor.readers.rows import PART, Row, merged
+from fastema.advisor.readers.tables import read_table
+from fastema.advisor.readers.text_lines import read_text
 
-# Usual names of metrics of which less is better.
-_LESS_IS_BETTER = ("loss", "error", "err", "mae", "mse", "rmse", "perplexity", "ppl", "fid", "wer", "cer")
-_DEFAULT_METRIC = "iou"
-_DELIMITERS = ",;\t"
-# Metrics of an evaluation; fastema's callbacks put `_ema` between the two parts.
-_VALIDATION = re.compile(r"(val|valid|validation|eval|test)([_/.\- ].*)")
+__all__ = ["History", "average_of", "metric_of", "mode_of", "other_metrics", "read_history"]
+
+_SOME = 12  # columns that a message names
 
 
 @dataclass(frozen=True)
 class History:
-    """Columns of numbers; None where a row has no value.
+    """What a file holds.
 
     Attributes:
-        columns: by name, all of the same length.
+        rows: what was logged at once, in the order of the file.
         source: what to call it in messages.
-        is_log: whether it is a trainer's log, in which a row has values of those metrics only that were logged then.
+        totals: the planned length, "epochs" and "steps", as far as the file says.
     """
 
-    columns: dict[str, list[float | None]]
+    rows: Sequence[Row]
     source: str
-    is_log: bool = False
+    totals: dict[str, float] = field(default_factory=dict)
 
-    def measured(self, name: str) -> History:
-        """Return the rows of a log in which a metric was logged; a table with a row an epoch stays as it is."""
-        if not self.is_log:
-            return self
-        rows = [row for row, value in enumerate(self.column(name)) if value is not None]
-        return History({column: [values[row] for row in rows] for column, values in self.columns.items()}, self.source)
+    @cached_property
+    def columns(self) -> dict[str, list[float]]:
+        """The values of each name, without the rows that have none."""
+        columns: dict[str, list[float]] = {}
+        for row in self.rows:
+            for name, value in row.items():
+                if name != PART:
+                    columns.setdefault(name, []).append(value)
+        return columns
 
     def column(self, name: str) -> list[float | None]:
-        """Return one column.
+        """Return a value for each row; None where the name was not logged.
 
         Raises:
             ValueError: there is none of that name; offers the existing ones.
         """
         if name not in self.columns:
-            raise ValueError(f"{self.source} has no column {name!r}; it has {', '.join(self.columns)}")
-        return self.columns[name]
+            raise ValueError(f"{self.source} has no column {name!r}; it has {_listed(self.columns)}")
+        return [row.get(name) for row in self.rows]
+
+    def measured(self, name: str) -> History:
+        """Return the rows in which a metric was logged, and with them what was logged at the same moment."""
+        return History([row for row in merged(self.rows) if name in row], self.source, self.totals)
 
     def whole_column(self, name: str) -> list[float]:
-        """Return a column in which every row has a value; rows after its last value count as not yet run.
+        """Return the finite values of one name.
 
         Raises:
-            ValueError: unknown, without any value, or with a gap.
+            ValueError: unknown, or without a finite value.
         """
-        values = self.column(name)
-        while values and values[-1] is None:
-            values = values[:-1]
+        values = [value for value in self.column(name) if value is not None and math.isfinite(value)]
         if not values:
-            raise ValueError(f"{self.source}: column {name!r} has no number")
-        for row, value in enumerate(values, 1):
-            if value is None or not math.isfinite(value):
-                raise ValueError(f"{self.source}: column {name!r} has {_shown(value)} in row {row}")
-        return [value for value in values if value is not None]
+            raise ValueError(f"{self.source}: column {name!r} has no finite number")
+        return values
+
+    def has_numbers(self, name: str) -> bool:
+        """Return whether a name has a finite value."""
+        return any(map(math.isfinite, self.columns[name]))
 
 
 def read_history(path: Path) -> History:
-    """Read a CSV, a JSON list of rows, a JSON object of lists, JSON Lines, or a TensorBoard log (file or folder).
-
-    Lightning's `metrics.csv` and the Hugging Face Trainer's `trainer_state.json` are among them. A CSV may be separated
-    by commas, semicolons or tabs.
+    """Read the log of any trainer: CSV, JSON, JSON Lines, printed text, or TensorBoard's (a file or a folder).
 
     Raises:
-        ValueError: no such file, empty, or not in one of these formats.
+        ValueError: no such file, empty, or without numbers.
     """
     if is_event_file(path):
-        return History(read_scalars(path), str(path))
+        return History(read_events(path), str(path))
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder without a TensorBoard log: give the log's file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,112 +103,107 @@ def read_history(path: Path) -> History:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     if not text.strip():
         raise ValueError(f"{path} is empty")
-    columns = _from_json(text, path) if text.lstrip()[0] in "[{" else _from_csv(text)
-    if not any(value is not None for values in columns.values() for value in values):
-        raise ValueError(f"{path} has no row of numbers; it needs a heading and a row for every epoch")
-    merged = _merged_by_step(columns)
-    return History(columns if merged is None else merged, str(path), is_log=merged is not None)
+    totals: dict[str, float] = {}
+    rows = None
+    if text.lstrip()[0] in "[{":
+        try:
+            rows, totals = read_json(text, path)
+        except ValueError:
+            rows, totals = read_text(text)  # lines that begin with a bracket, as "[12:00] epoch 1"
+            if not rows:
+                raise
+    else:
+        rows = read_table(text, path)
+    if not rows:
+        rows, totals = read_text(text)
+    if not rows:
+        raise ValueError(
+            f"{path} holds no metric: no table with a heading, and no line such as 'epoch 1: val_loss 0.5'"
+        )
+    return History(rows, str(path), totals)
 
 
 def average_of(history: History, metric: str) -> str | None:
-    """Return the column with the average's values of `metric`, by the usual names; None: there is none."""
-    names = [f"ema_{metric}", f"val_ema_{metric}", f"{metric}_ema"]
-    if match := _VALIDATION.fullmatch(metric):
-        names.insert(0, f"{match[1]}_ema{match[2]}")
-    return next((name for name in names if name in history.columns), None)
+    """Return the column with the average's values of `metric`, by its name; None: there is none."""
+    if is_averaged(metric):
+        return None
+    averaged = [name for name in history.columns if is_averaged(name)]
+    # Of "iou" it may be "val_ema_iou".
+    alike = [name for name in averaged if split_of(metric) is None and twin_of(name) == twin_of(metric)]
+    return next((name for name in averaged if key_of(name) == key_of(metric)), next(iter(alike), None))
 
 
 def metric_of(history: History, metric: str | None) -> str:
-    """Return the column to judge: the given one, or `iou`, which fastema train writes, or the one with an average.
+    """Return the column to judge: the given one, or the main one among the metrics of the validation.
+
+    A score comes before a loss, the validation's before the test's and the training's, a metric with an average before
+    one without.
 
     Raises:
-        ValueError: none given and no `iou`, or unknown; offers the existing ones.
+        ValueError: none, an unknown one, or several of unknown names; offers the existing ones.
     """
-    name = _DEFAULT_METRIC if metric is None else metric
-    averaged = [column for column in history.columns if average_of(history, column)]
-    if metric is None and name not in history.columns:
-        if len(averaged) == 1:
-            return averaged[0]
-        raise ValueError(f"which column of {history.source}? Give --metric: {', '.join(history.columns)}")
-    history.column(name)
-    return name
+    if metric is not None:
+        history.column(metric)
+        return metric
+    found = _candidates(history)
+    if not found:
+        others = [name for name in history.columns if looks_numeric(name)]
+        raise ValueError(
+            f"which column of {history.source}? Give --metric: {_listed(others)}"
+            if others
+            else f"{history.source} holds no metric; it has {_listed(history.columns)}"
+        )
+    first = found[0]
+    unknown = [name for name in found if known_mode_of(name) is None]
+    if known_mode_of(first) is None and len(unknown) > 1:
+        raise ValueError(f"which column of {history.source}? Give --metric: {_listed(unknown)}")
+    return first
 
 
-def mode_of(metric: str) -> str:
-    """Return whether more or less is better, by the usual names.
-
-    Examples:
-        >>> mode_of("val_loss"), mode_of("iou"), mode_of("flosses")
-        ('min', 'max', 'max')
-    """
-    words = re.split(r"[_/\-. ]", metric.lower())
-    return "min" if any(word in _LESS_IS_BETTER for word in words) else "max"
-
-
-def _from_csv(text: str) -> dict[str, list[float | None]]:
-    heading = text.lstrip().partition("\n")[0]
-    delimiter = max(_DELIMITERS, key=heading.count)  # the comma where there is none at all
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-    names = [name.strip() for name in next(reader)]
-    rows = [row for row in reader if row]
-    if delimiter == ";":  # where the comma is the decimal point
-        rows = [[cell.replace(",", ".") for cell in row] for row in rows]
-    return {name: [_number(row[i]) if i < len(row) else None for row in rows] for i, name in enumerate(names) if name}
+def other_metrics(history: History, metric: str) -> list[str]:
+    """Return the other metrics that might be judged, the main ones first."""
+    chosen = {metric, average_of(history, metric)}
+    of_training = split_of(metric) == "train"
+    return [
+        name
+        for name in _candidates(history)
+        if name not in chosen and not is_averaged(name) and (of_training or not _is_training(history, name))
+    ]
 
 
-def _from_json(text: str, path: Path) -> dict[str, list[float | None]]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as whole:
-        try:
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError:
-            raise ValueError(f"{path} is neither JSON nor JSON Lines: {whole}") from whole
-    if isinstance(found, dict) and isinstance(found.get("log_history"), list):
-        found = found["log_history"]
-    if isinstance(found, dict) and found and all(isinstance(values, list) for values in found.values()):
-        lengths = {name: len(values) for name, values in found.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"{path}: its lists differ in length: {lengths}")
-        return {name: [_number(value) for value in values] for name, values in found.items()}
-    if isinstance(found, dict):
-        found = [found]
-    if isinstance(found, list) and found and all(isinstance(row, dict) for row in found):
-        return _from_rows(found)
-    raise ValueError(f"{path} must be a list of objects, an object of lists, or an object a line")
+def _candidates(history: History) -> list[str]:
+    names = [name for name in history.columns if is_metric(name) and history.has_numbers(name)]
+    averages = {name: average_of(history, name) for name in names}
+
+    def key(name: str) -> tuple[object, ...]:
+        return (
+            name in averages.values(),
+            _is_training(history, name),
+            known_mode_of(name) is None,
+            is_loss(name),
+            is_loss(name) and split_of(name) is None,
+            averages[name] is None,
+            importance_of(name)[:2],
+            split_of(name) == "test",
+            importance_of(name)[2],
+            -len(history.columns[name]),
+        )
+
+    return sorted(names, key=key)
 
 
-def _from_rows(rows: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [_number(row.get(name)) for row in rows] for name in names}
+def _is_training(history: History, name: str) -> bool:
+    """Return whether a metric is the training's: by its name, or since the validation's has the same one."""
+    split = split_of(name)
+    if split is not None:
+        return split == "train"
+    validated = {twin_of(other) for other in history.columns if split_of(other) in ("val", "test")}
+    unnamed = {twin_of(other) for other in history.columns if split_of(other) is None and is_metric(other)}
+    # Keras has loss, acc, val_loss, val_acc: there every name without "val" is the training's.
+    return bool(validated & unnamed)
 
 
-def _merged_by_step(columns: dict[str, list[float | None]]) -> dict[str, list[float | None]] | None:
-    """Return a log with one row for each step, with the last value of each metric; None: it is no log, but a table.
-
-    Trainers log training and validation, and the model and its average, in rows of their own.
-    """
-    steps = columns.get("step")
-    if steps is None or None in steps or not any(None in values for values in columns.values()):
-        return None
-    rows = {step: row for row, step in enumerate(dict.fromkeys(steps))}
-    merged: dict[str, list[float | None]] = {name: [None] * len(rows) for name in columns}
-    for name, values in columns.items():
-        for step, value in zip(steps, values, strict=True):
-            if value is not None:
-                merged[name][rows[step]] = value
-    return merged
-
-
-def _number(value: object) -> float | None:
-    """Return a float, or None for what is no number; NaN stays NaN, and is refused where it is used."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None
-
-
-def _shown(value: float | None) -> str:
-    return "no number" if value is None else str(value)
+def _listed(names: Sequence[str] | dict[str, list[float]]) -> str:
+    listed = list(names)
+    more = f", and {len(listed) - _SOME} more" if len(listed) > _SOME else ""
+    return f"{', '.join(listed[:_SOME]) or 'no number'}{more}"

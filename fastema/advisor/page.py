@@ -24,6 +24,8 @@ _COLOURS = {
     "unstable": _RED,
 }
 
+_OTHERS = 6  # other metrics that the page names
+
 
 @dataclass(frozen=True)
 class Window:
@@ -45,12 +47,14 @@ class Advice:
     window: Window | None = None
     source: str | None = None
     metric: str | None = None
+    length: str = ""
     mode: str = "max"
     base: list[float] = field(default_factory=list)
     ema: list[float | None] = field(default_factory=list)
     start: StartAdvice | None = None
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
 
 def plain(advice: Advice) -> dict[str, Any]:
@@ -78,7 +82,7 @@ def print_page(advice: Advice) -> None:
         say(_reach(advice.window))
     if advice.source is not None:
         better = "more" if advice.mode == "max" else "less"
-        say(f"{advice.source}: {advice.metric}, {_epochs(len(advice.base))}, {better} is better")
+        say(f"{advice.source}: {advice.metric}, {advice.length}, {better} is better")
     # With an average in the history, whether to start one is settled.
     if advice.start is not None and not advice.ema:
         say(f"{advice.start.action.capitalize()}: {advice.start.pattern}", f"bold {_COLOURS[advice.start.action]}")
@@ -90,6 +94,8 @@ def print_page(advice: Advice) -> None:
         say(f"  {finding.next_step}")
     for note in advice.notes:
         say(note)
+    if advice.others:
+        say(f"Also in it: {', '.join(f'--metric {name!r}' for name in advice.others[:_OTHERS])}")
 
 
 def plot(advice: Advice, path: Path) -> None:
@@ -165,7 +171,3 @@ def _reach(window: Window) -> str:
         else:
             text += "less than an epoch" if window.settle_epochs < 1 else f"{window.settle_epochs:.3g} epochs"
     return text
-
-
-def _epochs(count: int) -> str:
-    return "1 epoch" if count == 1 else f"{count} epochs"

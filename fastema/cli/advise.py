@@ -12,8 +12,8 @@ from fastema.segmentation.errors import UserError
 from fastema.segmentation.train_extra import require_train_extra
 
 if TYPE_CHECKING:
-    from fastema.advisor.history_files import History
     from fastema.advisor.page import Advice
+    from fastema.advisor.series import Series
 
 LR_SCHEDULES = ("constant", "cosine", "linear", "wsd", "restarts")  # those of fastema.advisor, whose import takes torch
 
@@ -51,11 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     history = parser.add_argument_group("the history: start now, and why is the average worse")
     history.add_argument(
-        "--history", type=Path, metavar="FILE", help="CSV, JSON or JSON Lines, a row an epoch; or a trainer's log"
+        "--history", type=Path, metavar="FILE", help="the log of any trainer: CSV, JSON, text, or TensorBoard's"
     )
-    history.add_argument(
-        "--metric", metavar="NAME", help="the model's column (default: iou, or the one with an average)"
-    )
+    history.add_argument("--metric", metavar="NAME", help="the metric to judge (default: the validation's main one)")
     history.add_argument("--ema-metric", metavar="NAME", help="the average's column (default: by the metric's name)")
     history.add_argument("--mode", choices=("max", "min"), help="which is better (default: by the metric's name)")
     history.add_argument("--decay", type=float, metavar="D", help="the average's decay (default: what is recommended)")
@@ -100,8 +98,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _advice(arguments: argparse.Namespace) -> Advice:
     from fastema.advisor import lag, recommend_decay, settle_epochs, should_start, window
-    from fastema.advisor.history_files import metric_of, mode_of, read_history
+    from fastema.advisor.history_files import average_of, metric_of, mode_of, other_metrics, read_history
     from fastema.advisor.page import Advice, Window
+    from fastema.advisor.series import series_of
 
     rate = _rate(arguments)
     recommendation = None
@@ -131,45 +130,51 @@ def _advice(arguments: argparse.Namespace) -> Advice:
     seen = read_history(arguments.history)
     metric = metric_of(seen, arguments.metric)
     mode = arguments.mode or mode_of(metric)
-    seen = seen.measured(metric)
-    base = seen.whole_column(metric)
-    advice.source, advice.metric, advice.mode, advice.base = seen.source, metric, mode, base
-    advice.start = should_start(base, mode)
-    _diagnose(arguments, advice, seen, rate)
+    average = arguments.ema_metric or average_of(seen, metric)
+    if average is not None:
+        seen.column(average)
+    series = series_of(seen, metric, average)
+    advice.source, advice.metric, advice.mode, advice.base = seen.source, metric, mode, series.base
+    advice.length = series.clock.span()
+    advice.notes += series.notes
+    if arguments.metric is None and (others := other_metrics(seen, metric)):
+        advice.others = others
+    advice.start = should_start(series.base, mode)
+    _diagnose(arguments, advice, series, average, rate)
     return advice
 
 
-def _diagnose(arguments: argparse.Namespace, advice: Advice, seen: History, rate: float | None) -> None:
+def _diagnose(
+    arguments: argparse.Namespace, advice: Advice, series: Series, average: str | None, rate: float | None
+) -> None:
     """Add the average's history and the findings, if the history has an average."""
     from fastema.advisor import diagnose
-    from fastema.advisor.history_files import average_of
 
-    assert advice.metric is not None
-    name = arguments.ema_metric or average_of(seen, advice.metric)
-    if name is None:
-        return
-    values = seen.column(name)[: len(advice.base)]
+    values = series.ema
     if all(value is None for value in values):
         return
     advice.ema = values
+    per_evaluation = series.updates_per_epoch if rate is None else rate
+    if per_evaluation is not None and series.clock.unit == "epoch":
+        per_evaluation *= series.clock.gap
     missing = [
         flag
-        for flag, value in (("--decay", arguments.decay), ("--images or --updates-per-epoch", rate))
+        for flag, value in (("--decay", arguments.decay), ("--images or --updates-per-epoch", per_evaluation))
         if value is None
     ]
     if missing:
-        advice.notes.append(f"To say why the average ({name}) is better or worse, give {' and '.join(missing)}.")
+        advice.notes.append(f"To say why the average ({average}) is better or worse, give {' and '.join(missing)}.")
         return
-    assert rate is not None
+    assert per_evaluation is not None
     advice.findings = diagnose(
         advice.base,
         values,
         arguments.decay,
-        rate,
+        per_evaluation,
         arguments.started_at,
         advice.mode,
         arguments.decay_type,
-        _total_steps(arguments, rate),
+        _total_steps(arguments, per_evaluation),
     )
 
 

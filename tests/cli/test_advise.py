@@ -192,15 +192,14 @@ def test_logs_of_trainers_are_read_and_the_average_is_found(
     assert found["ema"] == [0.95, 0.75, 0.6]
 
 
-def test_of_several_metrics_with_an_average_one_is_asked_for(
+def test_of_several_metrics_the_main_one_is_judged_and_the_others_are_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "log.csv"
     file.write_text("val_loss,val_ema_loss,val_acc,val_ema_acc\n1,2,3,4\n")
-    assert "Give --metric: val_loss, val_ema_loss, val_acc, val_ema_acc" in error_of(
-        capsys, "--json", "--history", str(file)
-    )
-    assert json_of(capsys, "--history", str(file), "--metric", "val_acc")["ema"] == [4]
+    found = json_of(capsys, "--history", str(file))
+    assert (found["metric"], found["base"], found["ema"], found["others"]) == ("val_acc", [3], [4], ["val_loss"])
+    assert json_of(capsys, "--history", str(file), "--metric", "val_loss")["ema"] == [2]
 
 
 @pytest.mark.parametrize(
@@ -208,12 +207,11 @@ def test_of_several_metrics_with_an_average_one_is_asked_for(
     [
         ("", [], "is empty"),
         ("\n \n", [], "is empty"),
-        ("epoch,iou\n", [], "has no row of numbers"),
-        ("epoch,miou\n1,0.5\n", [], "Give --metric: epoch, miou"),
+        ("epoch,iou\n", [], "holds no metric"),
+        ("epoch,foo,bar\n1,0.5,2\n", [], "Give --metric: foo, bar"),
+        ("epoch,val_foo\n1,0.5\n", [], "is more or less of 'val_foo' better? Give --mode max or --mode min"),
         ("epoch,iou\n1,0.5\n", ["--metric", "dice"], "has no column 'dice'; it has epoch, iou"),
-        ("epoch,iou\n1,0.5\n2,nan\n3,0.6\n", [], "column 'iou' has nan in row 2"),
-        ("epoch,iou\n1,0.5\n2,\n3,0.6\n", [], "column 'iou' has no number in row 2"),
-        ("epoch,iou\n1,0.5\n2,bad\n3,0.6\n", [], "column 'iou' has no number in row 2"),
+        ("epoch,iou\n1,nan\n2,nan\n", ["--metric", "iou"], "column 'iou' has no finite number"),
         ("epoch,iou\n1,0.5\n2,0.6\n", ["--ema-metric", "x"], "has no column 'x'; it has epoch, iou"),
         ("epoch,iou\n1,0.5\n2,0.6\n", ["--decay", "1.5"], "decay must be in [0, 1], got 1.5"),
         (
@@ -223,7 +221,6 @@ def test_of_several_metrics_with_an_average_one_is_asked_for(
         ),
         ("iou\n1\n", ["--updates-per-epoch", "0"], "updates_per_epoch must be a positive number"),
         ("iou\n1\n", ["--decay", "0.9", "--decay-type", "no", "--images", "9"], "unknown decay_type 'no'"),
-        ('{"iou": [1, 2], "loss": [1]}', [], "differ in length"),
         ("{nonsense", [], "neither JSON nor JSON Lines"),
         ("[1, 2]", [], "must be a list of objects"),
     ],
@@ -296,8 +293,11 @@ def test_a_picture_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tm
 def test_which_way_is_better() -> None:
     for name in ("loss", "val/loss", "eval-loss", "test_MAE", "train.err"):
         assert mode_of(name) == "min", name
-    for name in ("iou", "accuracy", "glossary", "Value", "AUC"):
+    for name in ("iou", "accuracy", "AUC"):
         assert mode_of(name) == "max", name
+    for name in ("glossary", "Value"):
+        with pytest.raises(ValueError, match="--mode"):
+            mode_of(name)
 
 
 def test_a_recommendation_is_not_taken_for_the_decay_of_a_history(
