@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CPP := csrc/*.h csrc/*.cpp csrc/*.cu
+CPP := csrc/*.h csrc/*.cpp csrc/*.cu bench/gpu_lab/*.cu
 JOBS ?= 2
 CORE := $(addprefix tests/,core checkpoint swa_utils backends advisor)
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder

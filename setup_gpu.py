@@ -209,6 +209,9 @@ def gencode_flags(
         numbers = sorted({int(name.rstrip("af")) for name in candidates} & {int(n) for n in known if n.isdigit()})
         if not numbers:
             raise NoGpuCode(f"this nvcc compiles for none of sm_{', sm_'.join(candidates)}")
+        if listed and not at_hand:
+            names = ", ".join(f"sm_{number}" for number in numbers)
+            print(f"fastema: TORCH_CUDA_ARCH_LIST=native, and torch sees no GPU: compiled for {names}", file=sys.stderr)
         wanted = [(str(number), number == numbers[-1]) for number in numbers]  # chips to come compile the newest's PTX
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name, _ in wanted]
     flags += [f"-gencode=arch=compute_{name},code=compute_{name}" for name, has_ptx in wanted if has_ptx]

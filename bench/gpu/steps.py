@@ -50,7 +50,9 @@ def _pytest(name: str, arguments: Sequence[str], seconds: float, before: Sequenc
 def _prepared(device: str) -> list[Step]:
     """What every call begins with: the machine, a build of this checkout for its GPU, and whether that can run."""
     # Installed, not built in place: only an install gives fastema.triton_kernels its place in the package.
-    built = {"FASTEMA_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "native"} if device == "cuda" else {"FASTEMA_CUDA": "0"}
+    built = {"FASTEMA_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "native"}
+    if device != "cuda":  # for one architecture where it can be compiled for any
+        built = {"FASTEMA_CUDA": "1" if shutil.which("nvcc") else "0", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
     usable = _python("-m", "bench.gpu.usable", "--device", "cuda:0" if device == "cuda" else "cpu")
     interpreted = {} if device == "cuda" else {"TRITON_INTERPRET": "1"}
     return [
@@ -66,6 +68,16 @@ def _tests(_: Path, device: str) -> list[Step]:
 
 def _docs(_: Path, device: str) -> list[Step]:
     return [Step("docs", _python("-m", "bench.gpu.blocks"), 120, (*PACKAGE, "docs", "conftest.py"), shows=300)]
+
+
+def _lab(_: Path, device: str) -> list[Step]:
+    lab = _python("-m", "bench.gpu_lab", *([] if device == "cuda" else ["--build-only", "--only", "base"]))
+    return [Step("lab", lab, 300, ("csrc", "bench/gpu_lab"), shows=5000)]
+
+
+def _counters(_: Path, device: str) -> list[Step]:
+    counters = _python("-m", "bench.gpu_lab", "--counters")
+    return [Step("counters", counters, 200, ("csrc", "bench/gpu_lab"), optional=True, shows=2000)]
 
 
 def _cases(folder: Path, device: str) -> list[Step]:
@@ -136,13 +148,13 @@ def _wheel(_: Path, device: str) -> list[Step]:
 Part = Callable[[Path, str], list[Step]]
 #: A call -> what it does after `_prepared`; docs/devices.md says what to decide between them.
 CALLS: dict[str, Sequence[Part]] = {
-    "first": (_tests, _docs),
-    "second": (_cases, _overlap, _sanitized),
+    "first": (_tests, _docs, _lab),
+    "second": (_cases, _overlap, _counters, _sanitized),
     "third": (_tests, _cases, _peers),
     "test": (_tests, _docs),
     "sanitize": (_sanitized,),
     "bench": (_cases, _peers),
-    "all": (_tests, _docs, _cases, _overlap, _sanitized, _peers),
+    "all": (_tests, _docs, _lab, _cases, _overlap, _counters, _sanitized, _peers),
     "build": (_wheel,),
 }
 NEEDS_GPU = tuple(name for name in CALLS if name != "build")

@@ -136,10 +136,13 @@ def test_what_nvcc_does_not_know_is_left_out_of_the_default() -> None:
         gencode_flags(None, CUDA_13, ["50", "60"])
 
 
-def test_the_gpu_at_hand_is_always_among_them() -> None:
+def test_the_gpu_at_hand_is_always_among_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert gencode_flags(None, CUDA_13, ["80", "90"], ["89"]) == [*code("80", "89", "90"), *ptx("90")]
     assert gencode_flags(None, CUDA_13, ["90a"], ["90"]) == [*code("90"), *ptx("90")], "features are of one chip"
     assert gencode_flags("native", CUDA_13, TORCH, ["90"]) == [*code("90"), *ptx("90")]
+    assert capsys.readouterr().err == ""
+    assert gencode_flags("native", CUDA_13, ["80", "90"]) == [*code("80", "90"), *ptx("90")]
+    assert "=native, and torch sees no GPU: compiled for sm_80, sm_90" in capsys.readouterr().err
     assert gencode_flags("native", CUDA_13, TORCH) == [*code(*TORCH), *ptx("120")], "without a GPU, all"
 
 
