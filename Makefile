@@ -85,7 +85,7 @@ soak: .venv/.ready  ## 100,000 updates with everything in between, beside a floa
 	PYTHONPATH=tests $(BIN)/python tests/core/soak.py --updates 100000
 
 clean:  ## removes .venv, .venv-gpu and what was built
-	rm -rf .venv .venv-gpu .matrix build dist *.egg-info fastema/_C*.so fastema/_build_record.json
+	rm -rf .venv .venv-gpu .matrix build dist *.egg-info fastema/_*.so fastema/_build_record.json
 
 # torch first and pinned: the build needs it there, and an unpinned one is gigabytes of CUDA packages.
 .venv/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)

@@ -1,13 +1,18 @@
-"""Builds fastema._C. The metadata is in pyproject.toml; here is only what depends on the machine.
+"""Builds csrc/ into three libraries in fastema/. The metadata is in pyproject.toml.
 
-The install never fails for want of a compiler, of CUDA or of ninja: it builds less, and records why in
+    _kernels.so            the CPU kernels: no torch, no Python
+    _cuda.so               the GPU kernels: no torch, no Python
+    _torch_X_Y.*.so        what reads the structures of torch X.Y, for one Python
+
+The install never fails for want of a compiler or of CUDA: it builds less, and records why in
 `fastema/_build_record.json`, which `fastema info` shows. Environment:
 
     FASTEMA_CUDA=0|1       leave the GPU kernels out, or fail if they cannot be built (default: when torch is a CUDA or
                            ROCm build and a toolkit is found; a GPU need not be present)
     TORCH_CUDA_ARCH_LIST   as for every torch extension, e.g. "8.0;9.0+PTX" or "Hopper"; default: what torch was built
                            for, the GPU at hand, and PTX of the newest. PYTORCH_ROCM_ARCH on ROCm
-    MAX_JOBS               how many architectures nvcc compiles at once (default: the number of cores)
+    CXX                    the C++ compiler (default: c++)
+    MAX_JOBS               how many files, or architectures, are compiled at once (default: the number of cores)
     FASTEMA_SANITIZE       for `make sanitize`: a value of the compiler's -fsanitize, e.g. "address,undefined"
 """
 
@@ -17,7 +22,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -26,18 +30,7 @@ import setuptools
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # a build backend does not put it there
-from setup_gpu import NoGpuCode, compile_gpu_code  # noqa: E402
-
-CPP_FLAGS = [
-    "-O3",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-unswitch-loops",  # gcc 12 leaves some of the copies scalar: float16 <- float32 took four times as long
-    "-Wno-ignored-optimization-argument",  # for clang, of the flag above; gcc is silent on what it does not know
-    "-g0",
-]
+from setup_gpu import NoGpuCode, build_gpu_kernels, building  # noqa: E402
 
 
 def check_setuptools() -> None:
@@ -59,76 +52,60 @@ def find_torch() -> None:
         sys.path += dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
 
 
-def torch_version() -> tuple[int, int]:
-    import torch
-
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
 def build_arguments() -> dict:
-    """The extension and its build command; nothing where torch is missing."""
+    """The libraries and their build command; nothing where torch is missing."""
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch
+        from setuptools.command.build_ext import build_ext
     except ImportError as error:
         if os.environ.get("FASTEMA_CUDA") == "1":
             raise
         warn(f"torch could not be imported while building ({error}); install torch first, then fastema again")
         return {}
+    names = ["_kernels", building.extension_name(torch.__version__), "_cuda"]
+    extensions = [setuptools.Extension(f"fastema.{name}", sources=[], optional=True) for name in names]
 
-    kinds = os.environ.get("FASTEMA_SANITIZE")
-    # -O1: optimised fully, pybind11's templates take minutes to compile with the checks in them.
-    sanitize = ["-g1", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={kinds}"] if kinds else []
-    openmp = [] if kinds == "thread" or sys.platform == "darwin" else ["-fopenmp"]
-    sources = ["bindings.cpp", "cpu_kernels.cpp", "plan.cpp", "sharing.cpp", "storage_exchange.cpp", "watch.cpp"]
-    extension = CppExtension(
-        "fastema._C",
-        [f"csrc/{name}" for name in sources],
-        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()],
-        extra_compile_args=[*CPP_FLAGS, *openmp, *sanitize],
-        extra_link_args=[*openmp, *sanitize],
-    )
+    class Build(build_ext):
+        """A failure leaves a pure Python package and the reason instead of an error."""
 
-    class Build(BuildExtension):
-        """torch's build, but a failure leaves a pure Python package and the reason instead of an error."""
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.parallel = len(names)  # `building` limits the compilers that run at once
 
         def run(self) -> None:
             self.record: dict[str, str | None] = {"extension": None, "cuda": None}
+            for folder in (ROOT, Path(self.build_lib)):  # what is not built now must not be found
+                for stale in (folder / "fastema").glob("_*.so"):
+                    stale.unlink()
             super().run()
-            folder = ROOT if self.inplace else Path(self.build_lib)
-            path = folder / "fastema/_build_record.json"
+            path = (ROOT if self.inplace else Path(self.build_lib)) / "fastema/_build_record.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self.record, indent=1) + "\n")
 
-        def build_extensions(self) -> None:
-            forced = os.environ.get("FASTEMA_CUDA") == "1"
-            try:
-                gpu = compile_gpu_code(Path(self.build_temp).resolve())
-                extension.define_macros.append(("FASTEMA_WITH_CUDA", None))
-                extension.extra_objects += gpu.objects
-                extension.library_dirs += gpu.library_dirs
-                extension.libraries += gpu.libraries
-                if torch_version() < (2, 11):  # its streams do not tell their handle without torch's CUDA headers
-                    extension.define_macros.append(("FASTEMA_STREAM_FROM_C10_CUDA", None))
-                    extension.include_dirs += gpu.include_dirs
-                    extension.libraries.append("c10_cuda")
-            except NoGpuCode as reason:
-                if forced:
-                    raise SystemExit(f"fastema: FASTEMA_CUDA=1, but {reason}") from None
-                self.record["cuda"] = str(reason)
-            try:
-                super().build_extensions()
-            except Exception as error:
-                if forced:
-                    raise
-                compiler = os.environ.get("CXX", "c++")
-                reason = f"the build failed: {type(error).__name__}: {str(error).splitlines()[0]}"
-                found = shutil.which(compiler.split()[0]) is not None
-                self.record["extension"] = reason if found else f"no C++ compiler: {compiler!r} is not on PATH"
-                warn(f"fastema._C was not built ({self.record['extension']}); the torch backend takes its place")
-                self.extensions = []  # nothing to copy or to list
+        def get_ext_filename(self, fullname: str) -> str:
+            name = super().get_ext_filename(fullname)
+            return name if "_torch_" in name else name.replace(sysconfig.get_config_var("EXT_SUFFIX"), ".so")
 
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+        def build_extension(self, extension: setuptools.Extension) -> None:
+            target = Path(self.get_ext_fullpath(extension.name))
+            work = Path(self.build_temp).resolve() / extension.name
+            kind = "cuda" if extension.name == "fastema._cuda" else "extension"
+            try:
+                if kind == "cuda":
+                    build_gpu_kernels(target, work)
+                elif extension.name == "fastema._kernels":
+                    building.build_kernels(target, ROOT / "csrc", work)
+                else:
+                    folder = Path(torch.__file__).parent
+                    building.build_extension(target, ROOT / "csrc", work, folder, Path(sysconfig.get_path("include")))
+            except (NoGpuCode, building.BuildError) as reason:
+                if os.environ.get("FASTEMA_CUDA") == "1":
+                    raise SystemExit(f"fastema: FASTEMA_CUDA=1, but {reason}") from None
+                self.record[kind] = str(reason)
+                if kind == "extension":
+                    warn(f"{target.name} was not built ({reason}); the torch backend takes its place")
+
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
 
 
 def warn(message: str) -> None:

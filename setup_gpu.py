@@ -5,6 +5,7 @@ Not through torch's CUDAExtension: that ties the toolkit's version to torch's, a
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -13,8 +14,10 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
-SOURCE = Path(__file__).resolve().parent / "csrc/cuda_kernels.cu"
+ROOT = Path(__file__).resolve().parent
+SOURCE = ROOT / "csrc/cuda_kernels.cu"
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 HIPCC_FLAGS = [
     "-x",
@@ -47,6 +50,18 @@ NAMED_ARCHITECTURES = {
 }
 
 
+def _building() -> ModuleType:
+    """Return fastema.backends.building; by path, as its package needs torch."""
+    spec = importlib.util.spec_from_file_location("building", ROOT / "fastema/backends/building.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+building = _building()
+
+
 class NoGpuCode(Exception):
     """Why the GPU kernels are left out."""
 
@@ -68,12 +83,23 @@ class Toolkit:
 
 @dataclass(frozen=True)
 class GpuCode:
-    """What the extension is linked with."""
+    """What fastema/_cuda.so is linked from."""
 
     objects: list[str]
     libraries: list[str]
     library_dirs: list[str] = field(default_factory=list)
-    include_dirs: list[str] = field(default_factory=list)
+
+
+def build_gpu_kernels(target: Path, build_folder: Path) -> None:
+    """Compile and link the kernels for the kind of GPU that torch was built for.
+
+    Raises:
+        NoGpuCode: it cannot be done here, or FASTEMA_CUDA=0.
+    """
+    gpu = compile_gpu_code(build_folder)
+    table = building.compile_all([ROOT / "csrc/gpu_table.cpp"], ["-std=c++17"], build_folder)
+    libraries = [f"-l{name}" for name in gpu.libraries]
+    building.link(target, [*table, *gpu.objects], [*(f"-L{path}" for path in gpu.library_dirs), *libraries])
 
 
 def compile_gpu_code(build_folder: Path) -> GpuCode:
@@ -115,8 +141,7 @@ def _compile_cuda(target: Path) -> GpuCode:
     own = toolkit.include in (toolkit.nvcc.parent.parent / "include", Path("/usr/include"))
     options = [*NVCC_FLAGS, *([] if own else ["-I", str(toolkit.include)]), "--threads", threads, *flags]
     _run([str(toolkit.nvcc), "-c", str(SOURCE), "-o", str(target), *options])
-    libraries = ["dl", "rt", "pthread"]
-    return GpuCode([str(target), str(toolkit.runtime)], libraries, include_dirs=[str(toolkit.include)])
+    return GpuCode([str(target), str(toolkit.runtime)], ["dl", "rt", "pthread"])
 
 
 def toolkit_homes(environment: Mapping[str, str], root: Path = Path("/")) -> Iterator[Path]:
@@ -284,20 +309,10 @@ def find_rocm(environment: Mapping[str, str]) -> Path:
 
 
 def _run(command: list[str], environment: Mapping[str, str] | None = None) -> None:
-    print(" ".join(command), file=sys.stderr)
-    result = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        env={**os.environ, **(environment or {})},
-    )
-    print(result.stdout, end="", file=sys.stderr)
-    if result.returncode != 0:
-        errors = [line.strip() for line in result.stdout.splitlines() if "error" in line.lower()]
-        detail = f": {errors[0][:200]}" if errors else ""
-        raise NoGpuCode(f"{Path(command[0]).name} failed with status {result.returncode}{detail}")
+    try:
+        building.run(command, environment)
+    except building.BuildError as error:
+        raise NoGpuCode(str(error)) from None
 
 
 def _output(command: list[str]) -> str:

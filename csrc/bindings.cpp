@@ -1,15 +1,30 @@
 // The Python module fastema._C: the bindings, and one function that joins a Plan and a Watch.
 // fastema/backends/native.py is its only importer.
 #include <pybind11/stl.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include "plan.h"
+#include "python_tensor.h"
 #include "storage_exchange.h"
 #include "watch.h"
 
 namespace py = pybind11;
 
 namespace {
+
+PyTypeObject* tensor_type = nullptr;
+
+// Updates if the watch holds, in one call from Python, which holds the interpreter's lock. Returns "moved" if the watch
+// does not hold, and nothing was done; "averages moved" if the averages' memory was replaced during the update, whose
+// result is in the old memory then; else null.
+const char* update_watched(fastema::Plan& plan, const fastema::Watch& watch, const std::vector<double>& weights,
+                           bool skip_nonfinite, const std::optional<at::Tensor>& skip) {
+  if (!watch.holds()) return "moved";
+  {
+    const py::gil_scoped_release released;
+    plan.update(weights, skip_nonfinite, skip, std::nullopt);
+  }
+  return watch.shadows_hold() ? nullptr : "averages moved";
+}
 
 // Lets the garbage collector see the Python objects that a Watch refers to.
 void collect_garbage_through_watches(PyHeapTypeObject* heap_type) {
@@ -32,7 +47,9 @@ void collect_garbage_through_watches(PyHeapTypeObject* heap_type) {
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+bool fastema::is_tensor(PyObject* object) { return PyObject_TypeCheck(object, tensor_type); }
+
+PYBIND11_MODULE(_C, module) {
   using fastema::Isa;
   using fastema::Plan;
   using fastema::StorageExchange;
@@ -40,13 +57,26 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using Tensors = std::vector<at::Tensor>;
 
   module.doc() = "fastema's kernels; use fastema.FastEMA.";
-  module.def("has_cuda", &fastema::has_cuda, "Whether the CUDA kernels were compiled in.");
-  module.def("gpu_type", [] { return c10::DeviceTypeName(fastema::kGpu, true); }, "The kind of device they run on.");
+  // A reference for ever: the class outlives every module.
+  tensor_type =
+      reinterpret_cast<PyTypeObject*>(py::object(py::module_::import("torch").attr("Tensor")).release().ptr());
+  module.def(
+      "use_kernels",
+      [](uintptr_t cpu, uintptr_t gpu, uintptr_t current_stream) {
+        fastema::use_kernels(reinterpret_cast<const fastema::CpuKernels*>(cpu),
+                             reinterpret_cast<const fastema::GpuKernels*>(gpu),
+                             reinterpret_cast<fastema::CurrentStream*>(current_stream));
+      },
+      py::arg("cpu"), py::arg("gpu"), py::arg("current_stream"), "Take the kernels at these addresses; 0: none.");
+  module.def("has_cuda", &fastema::has_gpu_kernels, "Whether there are kernels for a GPU.");
+  module.def("gpu_type", [] { return c10::DeviceTypeName(fastema::gpu_type(), true); }, "The kind of GPU.");
   module.def("probe_cuda", &fastema::probe_cuda, py::arg("index"), py::call_guard<py::gil_scoped_release>(),
              "Why the CUDA kernels cannot run on this device, or None.");
   module.def("advance_clock", &fastema::advance_clock, py::call_guard<py::gil_scoped_release>(),
              "One optimizer step of fastema.core.decay.device_schedule.DeviceSchedule, on its GPU.");
-  module.def("cpu_isa", [] { return fastema::isa_name(fastema::best_isa()); }, "The instruction set in use.");
+  module.def(
+      "cpu_isa", [] { return fastema::cpu_kernels().isa_name(fastema::cpu_kernels().best_isa()); },
+      "The instruction set in use.");
 
   py::enum_<Isa>(module, "Isa")
       .value("baseline", Isa::kBaseline)
@@ -56,11 +86,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<Plan>(module, "Plan")
       .def(
           py::init<std::vector<Tensors>, Tensors, const std::vector<bool>&, const Tensors&, fastema::OptionalTensors>(),
-          py::arg("shadows"), py::arg("lives"), py::arg("copies"), py::arg("views"),
-          py::arg("lows") = fastema::OptionalTensors(), py::call_guard<py::gil_scoped_release>())
+          py::arg("shadows"), py::arg("lives"), py::arg("copies"), py::arg("views"), py::arg("lows") = py::tuple(),
+          py::call_guard<py::gil_scoped_release>())
       .def("update", &Plan::update, py::arg("weights"), py::arg("skip_nonfinite"), py::arg("skip") = py::none(),
            py::arg("device_weights") = py::none(), py::call_guard<py::gil_scoped_release>())
-      .def("update_watched", &Plan::update_watched, py::arg("watch"), py::arg("weights"), py::arg("skip_nonfinite"),
+      .def("update_watched", &update_watched, py::arg("watch"), py::arg("weights"), py::arg("skip_nonfinite"),
            py::arg("skip") = py::none())
       .def("exchange", &Plan::exchange, py::arg("which"), py::call_guard<py::gil_scoped_release>())
       .def("nonfinite_count", &Plan::nonfinite_count, py::call_guard<py::gil_scoped_release>())
@@ -70,19 +100,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<StorageExchange>(module, "StorageExchange")
       .def(py::init<const Tensors&, const Tensors&, const Tensors&,
                     const std::vector<std::pair<at::Tensor, at::Tensor>>&>(),
-           py::arg("lives"), py::arg("others"), py::arg("managed"),
-           py::arg("parts") = std::vector<std::pair<at::Tensor, at::Tensor>>())
+           py::arg("lives"), py::arg("others"), py::arg("managed"), py::arg("parts") = py::tuple())
       .def("enter", &StorageExchange::enter, py::arg("version_step"))
       .def("untouched", &StorageExchange::untouched)
       .def("leave_untouched", &StorageExchange::leave_untouched)
       .def("leave", &StorageExchange::leave, py::arg("staying") = std::vector<size_t>())
       .def_property_readonly("entered", &StorageExchange::entered);
-  module.def("second_owner", &fastema::second_owner, "A second storage over the memory of a tensor's.");
+  module.def("make_second_owner", &fastema::make_second_owner, "Let `flat` own the memory of `tensor` as well.");
 
   using Loose = std::vector<std::pair<py::dict, std::string>>;
   py::class_<Watch>(module, "Watch", py::custom_type_setup(&collect_garbage_through_watches))
       .def(py::init<const std::vector<py::dict>&, const std::vector<py::object>&, const Tensors&, const Loose&>(),
-           py::arg("dicts"), py::arg("tensors"), py::arg("shadows") = Tensors(), py::arg("loose") = Loose())
+           py::arg("dicts"), py::arg("tensors"), py::arg("shadows") = py::tuple(), py::arg("loose") = Loose())
       .def("holds", &Watch::holds)
       .def("layout_holds", &Watch::layout_holds)
       .def("shadows_hold", &Watch::shadows_hold);

@@ -6,23 +6,22 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/headeronly/version.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
-#include "watch.h"
-
-#ifdef FASTEMA_STREAM_FROM_C10_CUDA
-#include <c10/cuda/CUDAStream.h>
-#endif
-#ifdef FASTEMA_WITH_CUDA
-#include "cuda_kernels.h"
-#endif
-
 namespace fastema {
 namespace {
+
+constexpr const char* kNoGpuKernels = "fastema._C was built without CUDA";
+
+const CpuKernels* cpu_table = nullptr;
+const GpuKernels* gpu_table = nullptr;
+[[maybe_unused]] CurrentStream* current_stream_in_torch = nullptr;
 
 // Complex tensors come in as pairs (view_as_real), so these are all dtypes that are averaged.
 std::optional<Dtype> averaged_dtype(at::ScalarType type) {
@@ -103,64 +102,73 @@ const void* scalars(const std::optional<at::Tensor>& tensor, at::ScalarType type
   return tensor->const_data_ptr();
 }
 
-#ifdef FASTEMA_WITH_CUDA
+void check(CudaError error, const char* what) {
+  if (error != nullptr) throw std::runtime_error(std::string("CUDA error in ") + what + ": " + error);
+}
+
+const GpuKernels& gpu_kernels() {
+  if (gpu_table == nullptr) throw std::invalid_argument(kNoGpuKernels);
+  return *gpu_table;
+}
+
 void* handle_of(const c10::Stream& stream) {
-#ifdef FASTEMA_STREAM_FROM_C10_CUDA  // torch before 2.11
-  return c10::cuda::CUDAStream(c10::cuda::CUDAStream::UNCHECKED, stream).stream();
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 11
+  void* handle = nullptr;
+  if (current_stream_in_torch == nullptr || current_stream_in_torch(stream.device_index(), &handle) != 0) {
+    throw std::runtime_error("torch did not tell its current stream");
+  }
+  return handle;
 #else  // no CUDA header of torch, so that this compiles against CPU-only torch too
   return stream.native_handle();
 #endif
 }
 
-void check(CudaError error, const char* what) {
-  if (error != nullptr) throw std::runtime_error(std::string("CUDA error in ") + what + ": " + error);
-}
-#endif
-
 // A GPU wants chunks small enough to fill it.
 int64_t chunk_size(const std::vector<Segment>& segments, at::Device device) {
   if (device.is_cpu()) return kCpuChunkElements;
-#ifdef FASTEMA_WITH_CUDA
   int64_t blocks = 0, elements = 0;
-  check(resident_blocks(device.index(), blocks), "resident_blocks");
+  check(gpu_kernels().resident_blocks(device.index(), blocks), "resident_blocks");
   for (const Segment& segment : segments) elements += segment.count;
   return chunk_elements_for(elements, blocks);
-#else
-  (void)segments;
-  throw std::invalid_argument("fastema._C was built without CUDA, the tensors are on " + device.str());
-#endif
 }
 
 }  // namespace
 
-bool has_cuda() {
-#ifdef FASTEMA_WITH_CUDA
-  return true;
-#else
-  return false;
+void use_kernels(const CpuKernels* cpu, const GpuKernels* gpu, CurrentStream* current_stream) {
+  cpu_table = cpu;
+  gpu_table = gpu;
+  current_stream_in_torch = current_stream;
+#ifndef FASTEMA_OWN_THREADS
+  cpu->use_parallel_for(torch_parallel_for);
 #endif
 }
 
+const CpuKernels& cpu_kernels() { return *cpu_table; }
+
+bool has_gpu_kernels() { return gpu_table != nullptr; }
+
+at::DeviceType gpu_type() { return gpu_table == nullptr ? at::kCUDA : at::DeviceType(gpu_table->device_type); }
+
 std::optional<std::string> probe_cuda(int index) {
-#ifdef FASTEMA_WITH_CUDA
-  const c10::DeviceGuard guard(at::Device(kGpu, static_cast<c10::DeviceIndex>(index)));
-  const CudaError error = probe(index);
+  if (gpu_table == nullptr) return kNoGpuKernels;
+  const c10::DeviceGuard guard(at::Device(gpu_type(), static_cast<c10::DeviceIndex>(index)));
+  const CudaError error = gpu_table->probe(index);
   return error == nullptr ? std::nullopt : std::optional<std::string>(error);
-#else
-  (void)index;
-  return "fastema._C was built without CUDA";
-#endif
 }
 
 Plan::Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor> lives, const std::vector<bool>& copies,
            const std::vector<at::Tensor>& views, OptionalTensors lows)
-    : shadows_(std::move(shadows)), lives_(std::move(lives)), lows_(std::move(lows)), isa_(best_isa()), work_({}, 1) {
+    : shadows_(std::move(shadows)),
+      lives_(std::move(lives)),
+      lows_(std::move(lows)),
+      isa_(cpu_table->best_isa()),
+      on_cpu_(nullptr, cpu_table->free_chunks) {
   if (shadows_.empty()) throw std::invalid_argument("a plan needs at least one shadow");
   if (!lows_.empty() && lows_.size() != shadows_.size()) {
     throw std::invalid_argument("lows must be empty, or have an entry for every shadow");
   }
   if (!lives_.empty()) device_ = lives_.front().device();
-  if (!device_.is_cpu() && device_.type() != kGpu) {
+  if (!device_.is_cpu() && device_.type() != gpu_type()) {
     throw std::invalid_argument("the native backend runs on CPU and CUDA, the tensors are on " + device_.str());
   }
   std::vector<Chunk> chunks;
@@ -178,18 +186,20 @@ Plan::Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor>
       }
     }
   }
-  work_ = CpuChunks(std::move(chunks), static_cast<int>(shadows_.size()));
+  chunk_count_ = static_cast<int64_t>(chunks.size() / shadows_.size());
   view_versions_.reserve(views.size());
   for (const at::Tensor& view : views) view_versions_.push_back(view.unsafeGetTensorImpl()->version_counter());
-  if (!device_.is_cpu()) {
-    const int64_t bytes = static_cast<int64_t>(work_.chunks.size() * sizeof(Chunk));
-    const at::Tensor table = at::from_blob(work_.chunks.data(), {bytes}, at::TensorOptions().dtype(at::kByte));
+  if (device_.is_cpu()) {
+    const int64_t count = static_cast<int64_t>(chunks.size());
+    on_cpu_.reset(cpu_table->make_chunks(chunks.data(), count, static_cast<int>(shadows_.size())));
+  } else {
+    const int64_t bytes = static_cast<int64_t>(chunks.size() * sizeof(Chunk));
+    const at::Tensor table = at::from_blob(chunks.data(), {bytes}, at::TensorOptions().dtype(at::kByte));
     device_chunks_ = table.to(device_);
     device_nonfinite_ = at::zeros({}, at::TensorOptions().dtype(at::kLong).device(device_));
   }
 }
 
-#ifdef FASTEMA_WITH_CUDA
 void* Plan::current_stream() {
   const c10::impl::VirtualGuardImpl torch(device_.type());
   const c10::Stream stream = torch.getStream(device_);
@@ -211,7 +221,6 @@ void* Plan::current_stream() {
   }
   return handle_of(stream);
 }
-#endif
 
 void Plan::update(const std::vector<double>& weights, bool skip_nonfinite, const std::optional<at::Tensor>& skip,
                   const std::optional<at::Tensor>& device_weights) {
@@ -233,41 +242,24 @@ void Plan::update(const std::vector<double>& weights, bool skip_nonfinite, const
     std::copy_n(weights.begin() + first, args.shadows, args.weights);
     if (device_.is_cpu()) {
       if (device != nullptr) std::copy_n(device + first, args.shadows, args.weights);
-      const int64_t nonfinite = update_on_cpu(work_, first, args, at::get_num_threads(), isa_);
+      const int64_t nonfinite = cpu_table->update(*on_cpu_, first, args, at::get_num_threads(), isa_);
       if (args.count_nonfinite) nonfinite_on_cpu_ += nonfinite;
       continue;
     }
-#ifdef FASTEMA_WITH_CUDA
     args.device_weights = device == nullptr ? nullptr : device + first;
-    const Chunk* chunks = static_cast<const Chunk*>(device_chunks_.const_data_ptr()) + first * work_.count;
-    check(
-        launch_update(chunks, work_.count, args, static_cast<unsigned long long*>(device_nonfinite_.mutable_data_ptr()),
-                      device_.index(), current_stream()),
-        "update");
-#endif
+    const Chunk* chunks = static_cast<const Chunk*>(device_chunks_.const_data_ptr()) + first * chunk_count_;
+    auto* nonfinite = static_cast<unsigned long long*>(device_nonfinite_.mutable_data_ptr());
+    check(gpu_kernels().update(chunks, chunk_count_, args, nonfinite, device_.index(), current_stream()), "update");
   }
-}
-
-const char* Plan::update_watched(const Watch& watch, const std::vector<double>& weights, bool skip_nonfinite,
-                                 const std::optional<at::Tensor>& skip) {
-  if (!watch.holds()) return "moved";
-  {
-    const pybind11::gil_scoped_release released;
-    update(weights, skip_nonfinite, skip, std::nullopt);
-  }
-  return watch.shadows_hold() ? nullptr : "averages moved";
 }
 
 void Plan::exchange(int which) {
   if (which < 0 || which >= static_cast<int>(shadows_.size())) throw std::invalid_argument("no such shadow");
   if (!same_dtypes_) throw std::invalid_argument("contents of different dtypes cannot be exchanged exactly");
-  if (device_.is_cpu()) return exchange_on_cpu(work_, which, at::get_num_threads());
-#ifdef FASTEMA_WITH_CUDA
+  if (device_.is_cpu()) return cpu_table->exchange(*on_cpu_, which, at::get_num_threads());
   const c10::DeviceGuard on_device(device_);
-  check(launch_exchange(static_cast<const Chunk*>(device_chunks_.const_data_ptr()) + which * work_.count, work_.count,
-                        device_.index(), current_stream()),
-        "exchange");
-#endif
+  const Chunk* chunks = static_cast<const Chunk*>(device_chunks_.const_data_ptr()) + which * chunk_count_;
+  check(gpu_kernels().exchange(chunks, chunk_count_, device_.index(), current_stream()), "exchange");
 }
 
 int64_t Plan::nonfinite_count() const {
@@ -281,10 +273,9 @@ void advance_clock(const at::Tensor& table, int64_t update_every, const std::opt
   const auto data = [&](const at::Tensor& tensor, at::ScalarType type, int64_t count, const char* name) {
     return const_cast<void*>(scalars(tensor, type, count, device, name));
   };
-  if (device.type() != kGpu || table.dim() != 2 || table.size(0) < 1 || update_every < 1) {
+  if (device.type() != gpu_type() || table.dim() != 2 || table.size(0) < 1 || update_every < 1) {
     throw std::invalid_argument("the clock needs a table [rows, shadows] on a CUDA device and update_every >= 1");
   }
-#ifdef FASTEMA_WITH_CUDA
   ClockArgs args{};
   args.rows = table.size(0);
   args.shadows = static_cast<int>(table.size(1));
@@ -297,11 +288,7 @@ void advance_clock(const at::Tensor& table, int64_t update_every, const std::opt
   args.skip = static_cast<float*>(data(skip, at::kFloat, 1, "skip"));
   const c10::DeviceGuard on_device(device);
   const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-  check(launch_clock(args, device.index(), handle_of(stream)), "advance_clock");
-#else
-  (void)found_inf, (void)data;
-  throw std::invalid_argument("fastema._C was built without CUDA");
-#endif
+  check(gpu_kernels().clock(args, device.index(), handle_of(stream)), "advance_clock");
 }
 
 }  // namespace fastema

@@ -4,24 +4,25 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "chunks.h"
-#include "cpu_kernels.h"
+#include "kernel_tables.h"
 
 namespace fastema {
 
 using OptionalTensors = std::vector<std::vector<std::optional<at::Tensor>>>;
 
-#ifdef FASTEMA_GPU  // tests/accelerator runs the kernels on a device of its own
-constexpr at::DeviceType kGpu = FASTEMA_GPU;
-#else
-constexpr at::DeviceType kGpu = at::kCUDA;
-#endif
-
-class Watch;
+// The kernels that plans built from now on run; `gpu`: null where there are none. `current_stream`: torch's
+// aoti_torch_get_current_cuda_stream, which only torch 2.10 needs, where a stream does not tell its handle.
+using CurrentStream = int32_t(int32_t device, void** handle);
+void use_kernels(const CpuKernels* cpu, const GpuKernels* gpu, CurrentStream* current_stream);
+const CpuKernels& cpu_kernels();
+// Whether there are kernels for a GPU, and for which kind of device they are.
+bool has_gpu_kernels();
+at::DeviceType gpu_type();
 
 class Plan {
  public:
@@ -42,19 +43,13 @@ class Plan {
   void update(const std::vector<double>& weights, bool skip_nonfinite, const std::optional<at::Tensor>& skip,
               const std::optional<at::Tensor>& device_weights);
 
-  // The same if the watch holds, in one call from Python, which holds the interpreter's lock. Returns "moved" if the
-  // watch does not hold, and nothing was done; "averages moved" if the averages' memory was replaced during the update,
-  // whose result is in the old memory then; else null.
-  const char* update_watched(const Watch& watch, const std::vector<double>& weights, bool skip_nonfinite,
-                             const std::optional<at::Tensor>& skip);
-
   // Swaps the contents of live and of one shadow; throws where their dtypes differ.
   void exchange(int which);
 
   // How many live elements were not finite so far, each counted once for all shadows. On a GPU this synchronises.
   int64_t nonfinite_count() const;
 
-  int64_t chunk_count() const { return work_.count; }
+  int64_t chunk_count() const { return chunk_count_; }
   void set_isa(Isa isa) { isa_ = isa; }  // for tests: at most what the machine has
 
  private:
@@ -67,14 +62,12 @@ class Plan {
   at::Device device_ = at::kCPU;
   bool same_dtypes_ = true;
   Isa isa_;
-  CpuChunks work_;
+  int64_t chunk_count_ = 0;                                  // of one shadow
+  std::unique_ptr<CpuChunks, void (*)(CpuChunks*)> on_cpu_;  // CPU only
   int64_t nonfinite_on_cpu_ = 0;
   at::Tensor device_chunks_, device_nonfinite_;  // GPU only: bytes of the chunk table; int64 scalar
   std::vector<c10::Stream> streams_;             // GPU only: that use this memory; the allocator knows of them
 };
-
-// Whether this build has the CUDA kernels.
-bool has_cuda();
 
 // One optimizer step of fastema/core/decay/device_schedule.py in one launch: see ClockArgs in cuda_kernels.h. All
 // tensors on one CUDA device.

@@ -42,27 +42,28 @@ class alignas(64) Share {
   std::atomic<uint64_t> range_{0};
 };
 
-// Runs work(0) .. work(threads - 1) at the same time, work(0) on the calling thread, and sums what they return.
+ParallelFor* torch_parallel_for = nullptr;
+
+// Runs work(0) .. work(threads - 1) at the same time, as far as there are threads, and sums what they return.
 template <class Work>
 int64_t in_parallel(int threads, Work work) {
-#if defined(_OPENMP)
-  int64_t sum = 0;
-#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : sum)
-  for (int thread = 0; thread < threads; ++thread) sum += work(thread);
-  return sum;
-#else  // a compiler without OpenMP; and ThreadSanitizer, which cannot see how gcc's OpenMP synchronises
   std::vector<int64_t> results(threads);
-  std::vector<std::thread> others;
-  for (int thread = 1; thread < threads; ++thread) {
-    others.emplace_back([&, thread] { results[thread] = work(thread); });
+  const auto run = [&](int64_t thread) { results[thread] = work(static_cast<int>(thread)); };
+  if (torch_parallel_for != nullptr) {
+    const auto run_range = [](int64_t begin, int64_t end, void* context) {
+      for (int64_t thread = begin; thread < end; ++thread) (*static_cast<decltype(run)*>(context))(thread);
+    };
+    torch_parallel_for(0, threads, 1, run_range, const_cast<void*>(static_cast<const void*>(&run)));
+  } else {  // under ThreadSanitizer, which cannot see how gcc's OpenMP synchronises
+    std::vector<std::thread> others;
+    for (int thread = 1; thread < threads; ++thread) others.emplace_back(run, thread);
+    run(0);
+    for (std::thread& other : others) other.join();
   }
-  results[0] = work(0);
-  for (std::thread& other : others) other.join();
   return std::accumulate(results.begin(), results.end(), int64_t{0});
-#endif
 }
 
-// Whether this process was forked after the module was loaded. gcc's OpenMP waits forever in a forked child if the
+// Whether this process was forked after the library was loaded. gcc's OpenMP waits forever in a forked child if the
 // parent had a parallel region, ours or torch's: the threads of its pool were not forked.
 bool forked = false;
 #if !defined(_WIN32)
@@ -70,6 +71,8 @@ bool forked = false;
 #endif
 
 }  // namespace
+
+void use_parallel_for(ParallelFor* parallel_for) { torch_parallel_for = parallel_for; }
 
 int64_t Sharing::sum(int64_t count, int threads, const std::function<int64_t(int64_t)>& work) {
   if (threads <= 1 || forked || serial_calls_left_ > 0) {

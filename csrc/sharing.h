@@ -6,9 +6,16 @@
 
 namespace fastema {
 
+// torch_parallel_for of torch/csrc/stable/c/shim.h: one pool of threads for torch and for us.
+using ParallelFor = int32_t(int64_t begin, int64_t end, int64_t grain, void (*run)(int64_t, int64_t, void*),
+                            void* context);
+
+// Lets regions run on these threads from now on. Null, and before the first call: on threads made anew for each.
+void use_parallel_for(ParallelFor* parallel_for);
+
 // Decides, for a computation that is repeated, whether its next call runs on several threads or on the caller's alone.
 //
-// An OpenMP region ends with its last thread. In a quiet process the threads spin and start at once; beside other busy
+// A parallel region ends with its last thread. In a quiet process the threads spin and start at once; beside other busy
 // processes they wait several ms for a time slice, and the caller waits for them. So every region is compared with the
 // estimated time of a serial call. If regions lost more than they saved, the next calls are serial until the loss is
 // made up for.

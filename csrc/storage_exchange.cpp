@@ -3,9 +3,9 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/StorageImpl.h>
+#include <c10/util/intrusive_ptr.h>
 
 #include <algorithm>
-#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -27,9 +27,18 @@ void swap_contents(const at::Tensor& a, const at::Tensor& b, const at::Tensor& h
   }
 }
 
-c10::DataPtr shared(const std::shared_ptr<c10::DataPtr>& memory) {
-  using Owner = std::shared_ptr<c10::DataPtr>;
-  return {memory->get(), new Owner(memory), [](void* owner) { delete static_cast<Owner*>(owner); }, memory->device()};
+// Memory with several owners. Not std::shared_ptr, which needs glibc 2.32.
+struct SharedMemory : c10::intrusive_ptr_target {
+  c10::DataPtr memory;
+};
+
+c10::DataPtr owner_of(c10::intrusive_ptr<SharedMemory> shared) {
+  void* data = shared->memory.get();
+  const c10::Device device = shared->memory.device();
+  const auto release = [](void* owner) {
+    c10::intrusive_ptr<SharedMemory>::reclaim(static_cast<SharedMemory*>(owner));
+  };
+  return {data, shared.release(), release, device};
 }
 
 }  // namespace
@@ -136,25 +145,23 @@ void StorageExchange::restore_versions() {
   entered_ = false;
 }
 
-at::Tensor second_owner(const at::Tensor& tensor) {
+void make_second_owner(const at::Tensor& tensor, const at::Tensor& flat) {
   const c10::Storage& storage = tensor.storage();
   c10::StorageImpl* first = storage.unsafeGetStorageImpl();
-  const at::TensorOptions bytes = at::TensorOptions().dtype(at::kByte).device(storage.device());
   const int64_t count = static_cast<int64_t>(storage.nbytes());
   // Only such memory moves under share_memory_(); and what is pinned, mapped or on a device is known to its allocator
   // by the deleter that this would replace.
   const bool is_plain =
       storage.device().is_cpu() && first->data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
-  at::Tensor flat = at::empty({0}, bytes);
   if (!is_plain) {
     flat.set_(storage, 0, {count}, {1});
-    return flat;
+    return;
   }
-  const auto memory = std::make_shared<c10::DataPtr>(first->set_data_ptr(c10::DataPtr()));
-  first->set_data_ptr_noswap(shared(memory));
-  const c10::Storage second(c10::Storage::use_byte_size_t(), storage.nbytes(), shared(memory), nullptr, false);
+  const auto shared = c10::make_intrusive<SharedMemory>();
+  shared->memory = first->set_data_ptr(c10::DataPtr());
+  first->set_data_ptr_noswap(owner_of(shared));
+  const c10::Storage second(c10::Storage::use_byte_size_t(), storage.nbytes(), owner_of(shared), nullptr, false);
   flat.set_(second, 0, {count}, {1});
-  return flat;
 }
 
 }  // namespace fastema

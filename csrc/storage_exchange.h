@@ -46,9 +46,9 @@ class StorageExchange {
   bool entered_ = false;
 };
 
-// A second storage over the memory of `tensor`'s, as a 1-D tensor of bytes. The memory is freed when both are gone, so
-// that replacing the pointer of one (share_memory_(), resize_()) frees nothing that a kernel works on.
-// `tensor` itself, flattened, where its memory is not plain memory of the host.
-at::Tensor second_owner(const at::Tensor& tensor);
+// Makes `flat`, an empty tensor of bytes on the device of `tensor`, a second owner of the memory of `tensor`, all of
+// it, 1-D. The memory is freed when both are gone, so that replacing the pointer of one (share_memory_(), resize_())
+// frees nothing that a kernel works on. Where that memory is not plain memory of the host, both share one storage.
+void make_second_owner(const at::Tensor& tensor, const at::Tensor& flat);
 
 }  // namespace fastema

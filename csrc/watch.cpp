@@ -1,16 +1,17 @@
 #include "watch.h"
 
 #include <c10/core/StorageImpl.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+
+#include "python_tensor.h"
 
 namespace fastema {
 namespace {
 
 constexpr size_t kAhead = 8;  // how many objects ahead to ask for, so that their cache misses overlap
 
-const c10::TensorImpl* tensor_of(PyObject* object) { return THPVariable_Unpack(object).unsafeGetTensorImpl(); }
+const c10::TensorImpl* tensor_of(PyObject* object) { return tensor_in(object).unsafeGetTensorImpl(); }
 
 // The storage of a tensor; unlike data_ptr() this never throws, not even for storage that was freed.
 const c10::StorageImpl* storage_of(const c10::TensorImpl* tensor) {
@@ -40,7 +41,7 @@ Watch::Watch(const std::vector<pybind11::dict>& dicts, const std::vector<pybind1
     slots_.push_back({dict.ptr(), value_addresses_.size()});
   }
   for (const pybind11::object& tensor : tensors) {
-    if (!THPVariable_Check(tensor.ptr())) throw pybind11::type_error("a watch takes tensors");
+    if (!is_tensor(tensor.ptr())) throw pybind11::type_error("a watch takes tensors");
     held_.push_back(tensor);
     const c10::TensorImpl* impl = tensor_of(tensor.ptr());
     const c10::StorageImpl* storage = storage_of(impl);

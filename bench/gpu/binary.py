@@ -1,4 +1,4 @@
-"""`python bench/gpu/binary.py [FILE]`: the architectures in a built extension, the installed one by default."""
+"""`python bench/gpu/binary.py [FILE]`: the architectures in a built library, the installed one by default."""
 
 from __future__ import annotations
 
@@ -35,13 +35,11 @@ def main() -> int:
     if len(sys.argv) > 1:
         binary = Path(sys.argv[1])
     else:
-        import torch  # noqa: F401  its libraries must be loaded before fastema._C
-
-        spec = importlib.util.find_spec("fastema._C")
-        if spec is None or spec.origin is None:
-            print("fastema._C is not installed")
+        spec = importlib.util.find_spec("fastema")
+        binary = Path(spec.origin if spec is not None and spec.origin else "fastema").with_name("_cuda.so")
+        if not binary.is_file():
+            print(f"there is no {binary}")
             return 1
-        binary = Path(spec.origin)
     program = cuobjdump()
     if program is None:
         print("no cuobjdump, neither on PATH nor in Triton's wheel")

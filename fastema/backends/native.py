@@ -5,36 +5,83 @@ The compiled module may be missing, or built for another torch: `why_unusable()`
 
 from __future__ import annotations
 
-import importlib
+import ctypes
+import importlib.machinery
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch  # its libraries must be loaded before fastema._C
 
+from fastema.backends.building import extension_name
 from fastema.backends.streams import is_available
 
 NAME = "native"
+FOLDER = Path(__file__).parent.parent
 
-_C: Any
+
+def _table(library: Path, function: str) -> int:
+    """Return the address of a library's kernels; see csrc/kernel_tables.h."""
+    find = getattr(ctypes.CDLL(str(library)), function)
+    find.restype = ctypes.c_void_p
+    return find()
+
+
+def _current_stream() -> int:
+    """Return the address of torch's function for it; 0: its streams tell their handle themselves, or there are none."""
+    library = Path(torch.__file__).parent / "lib/libtorch_cuda.so"
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11) or not library.is_file():
+        return 0
+    function = ctypes.CDLL(str(library)).aoti_torch_get_current_cuda_stream
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _loaded() -> ModuleType:
+    """Load fastema._C, the extension for this torch."""
+    path = FOLDER / f"{extension_name(torch.__version__)}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    spec = importlib.util.spec_from_file_location("fastema._C", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def use_kernels(gpu: Path) -> None:
+    """Let the extension run the kernels of fastema/_kernels.so, and those of `gpu` if there is such a file."""
+    _C.use_kernels(
+        cpu=_table(FOLDER / "_kernels.so", "fastema_cpu_kernels"),
+        gpu=_table(gpu, "fastema_gpu_kernels") if gpu.is_file() else 0,
+        current_stream=_current_stream(),
+    )
+
+
+_C: Any = None
 _import_error: str | None = None
 try:
-    _C = importlib.import_module("fastema._C")
-except ImportError as error:
-    _C = None
+    sys.modules["fastema._C"] = _C = _loaded()
+    use_kernels(FOLDER / "_cuda.so")
+except (ImportError, OSError) as error:
     _import_error = f"{type(error).__name__}: {error}"
 else:
     Plan, StorageExchange, Watch = _C.Plan, _C.StorageExchange, _C.Watch
-    second_owner = _C.second_owner
+
+
+def second_owner(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a second storage over the memory of a tensor's, as bytes; what replaces one frees nothing of the other."""
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    _C.make_second_owner(tensor, flat)
+    return flat
 
 
 def _build_record() -> dict[str, str | None]:
     """Return what setup.py could not build, and why."""
-    path = Path(__file__).parent.parent / "_build_record.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads((FOLDER / "_build_record.json").read_text())
     except (OSError, ValueError):
         return {}
 

@@ -1,7 +1,7 @@
 """Build the test accelerator and load it, in a process of its own: torch knows one accelerator, and never forgets it.
 
-FASTEMA_TEST_ACCELERATOR=kernels   fastema._C is one that was built with csrc/cuda_kernels.cu for this device
-FASTEMA_TEST_ACCELERATOR=plain     fastema._C is the installed one, which has no kernels for it
+FASTEMA_TEST_ACCELERATOR=kernels   fastema._C runs csrc/cuda_kernels.cu, compiled for this device
+FASTEMA_TEST_ACCELERATOR=plain     fastema._C has no kernels for it
 FASTEMA_SANITIZE=thread            both under ThreadSanitizer, whose runtime must be loaded already
 """
 
@@ -28,24 +28,25 @@ FLAGS = [
     "-Wno-sign-compare",
 ]
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-EXTENSION = ["bindings.cpp", "cpu_kernels.cpp", "plan.cpp", "sharing.cpp", "storage_exchange.cpp", "watch.cpp"]
 
 
-def _built(name: str, sources: list[Path], flags: list[str]) -> Any:
-    """Compile what has changed, and import it. Processes that start together wait for the first."""
+def _built(name: str, sources: list[Path], flags: list[str], **options: Any) -> Any:
+    """Compile what has changed, and load it. Processes that start together wait for the first."""
     kind = os.environ.get("FASTEMA_SANITIZE")
     sanitize = [f"-fsanitize={kind}", "-fno-omit-frame-pointer"] if kind else []
     folder = ROOT / "build" / f"accelerator{f'-{kind}' if kind else ''}" / name
     folder.mkdir(parents=True, exist_ok=True)
     preload = os.environ.pop("LD_PRELOAD", None)  # the sanitizer's runtime is not for the compiler
     try:
-        return _compiled(name, sources, [*FLAGS, *flags, *sanitize], sanitize, folder)
+        return _compiled(name, sources, [*FLAGS, *flags, *sanitize], sanitize, folder, options)
     finally:
         if preload is not None:
             os.environ["LD_PRELOAD"] = preload
 
 
-def _compiled(name: str, sources: list[Path], flags: list[str], link_flags: list[str], folder: Path) -> Any:
+def _compiled(
+    name: str, sources: list[Path], flags: list[str], link_flags: list[str], folder: Path, options: Any
+) -> Any:
     return cpp_extension.load(
         name,
         [str(source) for source in sources],
@@ -53,6 +54,7 @@ def _compiled(name: str, sources: list[Path], flags: list[str], link_flags: list
         extra_ldflags=link_flags,
         extra_include_paths=[str(HERE), str(ROOT / "csrc"), str(ROOT / "tests/csrc/cuda_on_host/include")],
         build_directory=str(folder),
+        **options,
     )
 
 
@@ -86,7 +88,10 @@ def load(with_kernels: bool) -> types.ModuleType:
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     if with_kernels:
         assert "fastema" not in sys.modules
-        sources = [*(ROOT / "csrc" / name for name in EXTENSION), HERE / "kernels.cpp"]
-        kind = ["-DFASTEMA_WITH_CUDA", "-DFASTEMA_GPU=at::kPrivateUse1"]
-        sys.modules["fastema._C"] = _built("_C", sources, [*KERNEL_FLAGS, *kind])
+        sources = [HERE / "kernels.cpp", ROOT / "csrc/gpu_table.cpp"]
+        number = 20  # c10::DeviceType::PrivateUse1
+        kernels = _built("hostgpu_kernels", sources, [*KERNEL_FLAGS, f"-DFASTEMA_GPU={number}"], is_python_module=False)
+        from fastema.backends import native
+
+        native.use_kernels(Path(kernels))
     return module

@@ -34,7 +34,7 @@ sys.exit(pytest.main(['-q', '-k', 'not torch and not fork', '-p', 'no:cacheprovi
 "
 
 if [ "$kinds" = thread ]; then # the host side of a GPU, on a device whose streams are threads: a missing wait is a report
-  LD_PRELOAD=$runtime FASTEMA_SANITIZE=thread FASTEMA_TEST_ACCELERATOR=kernels PYTHONPATH=tests OMP_NUM_THREADS=1 \
+  LD_PRELOAD=$runtime FASTEMA_SANITIZE=thread FASTEMA_TEST_ACCELERATOR=kernels PYTHONPATH="$build/lib:tests" OMP_NUM_THREADS=1 \
     .venv/bin/python -m pytest -q -p accelerator.plugin -p no:cacheprovider --durations=5 \
     tests/accelerator/test_on_races.py tests/accelerator/test_on_fastema.py
 fi

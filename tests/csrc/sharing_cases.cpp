@@ -105,9 +105,22 @@ void a_forked_child_works_alone() {
 #endif
 }
 
+#if defined(_OPENMP)
+// As torch_parallel_for.
+int32_t on_openmp(int64_t begin, int64_t end, int64_t, void (*run)(int64_t, int64_t, void*), void* context) {
+  const int threads = static_cast<int>(end - begin);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int64_t i = begin; i < end; ++i) run(i, i + 1, context);
+  return 0;
+}
+#endif
+
 }  // namespace
 
 int main() {
+#if defined(_OPENMP)
+  fastema::use_parallel_for(on_openmp);
+#endif
   for (int64_t count : {0, 1, 2, 3, 7, 64, 1000}) {
     for (int threads : {1, 2, 3, 8}) every_index_is_worked_on_once(count, threads);
   }

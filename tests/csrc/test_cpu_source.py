@@ -10,14 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fastema.backends.building import CPP_FLAGS
+
 ROOT = Path(__file__).parents[2]
-
-
-def flags() -> list[str]:
-    """As setup.py has them, which cannot be imported without building."""
-    listed = re.search(r"CPP_FLAGS = \[(.*?)\]", (ROOT / "setup.py").read_text(), re.DOTALL)
-    assert listed is not None
-    return re.findall(r'^\s*"(-[^"]*)"', listed.group(1), re.MULTILINE)
 
 
 def is_gcc() -> bool:
@@ -34,7 +29,7 @@ def test_every_dtype_pair_is_vectorised_with_and_without_skip_nonfinite(tmp_path
     text = source.read_text()
     begin = text[: text.index("EMA_FN int32_t average_block")].count("\n") + 1
     end = text[: text.index("EMA_FN int64_t average_chunk")].count("\n") + 1
-    command = ["g++", "-std=c++17", *flags(), "-fopt-info-vec", "-c", str(source), "-o", tmp_path / "it.o"]
+    command = ["g++", "-std=c++17", *CPP_FLAGS, "-fopt-info-vec", "-c", str(source), "-o", tmp_path / "it.o"]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     lines = re.findall(r"cpu_kernels\.cpp:(\d+):\d+: optimized:\s+loop vectorized using 64 byte vectors", report)
     assert sum(begin < int(line) < end for line in lines) >= 2 * 16 + 2  # and the average in two planes

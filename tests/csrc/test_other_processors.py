@@ -12,8 +12,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_cpu_source import flags
 from test_cuda_on_host import FOLDERS, ROOT, SHARED
+
+from fastema.backends.building import CPP_FLAGS
 
 SOURCE = ROOT / "csrc/cpu_kernels.cpp"
 PAIRS = 16
@@ -47,7 +48,7 @@ def average_lines() -> range:
 
 def matrix(compiler: str, program: Path, *options: str) -> Path:
     sources = ["-x", "c++", str(ROOT / "csrc/cuda_kernels.cu"), *(str(ROOT / name) for name in SHARED)]
-    wanted = [*flags(), "-std=c++17", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-static", "-pthread", *options]
+    wanted = [*CPP_FLAGS, "-std=c++17", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-static", "-pthread", *options]
     output_of(compiler, *wanted, *FOLDERS, *sources, "-o", program)
     return program
 
@@ -65,7 +66,7 @@ def test_aarch64_is_vectorised(tmp_path: Path) -> None:
     compiler = found_tool("g++-aarch64-linux-gnu", "aarch64-linux-gnu-g++")
     disassembler = found_tool("binutils-aarch64-linux-gnu", "aarch64-linux-gnu-objdump")
     target = tmp_path / "kernels.o"
-    report = output_of(compiler, "-std=c++17", *flags(), "-fopt-info-vec", "-c", SOURCE, "-o", target)
+    report = output_of(compiler, "-std=c++17", *CPP_FLAGS, "-fopt-info-vec", "-c", SOURCE, "-o", target)
     lines = re.findall(r"cpu_kernels\.cpp:(\d+):\d+: optimized:\s+loop vectorized using 16 byte vectors", report)
     assert sum(int(line) in average_lines() for line in lines) >= 2 * PAIRS, report  # with and without skip_nonfinite
     assert len(re.findall(r"\bfmla\s+v\d+\.[24][sd]", output_of(disassembler, "-d", target))) >= 2 * PAIRS
@@ -73,7 +74,7 @@ def test_aarch64_is_vectorised(tmp_path: Path) -> None:
 
 def test_clang_has_no_warning_and_vectorises_every_pair(tmp_path: Path) -> None:
     compiler = found_tool("clang", "clang++", "clang++-15")
-    command = [compiler, "-std=c++17", *flags(), "-Wall", "-Wextra", "-Rpass=loop-vectorize", "-c"]
+    command = [compiler, "-std=c++17", *CPP_FLAGS, "-Wall", "-Wextra", "-Rpass=loop-vectorize", "-c"]
     report = output_of(*command, SOURCE, "-o", tmp_path / "kernels.o")
     assert "warning" not in report
     lines = re.findall(r"cpu_kernels\.cpp:(\d+):\d+: remark: vectorized loop", report)

@@ -16,7 +16,7 @@ LEFT_OUT = {".ci/run", ".clang-format", ".gitignore"}
 # Made by setuptools.
 MADE = {"PKG-INFO", "setup.cfg"}
 # Compiled, or written by the build: see setup.py.
-BUILT = re.compile(r"fastema/(_C\.[\w.-]+\.(so|pyd)|_build_record\.json)")
+BUILT = re.compile(r"fastema/(_kernels\.so|_torch_\d+_\d+\.[\w.-]+\.so|_build_record\.json)")
 
 
 def main() -> int:
@@ -54,8 +54,8 @@ def wheel_faults(path: Path) -> list[str]:
     wanted = {str(file.relative_to(ROOT)) for file in (ROOT / "fastema").rglob("*.py")}
     wanted |= {f"fastema/{file.relative_to(ROOT)}" for file in (ROOT / "triton_kernels").rglob("*.py")}
     faults = _differences(path, names - built, wanted | {"fastema/py.typed", "fastema/_C.pyi"})
-    if len(built) != 2:
-        faults.append(f"{path.name}: expected the extension and the build record, found {sorted(built)}")
+    if len(built) != 3:
+        faults.append(f"{path.name}: expected kernels, extension and build record, found {sorted(built)}")
     return faults
 
 

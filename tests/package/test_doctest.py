@@ -29,7 +29,7 @@ def modules() -> list[ModuleType]:
     found = [fastema]
     for package in (fastema, fastema.backends):
         for info in pkgutil.iter_modules(package.__path__):
-            if info.ispkg or info.name == "_C":
+            if info.ispkg or info.name.startswith("_"):
                 continue
             try:
                 found.append(importlib.import_module(f"{package.__name__}.{info.name}"))
