@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-cam-only", dest="cam_only", action="store_false", help="also COD10K's images without a camouflaged object"
     )
     parser.add_argument(
+        "--foreground", metavar="V,V,…", help="as for fastema train (default: as trained, if the masks are alike)"
+    )
+    parser.add_argument(
+        "--ignore-index", metavar="V,V,…", help="as for fastema train (default: as trained, if the masks are alike)"
+    )
+    parser.add_argument(
         "--img-size", type=int, metavar="PX", help="images are resized to squares of this size (default: as trained)"
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images a batch (default: 8)")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fastema.segmentation.asked import parse_asked
 from fastema.segmentation.errors import UserError
 
 # The coarsest level of the usual pyramids has a 32nd of the size; smaller images leave it a single pixel.
@@ -79,6 +80,20 @@ class TrainOptions:
         "of COD10K, only the images with a camouflaged object, as the papers do; this is the default",
         True,
         action=argparse.BooleanOptionalAction,
+    )
+    foreground: str | None = _flag(
+        "data",
+        "what is foreground in masks that are not black and white: numbers (1,15 or 1-20), colours (ff0000) or alpha "
+        "(default: what the masks say, or an error)",
+        None,
+        "V,V,…",
+    )
+    ignore_index: str | None = _flag(
+        "data",
+        "numbers or colours in masks that count neither in loss nor in metrics, or none "
+        "(default: 255 beside class numbers)",
+        None,
+        "V,V,…",
     )
     val_fraction: float = _flag("data", "share of Train held out to validate on", 0.1, "F")
     num_workers: int = _flag("data", "processes that read images beside the training", 0, "N", least=0)
@@ -202,6 +217,7 @@ class TrainOptions:
                 _require(value >= least, each.name, value, f"at least {least}" if least else "0 or more")
             if choices is not None:
                 _require(value in choices, each.name, value, f"{', '.join(choices[:-1])} or {choices[-1]}")
+        _check_masks(self.foreground, self.ignore_index)
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         if self.num_experts:
             _require(1 <= self.top_k <= self.num_experts, "top_k", self.top_k, f"from 1 to {self.num_experts} experts")
@@ -303,6 +319,8 @@ class EvaluateOptions:
     dataset_path: str
     split: str = "Test"
     cam_only: bool = True
+    foreground: str | None = None
+    ignore_index: str | None = None
     img_size: int | None = None
     batch_size: int = 8
     num_workers: int = 0
@@ -311,11 +329,19 @@ class EvaluateOptions:
 
     def check(self) -> None:
         """Raise `UserError` for a value that is not allowed."""
+        _check_masks(self.foreground, self.ignore_index)
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "at least 0")
         if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
             fault = "is a folder" if self.json.is_dir() else "cannot be written: its folder does not exist"
             raise UserError(f"--json: {self.json} {fault}")
+
+
+def _check_masks(foreground: str | None, ignored: str | None) -> None:
+    try:
+        parse_asked(foreground, ignored)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def option_flag(name: str) -> str:

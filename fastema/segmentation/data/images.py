@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastema.core.text import first_few
+from fastema.core.text import counted, first_few
+from fastema.segmentation.asked import NOTHING_ASKED, Asked
 from fastema.segmentation.data.files import (
     OWN_WHITES,
     Range,
@@ -32,16 +33,21 @@ from fastema.segmentation.data.files import (
     whites_of,
 )
 from fastema.segmentation.data.listing import Listing, Pair
+from fastema.segmentation.data.masks import (
+    IGNORED,
+    Content,
+    MaskRule,
+    MaskValuesError,
+    decide,
+    decode,
+    describe,
+    extract,
+    kinds,
+)
 from fastema.segmentation.errors import UserError
 
-# A mask has 0 and 255, or 0 and 1. From the middle up is foreground, which allows for JPEG noise.
-_FOREGROUND_FROM = 128
 # EXIF orientations from this one on exchange width and height.
 _FIRST_QUARTER_TURN = 5
-
-
-class MaskValuesError(ValueError):
-    """The mask is an image, but not of foreground and background."""
 
 
 def read_image(path: Path, whites: Whites = OWN_WHITES) -> np.ndarray:
@@ -59,29 +65,30 @@ def read_image(path: Path, whites: Whites = OWN_WHITES) -> np.ndarray:
         return upright(pixels, orientation(image))
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Read a mask as uint8 [H, W] of 0 and 1, turned as its EXIF orientation says.
+def read_mask(path: Path, rule: MaskRule | None = None) -> np.ndarray:
+    """Read a mask as int8 [H, W] of 1, 0 and `masks.IGNORED`, turned as its EXIF orientation says.
+
+    Args:
+        path: any file of one image that Pillow reads.
+        rule: of its set; unless given, one is made from this file alone.
 
     Raises:
-        MaskValuesError: the values are neither 0/255 nor 0/1, for example class numbers.
+        MaskValuesError: its values may mean several things.
     """
     with open_image(path) as image:
-        values = upright(np.array(image.convert("L")), orientation(image))
-    highest = int(values.max(initial=0))
-    if highest <= 1:
-        return values
-    if highest < _FOREGROUND_FROM:
-        raise MaskValuesError(f"values up to {highest}, expected 0/255 or 0/1")
-    return (values >= _FOREGROUND_FROM).astype(np.uint8)
+        if rule is None:
+            (rule,) = decide([decode(image)])
+        values = extract(image, rule.form)
+        return upright(rule.apply(values), orientation(image))
 
 
 def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image, uint8 [H, W, 3], and its mask, uint8 [H, W] of 0 and 1."""
+    """Read an image, uint8 [H, W, 3], and its mask, int8 [H, W] of 1, 0 and `masks.IGNORED`."""
     path = pair.image
     try:
         image = read_image(path, pair.whites)
         path = pair.mask
-        mask = read_mask(path)
+        mask = read_mask(path, pair.rule)
     except Exception as error:  # Pillow raises anything on a damaged file
         raise UserError(f"{path} cannot be read ({reason(error)}): was it moved or changed during the run?") from error
     if mask.shape != image.shape[:2]:
@@ -91,20 +98,27 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
 
 
 def verify_pairs(
-    listing: Listing, advance: Callable[[], object] = lambda: None, whites: Whites = OWN_WHITES
+    listing: Listing,
+    advance: Callable[[], object] = lambda: None,
+    whites: Whites = OWN_WHITES,
+    asked: Asked = NOTHING_ASKED,
+    ignored: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Pair]:
-    """Read all pairs of a listing, set its `all_black` and `repeated`, and return the pairs, ready for `read_pair`.
+    """Read all pairs of a listing, set what it says of them, and return them, ready for `read_pair`.
 
     Args:
         listing: changed in place.
         advance: called after each pair.
         whites: of the images that a network was trained on; unless given, these images' own.
+        asked: what the user says about the masks.
+        ignored: what was ignored in the masks that a network was trained on, as `ignored_of`.
 
     Raises:
         UserError: files that cannot be read, or not as an image and its mask.
     """
     problems = defaultdict(list, {kind: list(texts) for kind, texts in listing.problems.items()})
-    names, all_black = defaultdict(list), 0
+    names = defaultdict(list)
+    contents: list[Content] = []
     ranges: dict[str, Range] = {}  # by name
     # Threads are enough: Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
@@ -114,7 +128,7 @@ def verify_pairs(
                     problems[read.problem].append(read.detail)
                 else:
                     names[read.digest].append(pair.image.name)
-                    all_black += read.all_black
+                    contents.append(read.mask)
                     if read.values is not None:
                         ranges[pair.image.name] = read.values
                 advance()
@@ -123,12 +137,28 @@ def verify_pairs(
             raise
     if problems:
         total = sum(map(len, problems.values()))
-        lines = [f"{total} problems in {listing.folder}; nothing was started. Mend or remove these files:"]
-        lines += [f"  {len(texts)} {kind}: {first_few(texts)}" for kind, texts in problems.items()]
+        lines = [f"{counted(total, 'problem')} in {listing.folder}; nothing was started. Mend or remove these files:"]
+        for kind, texts in problems.items():
+            noun, rest = kind.split(" ", 1)
+            lines.append(f"  {counted(len(texts), noun)} {rest}: {first_few(texts)}")
         raise UserError("\n".join(lines))
     own = _whites(listing.folder, ranges, whites)
-    listing.pairs = [replace(pair, whites=own) for pair in listing.pairs] if any(own) else listing.pairs
-    listing.all_black = all_black
+    try:
+        rules = decide(contents, asked, ignored)
+    except MaskValuesError as error:
+        raise UserError(f"the masks in {listing.folder} have {error}") from error
+    listing.masks = list(dict.fromkeys(filter(None, (describe(rule, contents) for rule in dict.fromkeys(rules)))))
+    found = [kinds(content, rule) for content, rule in zip(contents, rules, strict=True)]
+    listing.all_black = sum(1 not in each and 0 in each for each in found)
+    listing.all_white = sum(0 not in each and 1 in each for each in found)
+    listing.all_ignored = [pair.mask.name for pair, each in zip(listing.pairs, found, strict=True) if each == {IGNORED}]
+    if len(listing.all_ignored) == len(found) > 0:
+        raise UserError(f"the masks in {listing.folder} have nothing but pixels to ignore: see --ignore-index")
+    listing.pairs = [
+        replace(pair, whites=own, rule=rule)
+        for pair, rule, each in zip(listing.pairs, rules, found, strict=True)
+        if each != {IGNORED}
+    ]
     listing.repeated = [" = ".join(same[:2]) + " = …" * (len(same) > 2) for same in names.values() if len(same) > 1]
     return listing.pairs
 
@@ -153,16 +183,24 @@ def _whites(folder: Path, ranges: dict[str, Range], trained: Whites) -> Whites:
     return Whites(trained.integer or own.integer, trained.real or own.real)
 
 
+def ignored_of(pairs: Sequence[Pair]) -> dict[str, list[int]]:
+    """Return by form what is ignored in masks, as plain values for a checkpoint."""
+    return {pair.rule.form: list(pair.rule.ignored) for pair in pairs if pair.rule is not None and pair.rule.ignored}
+
+
 class _Read(NamedTuple):
+    mask: Content
     problem: str = ""  # its kind; empty for a sound pair
     detail: str = ""
     digest: bytes = b""  # of the image file
-    all_black: bool = False
     values: Range | None = None  # of an image of more than 8 bits
 
 
+_NO_MASK = Content("numbers", {})
+
+
 def _verify(pair: Pair) -> _Read:
-    file, problem = pair.image, "images that cannot be read"
+    file, problem = pair.image, "image that cannot be read"
     try:
         data = file.read_bytes()
         with open_image(io.BytesIO(data)) as image:
@@ -175,14 +213,17 @@ def _verify(pair: Pair) -> _Read:
             turned = orientation(image) >= _FIRST_QUARTER_TURN
             width, height = size[::-1] if turned else size
             values = deep_range(image)
-        file, problem = pair.mask, "masks that are not an image"
-        mask = read_mask(file)
+        file, problem = pair.mask, "mask that cannot be read"
+        with open_image(file) as image:
+            mask = decode(image)
+            # A TIFF has its size as shown only once it is decoded.
+            shape = image.size if orientation(image) >= _FIRST_QUARTER_TURN else image.size[::-1]
     except MaskValuesError as error:
-        return _Read("masks that are not black and white", f"{file.name} ({error})")
+        return _Read(_NO_MASK, "mask of unclear values", f"{file.name} ({error})")
     except Exception as error:  # Pillow raises anything on a damaged file
         empty = file.is_file() and not file.stat().st_size
-        return _Read(problem, f"{file.name} ({'0 bytes' if empty else reason(error)})")
-    if mask.shape != (height, width):
-        sizes = f"image {width}x{height}{' as EXIF turns it' * turned}, mask {mask.shape[1]}x{mask.shape[0]}"
-        return _Read("masks of another size than their image", f"{file.name} ({sizes})")
-    return _Read("", "", hashlib.sha256(data).digest(), not mask.any(), values)
+        return _Read(_NO_MASK, problem, f"{file.name} ({'0 bytes' if empty else reason(error)})")
+    if shape != (height, width):
+        sizes = f"image {width}x{height}{' as EXIF turns it' * turned}, mask {shape[1]}x{shape[0]}"
+        return _Read(_NO_MASK, "mask of another size than the image", f"{file.name} ({sizes})")
+    return _Read(mask, "", "", hashlib.sha256(data).digest(), values)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastema.core.text import first_few
+from fastema.core.text import counted, first_few
 from fastema.segmentation.data.files import OWN_WHITES, Whites
+from fastema.segmentation.data.masks import MaskRule
 from fastema.segmentation.errors import UserError
 
 # (images, masks), in the order in which they are looked for.
@@ -31,7 +32,8 @@ class Pair:
 
     image: Path
     mask: Path
-    whites: Whites = OWN_WHITES  # of its set; `verify_pairs` sets it
+    whites: Whites = OWN_WHITES  # of its set; `verify_pairs` sets this
+    rule: MaskRule | None = None  # and this
 
     @property
     def stem(self) -> str:
@@ -40,25 +42,45 @@ class Pair:
 
 @dataclass
 class Listing:
-    """The files of one split of a data set; `verify_pairs` sets the last two."""
+    """The files of one split of a data set; `verify_pairs` sets what comes after `left_out`."""
 
     folder: Path  # the parent of the images' and the masks' folder
     pairs: list[Pair] = field(default_factory=list)  # sorted by stem
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # descriptions by kind
     left_out: int = 0  # COD10K-NonCAM images
     all_black: int = 0  # empty masks; those images stay in
+    all_white: int = 0  # masks without background; those images stay in
+    all_ignored: list[str] = field(default_factory=list)  # masks with nothing to learn from; these are left out
+    masks: list[str] = field(default_factory=list)  # how they are read, if not as black and white
     repeated: list[str] = field(default_factory=list)  # images of the same bytes, as `a.jpg = b.jpg`
 
     def notes(self) -> list[str]:
         """Return remarks on what is unusual but no problem."""
         notes = []
         if self.left_out:
-            notes.append(f"{self.left_out} COD10K-NonCAM images left out")
+            notes.append(f"{counted(self.left_out, 'COD10K-NonCAM image')} left out")
         if self.all_black:
-            notes.append(f"{self.all_black} all-black masks (IoU 1 for an empty prediction, else 0)")
+            notes.append(f"{counted(self.all_black, 'all-black mask')} (IoU 1 for an empty prediction, else 0)")
+        if self.all_white:
+            notes.append(counted(self.all_white, "all-white mask"))
+        if self.all_ignored:
+            masks = counted(len(self.all_ignored), "mask")
+            notes.append(f"{masks} of nothing but ignored pixels left out: {first_few(self.all_ignored)}")
         if self.repeated:
-            notes.append(f"{len(self.repeated)} images are there under several names: {first_few(self.repeated)}")
-        return notes
+            verb = "is" if len(self.repeated) == 1 else "are"
+            images = counted(len(self.repeated), "image")
+            notes.append(f"{images} {verb} there under several names: {first_few(self.repeated)}")
+        return [*self.masks, *notes]
+
+    def warnings(self) -> list[str]:
+        """Return what makes a training or a measurement pointless, after `verify_pairs`."""
+        for count, colour, missing in (
+            (self.all_black, "black", "foreground"),
+            (self.all_white, "white", "background"),
+        ):
+            if count == len(self.pairs) > 0:
+                return [f"WARNING: every mask is all {colour}: there is no {missing} to learn. Are these the masks?"]
+        return []
 
 
 def list_pairs(root: Path, split: str = "Train", cam_only: bool = True) -> Listing:
@@ -77,12 +99,12 @@ def list_pairs(root: Path, split: str = "Train", cam_only: bool = True) -> Listi
     for stem in sorted(own_images.keys() | own_masks.keys()):
         image, mask = own_images.get(stem, []), own_masks.get(stem, [])
         if not image:
-            listing.problems["masks without an image"].append(f"{mask[0].name} (no {images.name}/{stem}.jpg)")
+            listing.problems["mask without an image"].append(f"{mask[0].name} (no {images.name}/{stem}.jpg)")
         elif len(image) > 1 or len(mask) > 1:
             names = [file.name for file in image + mask]
-            listing.problems["stems with several images or masks"].append(first_few(names))
+            listing.problems["stem with several images or masks"].append(first_few(names))
         elif not mask:
-            listing.problems["images without a mask"].append(f"{image[0].name} (no {masks.name}/{stem}.png)")
+            listing.problems["image without a mask"].append(f"{image[0].name} (no {masks.name}/{stem}.png)")
         else:
             listing.pairs.append(Pair(image[0], mask[0]))
     return listing

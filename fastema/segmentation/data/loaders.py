@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastema.segmentation.data.images import read_pair
 from fastema.segmentation.data.listing import Pair
+from fastema.segmentation.data.masks import IGNORED
 from fastema.segmentation.devices import accelerator
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.torchvision_shim import import_torchvision
@@ -40,6 +41,7 @@ class Validation(NamedTuple):
 
     images: Tensor  # [N, 3, S, S] float32 in [0, 1]
     masks: list[Tensor]  # N of [H, W] bool, each at its file's size
+    known: list[Tensor | None]  # N of [H, W] bool, False where nothing counts; None: all pixels count
 
 
 def mix_seed(*parts: int) -> int:
@@ -55,7 +57,7 @@ def network_input(pixels: np.ndarray, size: int) -> Tensor:
 
 
 class TrainingSet(Dataset[tuple[Tensor, Tensor]]):
-    """Augmented images, float32 [3, S, S] in [0, 1], and masks, float32 [1, S, S] of 0 and 1."""
+    """Augmented images, float32 [3, S, S] in [0, 1], and masks, float32 [1, S, S] of 1, 0 and IGNORED."""
 
     def __init__(self, pairs: Sequence[Pair], size: int) -> None:
         self.pairs = list(pairs)
@@ -74,15 +76,15 @@ class TrainingSet(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
         pixels, truth = read_pair(self.pairs[draw.image])
         image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
-        mask = tv_tensors.Mask(torch.from_numpy(truth)[None])
+        mask = tv_tensors.Mask(torch.from_numpy(truth).view(torch.uint8)[None])  # int8 is resized as float
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(draw.seed)  # torch.manual_seed would seed the accelerators too
             image, mask = self._augment(image, mask)
-        return image.as_subclass(Tensor).float().div_(255), mask.as_subclass(Tensor).float()
+        return image.as_subclass(Tensor).float().div_(255), mask.as_subclass(Tensor).view(torch.int8).float()
 
 
-class ValidationSet(Dataset[tuple[Tensor, Tensor]]):
-    """Resized images, float32 [3, S, S] in [0, 1], and masks, bool [H, W] at their file's size."""
+class ValidationSet(Dataset[tuple[Tensor, Tensor, Tensor | None]]):
+    """Resized images, float32 [3, S, S] in [0, 1]; masks, bool [H, W] at their file's size; and which pixels count."""
 
     def __init__(self, pairs: Sequence[Pair], size: int) -> None:
         self.pairs = list(pairs)
@@ -91,9 +93,11 @@ class ValidationSet(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
         pixels, truth = read_pair(self.pairs[index])
-        return network_input(pixels, self._size), torch.from_numpy(truth).bool()
+        mask = torch.from_numpy(truth)
+        known = mask != IGNORED
+        return network_input(pixels, self._size), mask == 1, None if known.all() else known
 
 
 class EpochSampler(Sampler[Draw]):
@@ -136,8 +140,9 @@ def validation_loader(dataset: ValidationSet, batch_size: int, workers: int) -> 
     return _Loader(dataset, batch_size, workers, collate_fn=_collate_validation)
 
 
-def _collate_validation(samples: list[tuple[Tensor, Tensor]]) -> Validation:
-    return Validation(torch.stack([image for image, _ in samples]), [mask for _, mask in samples])
+def _collate_validation(samples: list[tuple[Tensor, Tensor, Tensor | None]]) -> Validation:
+    images, masks, known = zip(*samples, strict=True)
+    return Validation(torch.stack(images), list(masks), list(known))
 
 
 def _ignore_interrupts(_: int) -> None:

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 import fastema
+from fastema.core.text import counted
+from fastema.segmentation.asked import parse_asked
 from fastema.segmentation.console import progress, say
 from fastema.segmentation.data import synthetic
 from fastema.segmentation.data.files import Whites
@@ -55,9 +57,17 @@ def _list_images(options: EvaluateOptions, checkpoint: Checkpoint, console: Cons
     listing = list_pairs(root, "Train" if held_out else options.split, options.cam_only)
     if held_out:
         listing.pairs = hold_out(listing.pairs, _trained_with(checkpoint, "val_fraction"))[1]
-    verify_pairs(listing, whites=Whites(*checkpoint.content.get("whites", ())))
-    notes = [f"{len(listing.pairs)} images", *listing.notes()]
-    say(console, f"Data:  {listing.folder}{', held out' if held_out else ''}; {', '.join(notes)}")
+    said = {
+        name: getattr(options, name) if getattr(options, name) is not None else checkpoint.options.get(name)
+        for name in ("foreground", "ignore_index")
+    }
+    asked, whites = parse_asked(said["foreground"], said["ignore_index"]), checkpoint.content.get("whites", ())
+    verify_pairs(listing, whites=Whites(*whites), asked=asked, ignored=checkpoint.content.get("ignored"))
+    notes = [counted(len(listing.pairs), "image"), *listing.notes()]
+    say(
+        console,
+        f"Data:  {listing.folder}{', held out' if held_out else ''}; {', '.join([*notes, *listing.warnings()])}",
+    )
     if options.split == "Test" and listing.folder.resolve() == root.resolve() and root.name.lower() != "test":
         say(
             console,

@@ -48,9 +48,9 @@ def evaluate(net: nn.Module, loader: DataLoader, device: torch.device) -> list[f
     """Return the IoU per image, in the loader's order."""
     with eval_mode(net):
         return [
-            iou(prediction, truth)
+            iou(prediction, truth, known)
             for batch in loader
-            for prediction, truth in zip(predict(net, batch, device), batch.masks, strict=True)
+            for prediction, truth, known in zip(predict(net, batch, device), batch.masks, batch.known, strict=True)
         ]
 
 
@@ -68,8 +68,10 @@ class Scores(NamedTuple):
     mae: float
 
 
-def score(logits: Tensor, truth: Tensor) -> Scores:
+def score(logits: Tensor, truth: Tensor, known: Tensor | None = None) -> Scores:
     """Measure the logits, float [H, W], against the truth, bool [H, W], of one image.
+
+    Where `known`, bool [H, W], is False, the truth is too, and nothing counts.
 
     Raises:
         ValueError: the shapes differ, or a logit is NaN.
@@ -78,9 +80,11 @@ def score(logits: Tensor, truth: Tensor) -> Scores:
         raise ValueError(f"logits {list(logits.shape)} and truth {list(truth.shape)} must have the same size")
     if logits.isnan().any():
         raise ValueError("the logits have NaN in them")
-    published, mask = as_published(logits.sigmoid().numpy()), truth.numpy()
+    valid = None if known is None else known.numpy()
+    published, mask = as_published(logits.sigmoid().numpy(), valid), truth.numpy()
     maps = (s_measure, weighted_f, mean_e, mae)
-    return Scores(iou(logits > 0, truth), dice(logits > 0, truth), *(metric(published, mask) for metric in maps))
+    overlaps = iou(logits > 0, truth, known), dice(logits > 0, truth, known)
+    return Scores(*overlaps, *(metric(published, mask, valid) for metric in maps))
 
 
 def score_weights(
@@ -120,8 +124,8 @@ def score_weights(
             for name, applied in weights.items():
                 with applied():
                     predictions = _logits(net, batch, device)
-                for prediction, truth in zip(predictions, batch.masks, strict=True):
-                    pending.append((name, threads.submit(score, prediction, truth)))
+                for each in zip(predictions, batch.masks, batch.known, strict=True):
+                    pending.append((name, threads.submit(score, *each)))
             collect(before)
             on_batch()
         collect(pending)

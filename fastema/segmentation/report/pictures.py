@@ -130,6 +130,7 @@ class Example:
     image: torch.Tensor  # float [3, S, S] in [0, 1]
     truth: torch.Tensor  # bool [H, W]
     predictions: dict[str, torch.Tensor]  # bool [H, W] by column title
+    known: torch.Tensor | None = None  # bool [H, W], False where nothing counts
 
 
 def write_predictions(path: Path, examples: Sequence[Example]) -> None:
@@ -141,7 +142,7 @@ def write_predictions(path: Path, examples: Sequence[Example]) -> None:
         height, width = row.truth.shape
         axes[0].imshow(row.image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
         axes[0].set_title(row.name if len(row.name) <= 40 else f"…{row.name[-39:]}", fontsize=7)
-        titled = {f"{name}  IoU {iou(each, row.truth):.3f}": each for name, each in row.predictions.items()}
+        titled = {f"{name}  IoU {iou(each, row.truth, row.known):.3f}": each for name, each in row.predictions.items()}
         for axis, (title, mask) in zip(axes[1:], {"truth": row.truth, **titled}.items(), strict=True):
             axis.imshow(mask.numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set_title(title, fontsize=9)

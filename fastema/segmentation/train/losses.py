@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastema.segmentation.data.masks import IGNORED
 from fastema.segmentation.devices import Precision
 from fastema.segmentation.model.network import Output
 
@@ -20,7 +21,8 @@ _SIDE_DECAY = 0.5
 # Of the Switch Transformer (Fedus, Zoph, Shazeer, JMLR 2022).
 BALANCE_WEIGHT = 0.01
 
-#: (images [N, 3, S, S] in [0, 1], masks [N, 1, S, S] of 0 and 1) -> (the batch's mean loss, the network's output)
+#: (images [N, 3, S, S] in [0, 1], masks [N, 1, S, S] of 1, 0 and IGNORED)
+#: -> (the batch's mean loss, the network's output)
 Objective: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Output]]
 
 #: Build the objective of a run, once the network is on its device.
@@ -43,10 +45,10 @@ def training_loss(output: Output, masks: Tensor, balance_weight: float = BALANCE
 
     Args:
         output: of the network in training mode; in evaluation mode there are no side logits.
-        masks: float [N, 1, H, W] of 0 and 1.
+        masks: float [N, 1, H, W] of 1, 0 and IGNORED, whose pixels do not count.
         balance_weight: of the experts' balance loss.
     """
-    weights = _outline_weights(masks)
+    masks, weights = _weighted(masks)
     levels = [output.logits, *output.side_logits]
     loss = sum(_SIDE_DECAY**level * structure_loss(logits, masks, weights) for level, logits in enumerate(levels))
     return loss + balance_weight * output.balance
@@ -57,19 +59,28 @@ def structure_loss(logits: Tensor, masks: Tensor, weights: Tensor | None = None)
 
     Args:
         logits: [N, 1, H, W].
-        masks: float [N, 1, H, W] of 0 and 1.
+        masks: float [N, 1, H, W] of 0 and 1, and of IGNORED where no weights are given.
         weights: of the pixels, [N, 1, H, W], larger at the masks' outlines unless given.
     """
-    weights = _outline_weights(masks) if weights is None else weights
+    if weights is None:
+        masks, weights = _weighted(masks)
     # With a mean in place of reduction="none", as in much published code, the weights cancel out.
     entropy = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
-    weighted_entropy = (weights * entropy).sum((2, 3)) / weights.sum((2, 3))
+    # A pixel weighs at least 1; below that, all are ignored.
+    weighted_entropy = (weights * entropy).sum((2, 3)) / weights.sum((2, 3)).clamp(min=1)
 
     predictions = logits.sigmoid()
     intersection = (predictions * masks * weights).sum((2, 3))
     total = ((predictions + masks) * weights).sum((2, 3))
     weighted_iou = 1 - (intersection + 1) / (total - intersection + 1)
     return (weighted_entropy + weighted_iou).mean()
+
+
+def _weighted(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return masks of 0 and 1, and the weights of their pixels, 0 where the masks have IGNORED."""
+    known = masks != IGNORED
+    masks = masks * known
+    return masks, _outline_weights(masks) * known
 
 
 def _outline_weights(masks: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastema.checkpoint import CheckpointError
+from fastema.segmentation.asked import parse_asked
 from fastema.segmentation.console import progress, say
 from fastema.segmentation.data import synthetic
 from fastema.segmentation.data.images import verify_pairs
@@ -72,8 +73,8 @@ def _read_data(options: TrainOptions, console: Console) -> tuple[Sequence[Pair],
         root = synthetic.ensure_dataset(options.checkpoint_dir, options.seed)
     listing = list_pairs(root, cam_only=options.cam_only)
     with progress(console, "Reading every file", len(listing.pairs)) as advance:
-        pairs = verify_pairs(listing, advance)
+        pairs = verify_pairs(listing, advance, asked=parse_asked(options.foreground, options.ignore_index))
     training, validation = hold_out(pairs, options.val_fraction)
     counts = f"{len(training)} images to train on, {len(validation)} held out to validate on"
-    say(console, "\n      ".join([f"Data: {root}, every file read; {counts}", *listing.notes()]))
+    say(console, "\n      ".join([f"Data: {root}, every file read; {counts}", *listing.notes(), *listing.warnings()]))
     return training, validation

@@ -22,6 +22,7 @@ from fastema.advisor import should_start, window
 from fastema.checkpoint import CheckpointError, load_weights
 from fastema.posthoc import SnapshotError
 from fastema.segmentation.console import progress
+from fastema.segmentation.data.images import ignored_of
 from fastema.segmentation.data.listing import Pair
 from fastema.segmentation.data.loaders import (
     EpochSampler,
@@ -113,7 +114,8 @@ class Trainer:
         self._training_set = TrainingSet(training, options.img_size)
         self._stage_loader: tuple[Stage, DataLoader] | None = None
         self._validation_pairs = validation
-        self._data = {"whites": list(training[0].whites)}  # which evaluate and predict read images with
+        # For evaluate and predict, so that they read images and masks alike.
+        self._data = {"whites": list(training[0].whites), "ignored": ignored_of([*training, *validation])}
         validation_set = ValidationSet(validation[rank::world_size], options.img_size)
         batch_size = options.batch_size // world_size
         self._validation_loader = validation_loader(validation_set, batch_size, options.num_workers)
@@ -401,8 +403,14 @@ class Trainer:
         batch: Validation = next(iter(self._validation_loader))
         columns = dict(zip(names, self._with_each(lambda: predict(self.net, batch, self.device)), strict=True))
         return [
-            Example(self._validation_pairs[i].stem, image, truth, {name: each[i] for name, each in columns.items()})
-            for i, (image, truth) in enumerate(zip(batch.images[:_EXAMPLES], batch.masks, strict=False))
+            Example(
+                self._validation_pairs[i].stem,
+                batch.images[i],
+                batch.masks[i],
+                {name: each[i] for name, each in columns.items()},
+                batch.known[i],
+            )
+            for i in range(min(_EXAMPLES, len(batch.masks)))
         ]
 
     def _file(self, name: str) -> Path:

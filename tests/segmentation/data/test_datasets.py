@@ -124,11 +124,11 @@ def test_cod10k_without_camouflage_is_left_out_and_counted(tmp_path: Path) -> No
     (images / "COD10K-NonCAM-5-Other-8.jpg").unlink()  # its mask alone is no problem either
     listing = list_pairs(tmp_path)
     assert [pair.stem for pair in verify_pairs(listing)] == ["COD10K-CAM-1-Aquatic-1-BatFish-2"]
-    assert listing.notes() == ["1 COD10K-NonCAM images left out"]
+    assert listing.notes() == ["1 COD10K-NonCAM image left out"]
     listing = list_pairs(tmp_path, cam_only=False)
     assert [pair.stem[:10] for pair in listing.pairs] == ["COD10K-CAM", "COD10K-Non"]
     assert listing.left_out == 0
-    assert listing.problems["masks without an image"]
+    assert listing.problems["mask without an image"]
 
 
 def test_other_sets_are_untouched_by_cam_only(tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def resize_mask(root: Path) -> None:
     Image.new("L", (41, 30)).save(root / "Train/GT_Object/im0.png")
 
 
-def number_classes(root: Path) -> None:
-    Image.new("L", (40, 30), 7).save(root / "Train/GT_Object/im0.png")
+def write_a_photo(root: Path) -> None:
+    (root / "Train/GT_Object/im0.png").write_bytes((root / "Train/Image/im0.jpg").read_bytes())
 
 
 def two_images(root: Path) -> None:
@@ -197,16 +197,16 @@ def two_images(root: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (lambda root: (root / "Train/GT_Object/im0.png").unlink(), r"1 images without a mask: im0\.jpg"),
-        (lambda root: (root / "Train/Image/im0.jpg").unlink(), r"1 masks without an image: im0\.png"),
-        (break_image, r"1 images that cannot be read: im0\.jpg \(image file is truncated"),
-        (replace_mask_with_text, r"1 masks that are not an image: im0\.png \(not an image\)"),
-        (lambda root: empty(root / "Train/Image/im0.jpg"), r"1 images that cannot be read: im0\.jpg \(0 bytes\)"),
-        (lambda root: empty(root / "Train/GT_Object/im0.png"), r"1 masks that are not an image: im0\.png \(0 bytes\)"),
-        (truncate_mask, r"1 masks that are not an image: im0\.png"),
-        (resize_mask, r"1 masks of another size than their image: im0\.png \(image 40x30, mask 41x30\)"),
-        (number_classes, r"1 masks that are not black and white: im0\.png \(values up to 7"),
-        (two_images, r"1 stems with several images or masks: im0\.jpg, im0\.png"),
+        (lambda root: (root / "Train/GT_Object/im0.png").unlink(), r"1 image without a mask: im0\.jpg"),
+        (lambda root: (root / "Train/Image/im0.jpg").unlink(), r"1 mask without an image: im0\.png"),
+        (break_image, r"1 image that cannot be read: im0\.jpg \(image file is truncated"),
+        (replace_mask_with_text, r"1 mask that cannot be read: im0\.png \(not an image\)"),
+        (lambda root: empty(root / "Train/Image/im0.jpg"), r"1 image that cannot be read: im0\.jpg \(0 bytes\)"),
+        (lambda root: empty(root / "Train/GT_Object/im0.png"), r"1 mask that cannot be read: im0\.png \(0 bytes\)"),
+        (truncate_mask, r"1 mask that cannot be read: im0\.png"),
+        (resize_mask, r"1 mask of another size than the image: im0\.png \(image 40x30, mask 41x30\)"),
+        (write_a_photo, r"1 mask of unclear values: im0\.png \(more than 256 colours: a photo"),
+        (two_images, r"1 stem with several images or masks: im0\.jpg, im0\.png"),
     ],
     ids=[
         "no mask",
@@ -217,7 +217,7 @@ def two_images(root: Path) -> None:
         "empty mask",
         "broken mask",
         "size",
-        "classes",
+        "photo",
         "several",
     ],
 )
@@ -226,7 +226,7 @@ def test_each_kind_of_problem_is_named(tmp_path: Path, harm, said: str) -> None:
     harm(tmp_path)
     with pytest.raises(UserError, match=said) as caught:
         verify_pairs(list_pairs(tmp_path))
-    assert str(caught.value).startswith(f"1 problems in {tmp_path / 'Train'}; nothing was started")
+    assert str(caught.value).startswith(f"1 problem in {tmp_path / 'Train'}; nothing was started")
 
 
 def test_many_problems_are_counted_and_the_first_few_listed(tmp_path: Path) -> None:
@@ -243,14 +243,14 @@ def test_many_problems_are_counted_and_the_first_few_listed(tmp_path: Path) -> N
     assert "im2.jpg" in message
     assert "im5.jpg" not in message
     assert "and 4 more" in message
-    assert "1 masks that are not an image: im8.png" in message
+    assert "1 mask that cannot be read: im8.png" in message
 
 
 def test_one_broken_file_among_many_is_found(tmp_path: Path) -> None:
     cod10k(tmp_path, count=300)
     file = tmp_path / "Train/Image/im217.jpg"
     file.write_bytes(file.read_bytes()[:-200])
-    with pytest.raises(UserError, match=r"1 images that cannot be read: im217\.jpg") as caught:
+    with pytest.raises(UserError, match=r"1 image that cannot be read: im217\.jpg") as caught:
         verify_pairs(list_pairs(tmp_path))
     assert len(str(caught.value).splitlines()) == 2
 
@@ -267,7 +267,7 @@ def test_what_is_no_problem_is_counted(tmp_path: Path) -> None:
         assert len(verify_pairs(listing, advance=lambda: ticks.append(1))) == 5
         assert listing.notes() == [
             "2 all-black masks (IoU 1 for an empty prediction, else 0)",
-            "1 images are there under several names: im2.jpg = im4.jpg",
+            "1 image is there under several names: im2.jpg = im4.jpg",
         ]
     assert len(ticks) == 10
 
