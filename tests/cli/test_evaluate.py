@@ -163,7 +163,7 @@ def test_images_without_an_object(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert (record["images"], record["all_black_masks"]) == (2, 0)
     record, text = evaluated(capsys, tmp_path, without_ema, "--dataset-path", tmp_path / "cod", "--no-cam-only")
     assert (record["images"], record["all_black_masks"]) == (3, 1)
-    assert "1 all-black masks" in text
+    assert "1 all-black mask" in text
     last = record["weights"][0]["per_image"][-1]
     assert last["image"] == "COD10K-NonCAM-0.jpg" and last["weighted_f"] == 0 and last["iou"] in (0, 1)
 
