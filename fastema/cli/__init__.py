@@ -31,7 +31,12 @@ _INTERRUPTED, _TERMINATED = 130, 143
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status."""
-    parsed = _parser().parse_args(arguments)
+    parser, given = _parser(), list(sys.argv[1:] if arguments is None else arguments)
+    parsed, unknown = parser.parse_known_args(given)
+    if unknown:
+        several = "--ema-decay" in given and all(each.replace(".", "", 1).isdigit() for each in unknown)
+        hint = "; several averages are --ema-decays 0.9,0.99" if several else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         parsed.run(parsed)
     except (UserError, CheckpointError, OSError) as error:

@@ -16,9 +16,9 @@ DESCRIPTION = "Evaluates a checkpoint of fastema train: IoU, Dice, S-measure, we
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of fastema train")
-    parser.add_argument(
-        "--dataset-path", required=True, metavar="DIR", help=f"as for fastema train, '{SYNTHETIC}' included"
-    )
+    parser.add_argument("--dataset-path", metavar="DIR", help=f"as for fastema train, '{SYNTHETIC}' included")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="in place of --dataset-path: folder of the images")
+    parser.add_argument("--masks", type=Path, metavar="DIR", help="and folder of their masks")
     parser.add_argument(
         "--split",
         default="Test",

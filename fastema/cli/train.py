@@ -64,7 +64,7 @@ def _add_flag(group: Any, field: Field[Any]) -> None:
     if field.name.startswith(("ema_", "use_ema")):
         options["action"] = Given
     if field.default is MISSING:
-        options["required"] = True
+        options.setdefault("required", True)
     else:
         options["default"] = field.default
     if isinstance(field.default, bool):

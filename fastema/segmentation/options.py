@@ -68,13 +68,16 @@ def _flag(group: str, help: str, default: Any = dataclasses.MISSING, metavar: st
 class TrainOptions:
     """The options of `fastema train`; None means the value of the option it falls back to."""
 
-    dataset_path: str = _flag(
+    dataset_path: str | None = _flag(
         "data",
-        "folder with Train/Image and Train/GT_Object (COD10K-v3), Imgs and GT, or Image and Mask; "
-        f"or '{SYNTHETIC}': a camouflage data set, generated on the spot",
+        "folder with images and masks: Train/Image and Train/GT_Object (COD10K-v3), Imgs and GT, images and masks, "
+        f"files like a.jpg and a_mask.png, …; or '{SYNTHETIC}': a camouflage data set, generated on the spot",
         metavar="DIR",
+        required=False,  # with --images and --masks
     )
     checkpoint_dir: Path = _flag("checkpoints", "where everything is written", metavar="DIR")
+    images: Path | None = _flag("data", "in place of --dataset-path: folder of the images, at any depth", None, "DIR")
+    masks: Path | None = _flag("data", "and folder of their masks, of the same names", None, "DIR")
     cam_only: bool = _flag(
         "data",
         "of COD10K, only the images with a camouflaged object, as the papers do; this is the default",
@@ -217,7 +220,7 @@ class TrainOptions:
                 _require(value >= least, each.name, value, f"at least {least}" if least else "0 or more")
             if choices is not None:
                 _require(value in choices, each.name, value, f"{', '.join(choices[:-1])} or {choices[-1]}")
-        _check_masks(self.foreground, self.ignore_index)
+        _check_data(self)
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         if self.num_experts:
             _require(1 <= self.top_k <= self.num_experts, "top_k", self.top_k, f"from 1 to {self.num_experts} experts")
@@ -316,7 +319,7 @@ class EvaluateOptions:
     """The options of `fastema evaluate`."""
 
     checkpoint: Path
-    dataset_path: str
+    dataset_path: str | None = None
     split: str = "Test"
     cam_only: bool = True
     foreground: str | None = None
@@ -326,10 +329,12 @@ class EvaluateOptions:
     num_workers: int = 0
     device: str = "auto"
     json: Path | None = None
+    images: Path | None = None
+    masks: Path | None = None
 
     def check(self) -> None:
         """Raise `UserError` for a value that is not allowed."""
-        _check_masks(self.foreground, self.ignore_index)
+        _check_data(self)
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "at least 0")
         if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
@@ -337,9 +342,15 @@ class EvaluateOptions:
             raise UserError(f"--json: {self.json} {fault}")
 
 
-def _check_masks(foreground: str | None, ignored: str | None) -> None:
+def _check_data(options: TrainOptions | EvaluateOptions) -> None:
+    folders = [options.images, options.masks]
+    if (options.dataset_path is None) == (folders == [None, None]):
+        raise UserError("give --dataset-path DIR, or else --images DIR --masks DIR")
+    if options.dataset_path is None and None in folders:
+        given, missing = ("--images", "--masks") if options.masks is None else ("--masks", "--images")
+        raise UserError(f"{given} DIR needs {missing} DIR too")
     try:
-        parse_asked(foreground, ignored)
+        parse_asked(options.foreground, options.ignore_index)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -50,13 +50,19 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
 
 
 def _list_images(options: EvaluateOptions, checkpoint: Checkpoint, console: Console) -> Listing:
-    root = Path(options.dataset_path)
+    root = None if options.dataset_path is None else Path(options.dataset_path)
     if options.dataset_path == SYNTHETIC:
         root = synthetic.ensure_dataset(checkpoint.path.parent, _trained_with(checkpoint, "seed"))
     held_out = options.split == HELD_OUT
-    listing = list_pairs(root, "Train" if held_out else options.split, options.cam_only)
+    listing = list_pairs(root, "Train" if held_out else options.split, options.cam_only, options.images, options.masks)
     if held_out:
-        listing.pairs = hold_out(listing.pairs, _trained_with(checkpoint, "val_fraction"))[1]
+        names = checkpoint.content.get("held_out")
+        if names and not {pair.stem for pair in listing.pairs}.intersection(names):
+            raise UserError(
+                f"none of the {counted(len(names), 'image')} that {checkpoint.path} was validated on is in "
+                f"{listing.folder}"
+            )
+        listing.pairs = hold_out(listing.pairs, _trained_with(checkpoint, "val_fraction"), names)[1]
     said = {
         name: getattr(options, name) if getattr(options, name) is not None else checkpoint.options.get(name)
         for name in ("foreground", "ignore_index")
@@ -68,7 +74,7 @@ def _list_images(options: EvaluateOptions, checkpoint: Checkpoint, console: Cons
         console,
         f"Data:  {listing.folder}{', held out' if held_out else ''}; {', '.join([*notes, *listing.warnings()])}",
     )
-    if options.split == "Test" and listing.folder.resolve() == root.resolve() and root.name.lower() != "test":
+    if options.split == "Test" and root is not None and not listing.has_split and root.name.lower() != "test":
         say(
             console,
             f"Note:  {root} has no Test folder: these are all its images. If the run was trained on them, "
@@ -99,6 +105,8 @@ def _score(
         f"Model: {checkpoint.path}{epoch}; {architecture.backbone}, {architecture.num_experts} experts, images of "
         f"{checkpoint.img_size} pixels, on {device}" + ("; no EMA in it" if ema is None else ""),
     )
+    if (name := checkpoint.content.get("ema_name")) and len(names := checkpoint.options.get("ema_decays") or ()) > 1:
+        say(console, f"       its EMA here is {name}, of decays {', '.join(f'{each:g}' for each in names)}")
     dataset = ValidationSet(listing.pairs, checkpoint.img_size)
     loader = validation_loader(dataset, options.batch_size, options.num_workers)
     with progress(console, "Evaluation", len(loader)) as advance:

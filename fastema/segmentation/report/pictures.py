@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure  # not pyplot: no global state, and no display needed
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
@@ -24,9 +25,10 @@ BASE, EMA, OTHERS, PLAIN = "#999999", "#0072B2", ("#D55E00", "#009E73", "#CC79A7
 _Line = tuple[str, str, np.ndarray]  # name, colour, a value per epoch (NaN for none)
 
 
-def write_curves(path: Path, history: Sequence[EpochRecord]) -> None:
+def write_curves(path: Path, history: Sequence[EpochRecord], title: str = "") -> None:
     """Draw a run by epoch, with a dashed line where the second stage begins."""
     figure = Figure(figsize=(10, 6), layout="constrained")
+    figure.suptitle(title, fontsize=11)
     canvas = FigureCanvasAgg(figure)
     loss, ious, rate, windows = axes = figure.subplots(2, 2, sharex=True).flatten()
     _draw(loss, history, "training loss", [_line("loss", PLAIN, [each.loss for each in history])])
@@ -134,8 +136,9 @@ class Example:
 
 
 def write_predictions(path: Path, examples: Sequence[Example]) -> None:
-    """Draw a row for each example: image, truth, and every prediction with its IoU."""
-    columns = 2 + len(examples[0].predictions)
+    """Draw a row for each example: image, truth, every prediction with its IoU, and where the first two differ."""
+    several = len(examples[0].predictions) > 1
+    columns = 2 + len(examples[0].predictions) + several
     figure = Figure(figsize=(2.2 * columns, 2.3 * len(examples)), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for row, axes in zip(examples, figure.subplots(len(examples), columns, squeeze=False), strict=True):
@@ -143,9 +146,26 @@ def write_predictions(path: Path, examples: Sequence[Example]) -> None:
         axes[0].imshow(row.image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
         axes[0].set_title(row.name if len(row.name) <= 40 else f"…{row.name[-39:]}", fontsize=7)
         titled = {f"{name}  IoU {iou(each, row.truth, row.known):.3f}": each for name, each in row.predictions.items()}
-        for axis, (title, mask) in zip(axes[1:], {"truth": row.truth, **titled}.items(), strict=True):
-            axis.imshow(mask.numpy(), cmap="gray", vmin=0, vmax=1)
+        for axis, (title, mask) in zip(axes[1:], {"truth": row.truth, **titled}.items(), strict=False):
+            shown = mask.numpy().astype(float)
+            if row.known is not None:
+                shown[~row.known.numpy()] = 0.5
+            axis.imshow(shown, cmap="gray", vmin=0, vmax=1)
             axis.set_title(title, fontsize=9)
+        if several:
+            axes[-1].imshow(_differences(row))
+            axes[-1].set_title("only EMA right: blue\nonly base right: orange", fontsize=7)
         for axis in axes:
             axis.set_axis_off()
     canvas.print_png(path)
+
+
+def _differences(row: Example) -> np.ndarray:
+    """Return a dimmed truth, [H, W, 3], with the pixels that only one of base and EMA has right in colour."""
+    truth = row.truth.numpy()
+    base, ema = (each.numpy() == truth for each in list(row.predictions.values())[:2])
+    known = np.ones_like(truth) if row.known is None else row.known.numpy()
+    picture = np.repeat(np.where(truth, 0.85, 0.65)[..., None], 3, axis=2)
+    picture[known & ema & ~base] = to_rgb(EMA)
+    picture[known & base & ~ema] = to_rgb(OTHERS[0])
+    return picture

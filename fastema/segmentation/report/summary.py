@@ -11,10 +11,14 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Column, Table
 
+from fastema.core.text import counted
 from fastema.segmentation.console import say
 from fastema.segmentation.eval.scores import paired_error
 from fastema.segmentation.report.history import EpochRecord
 from fastema.segmentation.report.timers import Timers
+
+#: With fewer validation images, which weights are better is chance.
+FEW_IMAGES = 10
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,21 @@ class Comparison:
     window: float  # updates that the EMA looks back over now
     updates_per_epoch: float  # in this stage
     final_rate: float  # the last learning rate, as a share of the highest
+    decay_type: str = ""  # of the EMA
 
     def verdict(self) -> str:
         """Say which is better after the last epoch, with a likely reason if the EMA is not."""
+        sentence = self._verdict()
+        if len(self.base) < FEW_IMAGES:
+            images = counted(len(self.base), "validation image")
+            sentence += f" But {images} cannot tell: give a larger --val-fraction, or evaluate on other images."
+        return sentence
+
+    def _verdict(self) -> str:
         lead = fmean(self.ema) - fmean(self.base)
         error = paired_error(self.base, self.ema)
         # The error is over images only: order, augmentation and batch statistics differ with another seed.
-        images = f"last epoch, {len(self.base)} validation images; another seed may differ by more"
+        images = f"last epoch, {counted(len(self.base), 'validation image')}; another seed may differ by more"
         if lead == 0:
             return f"neither, base and EMA are equal ({images}). {self._reason()}"
         leader = "the EMA" if lead > 0 else "the base"
@@ -50,7 +62,7 @@ class Comparison:
             return (
                 f"Likely reason: the EMA looks back over {self.window:,.0f} updates ({epochs}) and there were only "
                 f"{self.updates:,}, so early, worse weights still count. Try a smaller --ema-decay, "
-                "--ema-decay-type threshold, or more epochs."
+                f"{'' if self.decay_type == 'threshold' else '--ema-decay-type threshold, '}or more epochs."
             )
         if self.final_rate < 0.05:
             return (
@@ -74,7 +86,7 @@ def print_summary(
     """Print base and EMA side by side, what the EMA cost, and the files; `averages` are names, the main one first."""
     several = len(averages) > 1
     columns = (Column(heading, justify="right") for heading in ("best", "in epoch", "last"))
-    table = Table("weights", *columns, title=f"Validation IoU, {len(history)} epochs", title_justify="left")
+    table = Table("weights", *columns, title=f"Validation IoU, {counted(len(history), 'epoch')}", title_justify="left")
     for i, name in enumerate(["base", *(f"EMA {name}" if several else "EMA" for name in averages)]):
         ious = [(record.epoch, [record.iou, *record.average_ious]) for record in history]
         each = [(epoch, iou[i]) for epoch, iou in ious if len(iou) > i]

@@ -76,11 +76,20 @@ class Averages:
         self._net, self._optimizer, self._options, self._timers = net, optimizer, options, timers
         self._snapshots: Snapshots | None = None
         self._due: set[int] = set()
+        self._before = 0, 0  # of a run that goes on: the steps done, and the length that was planned
 
-    def start(self, epoch: int, total_steps: int) -> None:
-        """Start before an epoch, `total_steps` optimizer steps before the end of the run."""
+    def start(self, epoch: int, total_steps: int, done: int = 0, planned: int = 0) -> None:
+        """Start before an epoch.
+
+        Args:
+            epoch: from 1.
+            total_steps: optimizer steps from here to the end of the run; of a run that goes on, those done and those to
+                come.
+            done: steps done.
+            planned: `total_steps` as it was before the run was interrupted.
+        """
         options = self._options
-        self.start_epoch, self.total_steps = epoch, total_steps
+        self.start_epoch, self.total_steps, self._before = epoch, total_steps, (done, planned or total_steps)
         decay_type, decay_args = options.ema_decay_type, dict[str, Any](options.ema_decay_args or {})
         decays, names = [options.ema_decay], options.average_names
         with _as_user_errors():
@@ -123,7 +132,12 @@ class Averages:
         if self._snapshots is not None or not self.names or not count:
             return ""
         self._snapshots = Snapshots(folder, self.ema, limit=count, verbose=False)
-        self._due = {max(1, round(self.total_steps * (i + 1) / count)) for i in range(count)}
+        done, planned = self._before
+        self._due = {max(1, round(planned * (i + 1) / count)) for i in range(count)}
+        if planned != self.total_steps:  # those that are left, over the steps that are left
+            left = count - sum(step <= done for step in self._due)
+            ahead = self.total_steps - done
+            self._due = {done + max(1, round(ahead * (i + 1) / left)) for i in range(left)}
         return self._snapshots.disk_use().removeprefix("fastema: ")
 
     def save_last_snapshot(self) -> bool:

@@ -138,7 +138,7 @@ def write_epoch(
     candidates = [each for each in history if each.epoch > bests_after]
     best = max(candidates, key=lambda each: (each.iou, each.epoch))
     best_average = max((iou for each in candidates for iou in each.average_ious), default=None)
-    saved = averages.saved(parallel)
+    saved, names = averages.saved(parallel), averages.names
     content: dict[str, Any] = {
         "net": parallel.gather_state(net.state_dict()),
         "optimizer": parallel.gather_state(optimizer.adamw.state_dict()),
@@ -149,6 +149,7 @@ def write_epoch(
         "rng": rng_states(),
         "bests": {"iou": best.iou, "ema_iou": best_average},
         "ema_start_epoch": averages.start_epoch,
+        "ema_name": names[0] if names else None,  # of ema_net
         **data,
     }
     if not parallel.processes.is_first:
@@ -164,7 +165,7 @@ def write_epoch(
         if which == 0:
             _link(last, BEST_EMA)
         else:
-            save_checkpoint(last.with_name(BEST_EMA), ema=saved[which], **content)
+            save_checkpoint(last.with_name(BEST_EMA), ema=saved[which], **{**content, "ema_name": names[which]})
 
 
 def rng_states() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastema.advisor import Finding, diagnose, expect, lag, settle_epochs, window
 from fastema.core.decay.decays import Decays
+from fastema.core.text import counted
 from fastema.schedules import gamma_of
 from fastema.segmentation.console import say
 from fastema.segmentation.distributed.process_group import Processes
@@ -60,8 +61,8 @@ class Messages:
             place += f", {'sharded over' if options.fsdp else 'on'} {processes.world_size} processes"
         self.say(f"       weights: {options.resume_from or weights}; {place}")
 
-    def averages(self, averages: Averages, updates_per_epoch: int) -> None:
-        """Print which averages start, and what to expect of them."""
+    def averages(self, averages: Averages, updates_per_epoch: int, is_new: bool = True) -> None:
+        """Print which averages start or go on, and what to expect of them."""
         options, names, total = self._options, averages.names, averages.total_steps
         if options.ema_profiles:
             self.say(f"EMA: {', '.join(names)}, power profiles, backend {averages.ema.backend_name}")
@@ -82,6 +83,8 @@ class Messages:
                 args = options.ema_decay_args or {}
                 expected = describe_window(decay, options.ema_decay_type, updates_per_epoch, total, **args)
                 self.say(f"{f'EMA {name}' if plural else 'EMA'}: {expected}")
+        if not is_new:
+            return
         schedule = _LR_SCHEDULES.get(options.scheduler, options.scheduler)
         self.say(f"EMA: {expect(max(1, total), schedule, options.min_lr / options.second_lr).text}")
 
@@ -142,8 +145,17 @@ def describe_window(
     decays = Decays(decay, decay_type, total_steps, 0, decay_args)
     last = max(decays.at(step)[0] for step in (1, max(1, total_steps)))
     epochs = lag(last, updates_per_epoch)
-    wait = math.ceil(max(settle, epochs))
-    judge = f"judge it after {wait} {'epoch' if wait == 1 else 'epochs'}"
+    wait = max(settle, epochs)
+    if wait * updates_per_epoch > max(total_steps, updates_per_epoch):
+        # With this constant decay, 5 % of the average are starting weights at the end.
+        fitting = math.floor(1000 * 0.05 ** (1 / max(1, total_steps))) / 1000
+        run = counted(math.ceil(total_steps / updates_per_epoch), "epoch")
+        judge = (
+            f"that never settles in the {run} it runs for: --ema-decay {fitting:g} or less would, or --ema-decay-type "
+            "threshold"
+        )
+    else:
+        judge = f"judge it after {counted(math.ceil(wait), 'epoch')}"
     return f"looks back over up to {window(last):,.0f} updates, {epochs:.3g} epochs; {judge}"
 
 

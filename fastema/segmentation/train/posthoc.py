@@ -16,6 +16,7 @@ from fastema.segmentation.console import say
 from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.network import Architecture, create_net
 from fastema.segmentation.options import TrainOptions
+from fastema.segmentation.report.history import EpochRecord
 from fastema.segmentation.train.averages import SavedAverage
 from fastema.segmentation.train.checkpoints import BEST_POSTHOC, SNAPSHOTS
 
@@ -27,25 +28,26 @@ _MAX_ERROR = 0.10
 def write_best_posthoc(
     options: TrainOptions,
     trained: dict[str, Any],
-    epoch: int,
+    record: EpochRecord,
     loader: DataLoader,
     device: torch.device,
     console: Console,
 ) -> None:
     """Write `best_posthoc.pth`: of the averages that the snapshots reach, the one with the highest validation IoU.
 
-    Its `net` is `trained`, the run's weights, not sharded. The loader has all validation images.
+    Its `net` is `trained`, the run's weights, not sharded, of the epoch of `record`. The loader has all validation
+    images.
 
     Raises:
         SnapshotError: no snapshots, or a damaged one.
     """
-    sigma, iou, average = _best(options, loader, device, console)
+    sigma, iou, average = _best(options, record.iou, loader, device, console)
     path = options.checkpoint_dir / BEST_POSTHOC
     save_checkpoint(
         path,
         net=trained,  # type: ignore[arg-type]
         ema=SavedAverage(False, {}, average),
-        epoch=epoch,
+        epoch=record.epoch,
         options=options.plain(),
         posthoc={"sigma_rel": sigma, "iou": iou, "error": average.error, "step": average.step},
     )
@@ -53,7 +55,7 @@ def write_best_posthoc(
 
 
 def _best(
-    options: TrainOptions, loader: DataLoader, device: torch.device, console: Console
+    options: TrainOptions, base: float, loader: DataLoader, device: torch.device, console: Console
 ) -> tuple[float, float, Averaged]:
     folder = options.checkpoint_dir / SNAPSHOTS
     manifests = snapshots_in(folder)
@@ -66,6 +68,7 @@ def _best(
     net = create_net(architecture, pretrained=False)[0].to(device)
     ious = []
     say(console, f"Post-hoc averages of step {manifests[-1].step:,}, from {len(manifests)} snapshots:")
+    say(console, f"  {'base, of the last epoch':<39}  IoU {base:.4f}")
     for sigma, weights in zip(sigmas, averages, strict=True):
         net.load_state_dict(weights)
         ious.append(fmean(evaluate(net, loader, device)))
@@ -73,5 +76,6 @@ def _best(
     best = ious.index(max(ious))
     at_an_end = best in (0, len(sigmas) - 1) and len(sigmas) > 1
     beyond = "; at an end of what was tried, so a value beyond may be better still" if at_an_end else ""
-    say(console, f"Best:   sigma_rel {sigmas[best]:g}, IoU {ious[best]:.4f}{beyond}")
+    behind = "; behind the base" if ious[best] < base else ""
+    say(console, f"Best:   sigma_rel {sigmas[best]:g}, IoU {ious[best]:.4f}{beyond}{behind}")
     return sigmas[best], ious[best], averages[best]

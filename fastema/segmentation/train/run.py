@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastema.checkpoint import CheckpointError
+from fastema.core.text import counted
 from fastema.segmentation.asked import parse_asked
 from fastema.segmentation.console import progress, say
 from fastema.segmentation.data import synthetic
@@ -17,7 +18,8 @@ from fastema.segmentation.devices import explain_out_of_memory
 from fastema.segmentation.distributed.process_group import Processes
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import SYNTHETIC, DistillOptions, TrainOptions
-from fastema.segmentation.train.checkpoints import LAST, ensure_writable, move_previous_run
+from fastema.segmentation.report.summary import FEW_IMAGES
+from fastema.segmentation.train.checkpoints import LAST, ensure_writable, move_previous_run, read_resumable
 from fastema.segmentation.train.distillation import Distillation, load_teacher
 from fastema.segmentation.train.losses import supervised
 from fastema.segmentation.train.signals import sigterm_raises
@@ -66,15 +68,31 @@ def run_distillation(options: DistillOptions, processes: Processes) -> Trainer:
     return trainer
 
 
+def _held_out_before(options: TrainOptions) -> Sequence[str] | None:
+    """Return the names of what the run to go on with has held out, so that nothing moves when images are added."""
+    if options.resume_from is None:
+        return None
+    checkpoint = read_resumable(options.resume_from, options)
+    same = checkpoint["options"].get("val_fraction") == options.val_fraction
+    return checkpoint.get("held_out") if same else None
+
+
 def _read_data(options: TrainOptions, console: Console) -> tuple[Sequence[Pair], Sequence[Pair]]:
-    root = Path(options.dataset_path)
+    root = None if options.dataset_path is None else Path(options.dataset_path)
     if options.dataset_path == SYNTHETIC:
         say(console, f"Data: camouflage, generated once and kept in {options.checkpoint_dir}")
         root = synthetic.ensure_dataset(options.checkpoint_dir, options.seed)
-    listing = list_pairs(root, cam_only=options.cam_only)
+    listing = list_pairs(root, "Train", options.cam_only, options.images, options.masks)
     with progress(console, "Reading every file", len(listing.pairs)) as advance:
         pairs = verify_pairs(listing, advance, asked=parse_asked(options.foreground, options.ignore_index))
-    training, validation = hold_out(pairs, options.val_fraction)
-    counts = f"{len(training)} images to train on, {len(validation)} held out to validate on"
-    say(console, "\n      ".join([f"Data: {root}, every file read; {counts}", *listing.notes(), *listing.warnings()]))
+    training, validation = hold_out(pairs, options.val_fraction, _held_out_before(options))
+    counts = f"{counted(len(training), 'image')} to train on, {len(validation)} held out to validate on"
+    if len(validation) < FEW_IMAGES:
+        counts += " (too few to tell weights apart: a larger --val-fraction, or more images, would)"
+    say(
+        console,
+        "\n      ".join(
+            [f"Data: {root or options.images}, every file read; {counts}", *listing.notes(), *listing.warnings()]
+        ),
+    )
     return training, validation

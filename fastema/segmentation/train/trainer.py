@@ -115,7 +115,11 @@ class Trainer:
         self._stage_loader: tuple[Stage, DataLoader] | None = None
         self._validation_pairs = validation
         # For evaluate and predict, so that they read images and masks alike.
-        self._data = {"whites": list(training[0].whites), "ignored": ignored_of([*training, *validation])}
+        self._data: dict[str, Any] = {
+            "whites": list(training[0].whites) if training else [],
+            "ignored": ignored_of([*training, *validation]),
+            "held_out": [pair.stem for pair in validation],
+        }
         validation_set = ValidationSet(validation[rank::world_size], options.img_size)
         batch_size = options.batch_size // world_size
         self._validation_loader = validation_loader(validation_set, batch_size, options.num_workers)
@@ -213,7 +217,12 @@ class Trainer:
             raise UserError(
                 f"--ema-profiles cannot change in mid-run: {origin} was trained with {had}, not {want}. Give the same"
             )
-        self._start_averages(checkpoint.get("ema_start_epoch") or 1)
+        # Steps done and steps to come: what was planned at first may have had other batches, epochs or images.
+        to_come, plan = self._steps_to_come, checkpoint.get("ema_plan") or {}
+        done = plan["total"] - plan["to_come"] if plan else int(checkpoint["ema"]["step"])
+        epoch = checkpoint.get("ema_start_epoch") or 1
+        self.averages.start(epoch, done + to_come, done, plan.get("total", 0))
+        self._messages.averages(self.averages, self.stages.at(self.epoch + 1).steps_per_epoch, is_new=False)
         if fresh := self.averages.load(checkpoint["ema"]):
             self._say(f"{origin} has no EMA of decay {', '.join(fresh)}: from the weights of epoch {self.epoch}")
 
@@ -251,8 +260,12 @@ class Trainer:
             self._say(f"EMA: not started, {advice.pattern}: {advice.reason}")
         return False
 
+    @property
+    def _steps_to_come(self) -> int:
+        return self.stages.total_steps - self.stages.steps_before(self.epoch + 1)
+
     def _start_averages(self, epoch: int) -> None:
-        self.averages.start(epoch, self.stages.total_steps - self.stages.steps_before(epoch))
+        self.averages.start(epoch, self._steps_to_come)
         self._messages.averages(self.averages, self.stages.at(epoch).steps_per_epoch)
 
     # --- an epoch ----------------------------------------------------------------------------------------------------
@@ -284,9 +297,9 @@ class Trainer:
                     self._parallel,
                 )
             except NotFiniteError as error:
+                clip = f"a --clip-grad below {self.options.clip_grad:g}" if self.options.clip_grad else "--clip-grad 1"
                 raise UserError(
-                    f"{error} in epoch {epoch}; {self._last_good()}. Try a lower --lr, --warmup-epochs, or a smaller "
-                    "--clip-grad"
+                    f"{error} in epoch {epoch}; {self._last_good()}. Try a lower --lr, --warmup-epochs, or {clip}"
                 ) from error
         self.timers.step += result.step_seconds
         return result
@@ -338,6 +351,7 @@ class Trainer:
     # --- files --------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        plan = {"total": self.averages.total_steps, "to_come": self._steps_to_come} if self.averages.names else None
         try:
             write_epoch(
                 self.options,
@@ -347,7 +361,7 @@ class Trainer:
                 self.history,
                 self._bests_after,
                 self._parallel,
-                self._data,
+                {**self._data, "ema_plan": plan},
             )
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {self._last_good()}") from error
@@ -360,7 +374,7 @@ class Trainer:
             return f"the last good checkpoint is {self._file(LAST)} (epoch {self._saved})"
         if self.options.resume_from is not None:
             return f"the last good checkpoint is {self.options.resume_from} (epoch {self.epoch})"
-        return "no epoch was finished yet"
+        return "no checkpoint was written yet" if self.history else "no epoch was finished yet"
 
     def _finish(self, base: list[float], averaged: list[list[float]]) -> None:
         comparison, options = None, self.options
@@ -374,43 +388,50 @@ class Trainer:
                 window=window(self.averages.decays_now()[0]),
                 updates_per_epoch=stage.steps_per_epoch,
                 final_rate=self.history[-1].lr / stage.schedule.highest,
+                decay_type=options.ema_decay_type,
             )
-        examples = self._examples()
+        examples = self._examples(base, averaged)
         has_snapshots = self.averages.save_last_snapshot()
         trained = self._parallel.gather_state(self.net.state_dict()) if has_snapshots else {}
         if not self.processes.is_first:
             return
         write_predictions(self._file("predictions.png"), examples)
-        write_curves(self._file("curves.png"), self.history)
+        write_curves(
+            self._file("curves.png"), self.history, f"{options.checkpoint_dir.resolve().name}: {options.backbone}"
+        )
         written = (BEST, BEST_EMA, LAST, "history.csv", "curves.png", "predictions.png")
         files = [self._file(name) for name in written if self._file(name).exists()]
         print_summary(self.console, self.history, comparison, self.timers, files, self.averages.names)
         if has_snapshots:
             images = ValidationSet(self._validation_pairs, options.img_size)
             loader = validation_loader(images, options.batch_size, options.num_workers)
-            write_best_posthoc(options, trained, self.epoch, loader, self.device, self.console)
+            write_best_posthoc(options, trained, self.history[-1], loader, self.device, self.console)
         elif options.snapshots:
             self._say("Snapshots: none, since no average was started")
 
-    def _examples(self) -> list[Example]:
-        """Predict the first few validation images with the last epoch's weights."""
+    def _examples(self, base: list[float], averaged: list[list[float]]) -> list[Example]:
+        """Predict the validation images on which base and EMA differ most, with the last epoch's weights."""
         self.net.eval()
-        if not self.processes.is_first:  # it has the first images
+        if not self.processes.is_first:
             self._with_each(lambda: None)
             return []
         averages = self.averages.names
         names = ["base", *(f"EMA {name}" if len(averages) > 1 else "EMA" for name in averages)]
-        batch: Validation = next(iter(self._validation_loader))
+        order = list(range(len(self._validation_pairs)))
+        if averaged and len(base) == len(order):
+            order.sort(key=lambda i: -abs(averaged[0][i] - base[i]))
+        chosen = [self._validation_pairs[i] for i in sorted(order[:_EXAMPLES])]
+        batch: Validation = next(iter(validation_loader(ValidationSet(chosen, self.options.img_size), len(chosen), 0)))
         columns = dict(zip(names, self._with_each(lambda: predict(self.net, batch, self.device)), strict=True))
         return [
             Example(
-                self._validation_pairs[i].stem,
+                pair.stem,
                 batch.images[i],
                 batch.masks[i],
                 {name: each[i] for name, each in columns.items()},
                 batch.known[i],
             )
-            for i in range(min(_EXAMPLES, len(batch.masks)))
+            for i, pair in enumerate(chosen)
         ]
 
     def _file(self, name: str) -> Path:

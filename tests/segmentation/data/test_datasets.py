@@ -313,6 +313,12 @@ def test_the_split_leaves_something_on_both_sides(tmp_path: Path) -> None:
         hold_out(pairs[:1], 0.1)
 
 
+@pytest.mark.parametrize(("count", "least"), [(2, 1), (3, 1), (4, 2), (12, 2), (30, 3), (31, 4), (60, 6)])
+def test_a_small_set_holds_out_its_share_all_the_same(tmp_path: Path, count: int, least: int) -> None:
+    pairs = list_pairs(cod10k(tmp_path, count=count)).pairs
+    assert least <= len(hold_out(pairs, 0.1)[1]) < count
+
+
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 

@@ -60,9 +60,12 @@ def test_history_csv(tmp_path: Path) -> None:
 
 def test_a_better_ema_is_said_to_be_better() -> None:
     verdict = compared([0.6, 0.7, 0.8, 0.9]).verdict()
-    assert (
-        verdict == "the EMA by 0.1000 IoU ± 0.0000 (last epoch, 4 validation images; another seed may differ by more)."
+    assert verdict == (
+        "the EMA by 0.1000 IoU ± 0.0000 (last epoch, 4 validation images; another seed may differ by more). But 4 "
+        "validation images cannot tell: give a larger --val-fraction, or evaluate on other images."
     )
+    ten = Comparison([0.5] * 10, [0.6] * 10, updates=10, window=2, updates_per_epoch=5, final_rate=0.5)
+    assert ten.verdict().endswith("may differ by more).")
 
 
 def test_a_difference_within_the_noise_is_called_so() -> None:
@@ -87,7 +90,7 @@ def test_a_worse_ema_is_said_to_be_worse_with_a_likely_reason(changes: dict[str,
 def test_equal_and_single() -> None:
     assert compared(BASE).verdict().startswith("neither, base and EMA are equal")
     one = Comparison([0.5], [0.6], updates=10, window=2, updates_per_epoch=5, final_rate=0.5)
-    assert "by 0.1000 IoU, which is within the noise (last epoch, 1 validation images;" in one.verdict()
+    assert "by 0.1000 IoU, which is within the noise (last epoch, 1 validation image;" in one.verdict()
 
 
 def test_costs_are_medians() -> None:
