@@ -20,8 +20,7 @@ _OWN_WEIGHTS, _OWN_STATE = "ema.safetensors", "ema.json"
 _RECIPES = {
     "ultralytics": '{{"ema": c["ema"].float().state_dict(), "updates": c["updates"]}}',
     "mmengine": '{{k: c[k] for k in ("state_dict", "ema_state_dict")}}',
-    "composer": '{{"state": {{k: c["state"][k] for k in ("model", "algorithms")}}}}',
-    "": '{{k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in c.items() if k in (...)}}',
+    "": '{{"ema": c["ema"]}}',
 }
 
 
@@ -55,6 +54,7 @@ def read(source: StrPath | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
             f"{path} holds objects of classes ({first_few(names, 3)}), which only running their code could rebuild: "
             f"that is never done here. Where {package or 'that code'} is installed, these two lines take the average "
             f'out:\n    c = torch.load("{path}", weights_only=False)\n    torch.save({keep}, "average.pt")'
+            + ("" if package else "\nwith the keys under which this file has it")
         ) from error
 
 

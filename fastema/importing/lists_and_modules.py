@@ -25,13 +25,9 @@ def torch_averaged_model(content: Mapping[str, Any]) -> Iterator[Found]:
             "torch",
             [tensors],
             'FastEMA(model, decay, decay_type="constant") for get_ema_multi_avg_fn(decay), decay_type="power", gamma=0 '
-            'for the equal average; buffers="average" if it was made with use_buffers=True',
+            'for the equal average; buffers="average" if it was made with use_buffers=True, else "copy"',
             prefix.rstrip("."),
             step=updates,
-            notes=(
-                "its buffers are averages only if it was made with use_buffers=True; else they are those of the model "
-                "that it was built from: update_bn() or a few more steps renew them",
-            ),
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fastema
+from cases import peers
 from cases.peers import PEERS, Peer
 from fastema import FastEMA
 
@@ -60,3 +61,37 @@ def test_a_run_that_changes_in_the_middle_goes_on_exactly(kind: type[Peer], tmp_
             compared += 1
     assert compared >= 6  # every parameter
     assert result.loaded and not result.ignored
+
+
+def put_into(peer: Peer, ema: FastEMA, model: nn.Module) -> None:
+    """Give a peer the average, by the lines of docs/moving-from.md."""
+    averages = copy.deepcopy(ema.shadow_state_dict())
+    if isinstance(peer, peers.Torch):
+        count = {"n_averaged": torch.tensor(ema.num_updates)}
+        peer.averaged.load_state_dict({**count, **{f"module.{name}": tensor for name, tensor in averages.items()}})
+    elif isinstance(peer, peers.Timm):
+        peer.ema.module.load_state_dict(averages)
+    elif isinstance(peer, peers.Diffusers):
+        steps = ema.state_dict()["step"] + (not peer.options)
+        listed = [averages[name] for name, _ in model.named_parameters()]
+        peer.ema.load_state_dict({**peer.ema.state_dict(), "shadow_params": listed, "optimization_step": steps})
+
+
+BACK = (peers.Torch, peers.Timm, peers.TimmWarmup, peers.Diffusers, peers.DiffusersWarmup)
+
+
+@pytest.mark.parametrize("kind", BACK, ids=lambda kind: kind.__name__)
+def test_a_run_that_changes_back_goes_on_exactly(kind: type[Peer]) -> None:
+    model = a_model()
+    ema, peer = FastEMA(model, **kind.ours), kind(model)
+    for k in range(1, 201):
+        train_one_step(model, k)
+        ema.update()
+        if k > 100:
+            peer.update(model, k)
+        elif k == 100:
+            put_into(peer, ema, model)
+    averages = ema.state_dict()["shadow"]
+    for name, theirs in peer.averages(model).items():
+        if theirs.is_floating_point():
+            assert (averages[name] - theirs).abs().max() / theirs.abs().max() <= kind.tolerance, name
