@@ -12,6 +12,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeAlias
 
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from fastema.core.atomic_files import replacing
+from fastema.core.background import BackgroundWriter, copied
 from fastema.core.model import dtensor
 from fastema.core.model.policy import clean_name, unwrapped
 from fastema.core.text import first_few
@@ -29,7 +31,9 @@ StrPath: TypeAlias = str | os.PathLike[str]
 _ZIP_MAGIC = b"PK\x03\x04"
 _DOS_DIRECTORY = 0x10  # of an entry's attributes in a zip
 
-__all__ = ["CheckpointError", "load_checkpoint", "load_weights", "save_checkpoint"]
+__all__ = ["CheckpointError", "load_checkpoint", "load_weights", "save_checkpoint", "synchronize"]
+
+_background = BackgroundWriter()  # one for all files: at most one copy is in memory
 
 
 class CheckpointError(RuntimeError):
@@ -51,6 +55,7 @@ def save_checkpoint(
     net: nn.Module,
     ema: AveragedWeights | None = None,
     optimizer: Any = None,
+    background: bool = False,
     **extra: Any,
 ) -> None:
     """Write a checkpoint atomically: `path` holds the old content or the new, whatever happens.
@@ -62,6 +67,11 @@ def save_checkpoint(
         ema: stored twice, at no cost on the disk, since the tensors are shared: `ema_net`, the averaged model
             under the same keys as `net`, and `ema`, the state that resumes it exactly.
         optimizer: stored as `optimizer`.
+        background: True to copy everything into host memory, as much as the file takes, and write it in a thread while
+            training goes on. A second save first waits for the one before, and uses its memory: there is one copy,
+            until `synchronize()` frees it. What goes wrong in the thread is raised by the next `save_checkpoint`,
+            `load_checkpoint` or `synchronize`, and is a warning at once. The process does not end before the file is
+            written.
         **extra: stored under their names: through `.state_dict()` where they have one, else as they are. Only tensors
             and plain Python values, since `load_checkpoint` accepts nothing else.
 
@@ -73,6 +83,7 @@ def save_checkpoint(
         TypeError: a value is of a type that `load_checkpoint` would refuse; nothing is written.
         CheckpointError: the file cannot be written; what was at `path` before is untouched.
     """
+    _background.wait()
     if ema is not None and ema.is_applied and not isinstance(ema, FastEMA):
         raise RuntimeError(
             "save_checkpoint() while the EMA weights are applied: `net` would hold the averaged weights and the "
@@ -97,6 +108,22 @@ def save_checkpoint(
     content.update((name, _state_of(value)) for name, value in extra.items())
 
     target = Path(os.path.realpath(path))
+    if background:
+        _background.start(partial(_save, copied(content, _background.memory), target))
+    else:
+        _save(content, target)
+
+
+def synchronize() -> None:
+    """Wait until a checkpoint that is written in the background is on the disk, and free the memory of its copy.
+
+    Raises:
+        CheckpointError, TypeError: it was not written, as `save_checkpoint` says; raised once.
+    """
+    _background.synchronize()
+
+
+def _save(content: dict[str, Any], target: Path) -> None:
     try:
         with replacing(target) as temporary:
             _write(content, temporary)
@@ -115,8 +142,10 @@ def load_checkpoint(path: StrPath) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the file is missing, no checkpoint, cut short, damaged, or holds more than tensors and plain
-            values. Names the other checkpoints beside it, newest first.
+            values. Names the other checkpoints beside it, newest first. Or one that was written in the background was
+            not.
     """
+    _background.wait()
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint at {path}: {_nearby(path)}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastema.core.background import BackgroundWriter
 from fastema.core.checks import checked_count
 from fastema.core.model import dtensor
 from fastema.core.shadow import state
@@ -82,6 +83,7 @@ class Snapshots:
         if not self._sharded:
             files.require_safetensors()
         self._built_at = ema._counted()[2]  # snapshots of later steps are of a run before this one
+        self._background = BackgroundWriter()
         self._run: str | None = None
         self._latest: Manifest | None = None
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -91,19 +93,31 @@ class Snapshots:
         if verbose and files.rank() == 0:
             print(self.disk_use())
 
-    def save(self) -> Path | None:
+    def save(self, background: bool = False) -> Path | None:
         """Save a snapshot, if one is due at the EMA's step. All processes must call it.
 
+        Args:
+            background: True to copy the averages into host memory, as much as the file takes, and write them in a
+                thread while training goes on. A second save first waits for the one before, and uses its memory: there
+                is one copy, until `synchronize()` frees it. What goes wrong in the thread is raised by the next `save`
+                or `synchronize`, and is a warning at once. The process does not end before the file is written. Not of
+                a sharded model, whose processes write together.
+
         Returns:
-            Where it is; None if none was due, or on a process that writes nothing.
+            Where it is, or will be; None if none was due, or on a process that writes nothing.
 
         Raises:
             SnapshotError: it cannot be written; what was there before is untouched.
-            ValueError: float16 cannot hold a value; or the schedule has changed in mid-run.
+            ValueError: float16 cannot hold a value; the schedule has changed in mid-run; or `background` of a sharded
+                model.
         """
+        if background and self._sharded:
+            raise ValueError("background=True: the processes of a sharded model write together; call save()")
+        self._background.raise_error()
         counted, _, step = self._ema._counted()
         if step == 0 or not self._is_due(counted):
             return None
+        self._background.wait()
         if not self._sharded and files.rank() != 0:
             return None  # every process has the same averages
         contents = self._contents()
@@ -122,11 +136,33 @@ class Snapshots:
         path = files.path_of(self._folder, step, self._sharded)
         if self._sharded:
             files.write_sharded(path, manifest, {key: self._stored(key, value()) for key, value in values.items()})
-        else:
-            files.write(path, manifest, {key: partial(self._on_cpu, key, value) for key, value in values.items()})
-        if files.rank() == 0:
+            if files.rank() == 0:
+                self._thin({**earlier, step: path})
+            return path
+        tensors: dict[str, Callable[[], Tensor]] = {
+            key: partial(self._on_cpu, key, value) for key, value in values.items()
+        }
+        if background:
+            copies = self._copies(tensors, contents)
+            tensors = {key: partial(copies.__getitem__, key) for key in copies}
+
+        def write() -> None:
+            files.write(path, manifest, tensors)
             self._thin({**earlier, step: path})
+
+        if background:
+            self._background.start(write)
+        else:
+            write()
         return path
+
+    def synchronize(self) -> None:
+        """Wait until a snapshot that is written in the background is on the disk, and free the memory of its copy.
+
+        Raises:
+            SnapshotError: it was not written; raised once.
+        """
+        self._background.synchronize()
 
     def disk_use(self) -> str:
         """Return a line that says what the snapshots will take."""
@@ -208,6 +244,18 @@ class Snapshots:
     def _on_cpu(self, key: str, value: Callable[[], Tensor]) -> Tensor:
         # Views by conj() and by its imag have the bytes of their base.
         return self._stored(key, value()).cpu().contiguous().resolve_conj().resolve_neg()
+
+    def _copies(self, tensors: dict[str, Callable[[], Tensor]], contents: _Contents) -> dict[str, Tensor]:
+        """Return tensors that nothing else writes to: cloned where they were not made for the snapshot anyway."""
+        every = range(len(self._ema._decays))
+        views = [each.view for which in every for each in state.stored_by_name(self._ema._shadow, which).values()]
+        in_use = {tensor.untyped_storage()._cdata for tensor in (*views, *contents.copied.values())}
+        copies = {}
+        for key, tensor in tensors.items():
+            copies[key] = made = tensor()
+            if made.numel() and made.untyped_storage()._cdata in in_use:
+                copies[key] = self._background.memory(made.nbytes).view(made.dtype).view(made.shape).copy_(made)
+        return copies
 
     def _rounding(self, values: dict[str, Callable[[], Tensor]]) -> float:
         """Return the relative L2 error of rounding to the stored dtype.
