@@ -30,9 +30,16 @@ def register(update_operands: UpdateOperands) -> int:
     return handle
 
 
+# It counts on the host: a replayed CUDA graph would not run it. `reduce-overhead` captures the code around it.
+_TAGS = [
+    tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None
+]  # older torch has no such tag
+
+
 @torch.library.custom_op(
     "fastema::update",
     mutates_args=("shadows",),
+    tags=_TAGS,
     schema="(Tensor(a!)[] shadows, Tensor[] lives, int handle, int? step, Tensor? found_inf) -> ()",
 )
 def update(

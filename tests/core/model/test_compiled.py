@@ -78,6 +78,62 @@ def test_update_in_a_step_that_inductor_compiles() -> None:
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
+def test_a_captured_step_leaves_the_update_outside_of_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`reduce-overhead` partitions the step: the user's code is captured before and after, and every update counts."""
+    from torch._inductor import scheduler, utils
+
+    reasons: list[str | None] = []
+    should_partition = scheduler.Scheduler.should_partition
+
+    def as_on_a_gpu(self: Any, node: Any) -> str | None:
+        with pytest.MonkeyPatch.context() as inside:
+            inside.setattr(type(node), "is_gpu", lambda _: True)
+            reasons.append(should_partition(self, node))
+        return reasons[-1]
+
+    captured: list[int] = []  # calls of each graph
+    model = nn.Linear(3, 5)
+    ema = FastEMA(model, decay=0.9, decay_type="threshold")
+    twin = copy.deepcopy(ema)
+
+    def capture(graph: Any, metadata: Any) -> Any:
+        captured.append(0)
+        which = len(captured) - 1
+
+        def replay(inputs: Any) -> Any:
+            captured[which] += 1
+            before = ema.num_updates
+            result = graph(inputs)
+            assert ema.num_updates == before, "a replay would not update"
+            return result
+
+        return replay
+
+    monkeypatch.setattr(scheduler.Scheduler, "should_partition", as_on_a_gpu)
+    utils.set_customized_partition_wrappers(capture)
+    try:
+
+        def step(into: FastEMA, weight: Tensor, bias: Tensor) -> Tensor:
+            with torch.no_grad():
+                weight.add_(1.0)
+                bias.mul_(0.5)
+            into.update()
+            return torch.sin(weight) * bias.sum()
+
+        with inductor_config.patch(graph_partition=True, force_disable_caches=True):
+            compiled_step = torch.compile(step, fullgraph=True)
+            for number in range(1, 4):
+                compiled_step(ema, model.weight, model.bias)
+                step(twin, twin._source.weight, twin._source.bias)  # type: ignore[union-attr]
+                assert ema.num_updates == number
+    finally:
+        utils.set_customized_partition_wrappers(None)  # type: ignore[arg-type]
+    assert same(ema, twin)
+    assert reasons.count("CUDAGraph-unsafe custom ops") >= 1 and None in reasons
+    assert captured and set(captured) == {3}, "the step's own code is captured"
+
+
 def test_the_op_is_sound(backend: str) -> None:
     ema = FastEMA(make_model(), backend=backend)
     torch.library.opcheck(compiled.update, (*ema._shadow.operands(), ema._compiled_handle(), None, None))
