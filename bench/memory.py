@@ -25,7 +25,7 @@ def measure(session: Session, case: Case, entrants: Sequence[Peer]) -> None:
     for peer in entrants:
         try:
             check_update(peer, case, session.device)  # also imports, before anything is counted
-            found, contender = footprint(session.clock, peer, build_model(case, session.device), case)
+            found, contender = footprint(session.meter, peer, build_model(case, session.device), case)
         except Unavailable as error:
             session.miss("memory", case.name, peer.name, error)
             print(f"  not measured: {peer.name}: {error}")

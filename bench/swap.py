@@ -38,7 +38,7 @@ def measure_swap(session: Session, case: Case, entrants: Sequence[Peer], seconds
     for peer in entrants:
         try:
             check_swap(peer, case, session.device)
-            found, contenders[peer] = footprint(session.clock, peer, build_model(case, session.device), case)
+            found, contenders[peer] = footprint(session.meter, peer, build_model(case, session.device), case)
             extra[peer] = found.validation
         except Unavailable as error:
             session.miss("swap", case.name, peer.name, error)
@@ -46,13 +46,13 @@ def measure_swap(session: Session, case: Case, entrants: Sequence[Peer], seconds
     calls = {peer.name: contender.swap for peer, contender in contenders.items()}
     for cache, words in CACHE_WORDS.items():
         sweep = session.sweep if cache == "cold" else None
-        timings = take_turns(calls, session.clock, cache, session.budget(seconds), sweep)
+        timings = take_turns(calls, session.meter, cache, session.budget(seconds), sweep)
         records = []
         for peer, contender in contenders.items():
             record = session.record(
                 *("swap", case, peer.name, contender.backend or "torch", timings[peer.name], cache),
                 bytes_floor=_MOVED.get(peer.name, _MOVED_BY_STORE_COPY_RESTORE) * case.live_bytes,
-                launches=session.clock.launches(contender.swap),
+                launches=session.meter.launches(contender.swap),
                 extra_bytes=extra[peer],
             )
             records.append(record)
@@ -109,7 +109,7 @@ def measure_validation(session: Session, entrants: Sequence[Peer]) -> None:
         except Unavailable as error:
             session.miss("validation", case.name, peer.name, error)
             missed.append((peer.name, str(error)))
-    timings = take_turns(calls, session.clock, "cold", session.budget(8))
+    timings = take_turns(calls, session.meter, "cold", session.budget(8))
     records = [
         session.record("validation", case, name, backends[name], timings[name], launches=None, extra_bytes=None)
         for name in calls

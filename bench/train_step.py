@@ -138,7 +138,7 @@ def _samples(
     swapping: Sequence[Peer],
     budget: Budget,
 ) -> dict[tuple[str, str], list[float]]:
-    clock = session.clock
+    meter = session.meter
     samples: dict[tuple[str, str], list[float]] = {("step", STEP): []}
     turns = [("train_step", peer.name, contenders[peer].run) for peer in contenders]
     turns += [("train_step: swap", peer.name, contenders[peer].swap) for peer in swapping]
@@ -147,8 +147,8 @@ def _samples(
     while rounds < budget.least or (rounds < budget.most and time.perf_counter() < deadline):
         random.Random(rounds).shuffle(turns)
         for bench, name, call in turns:
-            samples["step", STEP].append(clock.wall_us(step))
-            samples.setdefault((bench, name), []).append(clock.wall_us(call))
+            samples["step", STEP].append(meter.wall_us(step))
+            samples.setdefault((bench, name), []).append(meter.wall_us(call))
         rounds += 1
     return samples
 

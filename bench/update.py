@@ -52,7 +52,7 @@ def measure_copy(session: Session, elements: int | None = None) -> None:
         elements = 64_000_000 if session.device.type == "cpu" else 1_000_000_000
     source = torch.ones(elements, device=session.device)
     target = torch.zeros_like(source)
-    timing = take_turns({"": lambda: target.copy_(source)}, session.clock, "cold", session.budget(2))[""]
+    timing = take_turns({"": lambda: target.copy_(source)}, session.meter, "cold", session.budget(2))[""]
     case = Case(f"{elements / 1e6:g} M in one", ((elements,),))
     record = session.record("copy", case, LIMIT.name, "torch", timing, bytes_floor=8 * elements)
     note = _CPU_COPY_NOTE if session.device.type == "cpu" else ""
@@ -117,7 +117,7 @@ def measure_several(session: Session, case: Case) -> None:
 
     calls: dict[str, Callable[[], object]] = {f"{TOGETHER} {count}": together[count].update for count in counts}
     calls |= {f"{APART} {count}": partial(one_after_the_other, count) for count in counts}
-    timings = take_turns(calls, session.clock, "cold", session.budget(6), session.sweep)
+    timings = take_turns(calls, session.meter, "cold", session.budget(6), session.sweep)
     records = []
     for count in counts:
         floors = {TOGETHER: (4 + 8 * count) * case.params, APART: 12 * count * case.params}
@@ -126,7 +126,7 @@ def measure_several(session: Session, case: Case) -> None:
                 *("several", case, name, apart[0].backend_name, timings[f"{name} {count}"]),
                 bytes_floor=floor,
                 shadows=count,
-                launches=session.clock.launches(calls[f"{name} {count}"]),
+                launches=session.meter.launches(calls[f"{name} {count}"]),
             )
             records.append(record)
     for count in counts:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from bench.harness.cases import Case, Unavailable
-from bench.harness.clocks import captured
 from bench.harness.contender import Build, Contender, Peer, lives_of, shadows_of
+from bench.harness.meters import captured
 from fastema import FastEMA
 
 # ---- rows of tables that are no peer ----

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from bench.gpu.results import PACKAGE, read, sources_digest, write
 from bench.harness.cases import segmentation_list
-from bench.harness.clocks import clock_for
 from bench.harness.measure import Budget, sweeper, take_turns
+from bench.harness.meters import meter_for
 from fastema import FastEMA, backends
 
 ASSUMED_COPY_GBPS = 4300.0  # of an H200: for the floors of a dry run
@@ -156,9 +156,9 @@ def _exchanging(ema: FastEMA) -> Callable[[], object]:
 
 def measure(case: Prediction, device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """Return one row for each implementation; those of the ceilings are in every row."""
-    clock = clock_for(device)
+    meter = meter_for(device)
     sweep = sweeper(device)
-    timings = take_turns(calls_of(case, device), clock, "cold", Budget(seconds, least=5), sweep)
+    timings = take_turns(calls_of(case, device), meter, "cold", Budget(seconds, least=5), sweep)
     copy_us = timings.pop("copy").median_us
     copy_gbps = case.total_bytes / copy_us / 1e3
     triad_bytes = max(1, case.total_bytes // 8) // 3 * 12
@@ -185,12 +185,12 @@ def measure(case: Prediction, device: torch.device, seconds: float) -> list[dict
 
 def count_launches(case: Prediction, rows: list[dict[str, Any]], device: torch.device) -> None:
     """Fill in how many kernels and copies one call is. The number does not depend on the size: a small one will do."""
-    clock = clock_for(device)
+    meter = meter_for(device)
     calls = calls_of(case.scaled(1, most=1 << 16), device)
     for row in rows:
         call = calls[row["impl"]]
         call()
-        row["launches"] = clock.launches(call)
+        row["launches"] = meter.launches(call)
 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:

@@ -1,1 +1,1 @@
-"""The machinery: cases, contenders, clocks, turns, records and tables on the console."""
+"""The machinery: cases, contenders, meters, turns, records and tables on the console."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness.cases import Case, Unavailable, build_model
-from bench.harness.clocks import Clock
+from bench.harness.meters import Meter
 
 #: Largest error of a float32 average against float64, for values around 1.
 TOLERANCE = 2e-6
@@ -211,19 +211,19 @@ class Footprint:
     validation: int | None
 
 
-def footprint(clock: Clock, peer: Peer, model: nn.Module, case: Case) -> tuple[Footprint, Contender]:
+def footprint(meter: Meter, peer: Peer, model: nn.Module, case: Case) -> tuple[Footprint, Contender]:
     """Build the peer and measure its memory.
 
     Raises:
         Unavailable: it is missing or raises.
     """
     found: list[Contender] = []
-    kept = clock.allocated(lambda: found.append(built(peer, model, case))).kept - case.shadow_bytes
+    kept = meter.allocated(lambda: found.append(built(peer, model, case))).kept - case.shadow_bytes
     contender = found[0]
     validation = None
     if contender.enter is not None and contender.leave is not None:
-        first = clock.allocated(contender.swap).kept  # allocated at the first swap and held from then on
-        validation = kept + first + clock.allocated(contender.swap).peak
+        first = meter.allocated(contender.swap).kept  # allocated at the first swap and held from then on
+        validation = kept + first + meter.allocated(contender.swap).peak
     elif contender.second_module is not None:
         validation = kept
-    return Footprint(kept, kept + clock.allocated(contender.run).peak, validation), contender
+    return Footprint(kept, kept + meter.allocated(contender.run).peak, validation), contender

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.harness.clocks import Call, Clock
 from bench.harness.machine import cache_bytes
+from bench.harness.meters import Call, Meter
 from bench.harness.records import Cache, Timing
 
 _WARM_UP_SECONDS = 1e-3
@@ -40,13 +40,13 @@ class Budget:
 
 
 def take_turns(
-    calls: Mapping[str, Call], clock: Clock, cache: Cache, budget: Budget, sweep: Call | None = None
+    calls: Mapping[str, Call], meter: Meter, cache: Cache, budget: Budget, sweep: Call | None = None
 ) -> dict[str, Timing]:
     """Time all implementations of a case, one call each a round.
 
     Args:
         calls: by implementation.
-        clock: of the device.
+        meter: of the device.
         cache: "warm" makes untimed calls of the same before each timed one.
         budget: how many rounds.
         sweep: empties the caches before each round, on a GPU before each call; None where the calls themselves move
@@ -56,34 +56,34 @@ def take_turns(
     host: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():  # plans, caches and thread pools are built on first use
         call()
-        host[name].append(clock.host_us(call))
+        host[name].append(meter.host_us(call))
     order = list(calls)
     shuffle = random.Random(0).shuffle
     gc.collect()
     gc.disable()  # as timeit does: a collection would count for one implementation only
     try:
         # On a GPU a round is either for the device's time or for the host's.
-        rounds_a_sample = 2 if clock.has_host_part else 1
+        rounds_a_sample = 2 if meter.has_host_part else 1
         deadline = time.perf_counter() + budget.seconds
         for turn in range(budget.most * rounds_a_sample):
             if turn >= budget.least * rounds_a_sample and time.perf_counter() > deadline:
                 break
             shuffle(order)
-            if sweep is not None and not clock.has_host_part:
+            if sweep is not None and not meter.has_host_part:
                 sweep()
             for name in order:
                 call = calls[name]
-                if sweep is not None and clock.has_host_part:  # cheap there, and a call leaves lines to be written back
+                if sweep is not None and meter.has_host_part:  # cheap there, and a call leaves lines to be written back
                     sweep()
                 if cache == "warm":
                     _warm_up(call)
                 if turn % rounds_a_sample == 0:
-                    samples[name].append(clock.device_us(call, host[name][-1]))
+                    samples[name].append(meter.device_us(call, host[name][-1]))
                 else:
-                    host[name].append(clock.host_us(call))
+                    host[name].append(meter.host_us(call))
     finally:
         gc.enable()
-    return {name: timing_of(samples[name], host[name] if clock.has_host_part else []) for name in calls}
+    return {name: timing_of(samples[name], host[name] if meter.has_host_part else []) for name in calls}
 
 
 def _warm_up(call: Call) -> None:

@@ -57,7 +57,7 @@ def race(session: Session, group: Group) -> list[Record]:
     contenders = assemble(session, group.bench, case, group.entrants, alone=fits)
     calls = {peer.name: contender.run for peer, contender in contenders.items()}
     sweep = session.sweep if fits and group.cache == "cold" else None
-    timings = take_turns(calls, session.clock, group.cache, group.budget, sweep)
+    timings = take_turns(calls, session.meter, group.cache, group.budget, sweep)
     records = record_updates(session, group.bench, case, contenders, timings, group.cache)
     missed = [(one.impl, one.reason) for one in session.run.missing[missed_before:]]
     print_records(
@@ -121,7 +121,7 @@ def record_updates(
             cache,
             bytes_floor=None if bench == "host" else peer.floor(case),
             copy_gbps=copy_gbps,
-            launches=session.clock.launches(contender.run),
+            launches=session.meter.launches(contender.run),
         )
         records.append(record)
     return records

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from bench.harness.cases import Case
-from bench.harness.clocks import Call, Clock, clock_for
 from bench.harness.console import print_environment
 from bench.harness.machine import device_name, environment, pin, settle_allocator, versions
 from bench.harness.measure import Budget, sweeper
+from bench.harness.meters import Call, Meter, meter_for
 from bench.harness.records import Cache, InstructionCount, Missing, Record, Run, Timing, load, save
 
 
 @dataclass
 class Session:
-    """The device, the clock and the records of one run.
+    """The device, the meter and the records of one run.
 
     Args:
         quick: fewer cases, and only peers that import fast.
@@ -32,7 +32,7 @@ class Session:
     """
 
     device: torch.device
-    clock: Clock
+    meter: Meter
     quick: bool = False
     stretch: float = 1.0
     run: Run = field(default_factory=lambda: Run({}))
@@ -141,7 +141,7 @@ def run_benchmarks(
     settle_allocator()
     device = torch.device(parsed.device)
     run = _run_to_go_on(device, parsed.json if parsed.go_on else None)
-    session = Session(device, clock_for(device), parsed.quick, parsed.seconds, run, parsed.json, run.tables)
+    session = Session(device, meter_for(device), parsed.quick, parsed.seconds, run, parsed.json, run.tables)
     print_environment(session.run.environment)
     for name, benchmark in {**({"copy": prepare} if prepare else {}), **benchmarks}.items():
         if name in session.run.seconds:

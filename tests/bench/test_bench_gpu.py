@@ -19,7 +19,7 @@ from bench.gpu import binary, blocks, cases, outcomes, peers, rehearse, results,
 from bench.gpu.runner import Runner, Step
 from bench.harness import records
 from bench.harness.cases import mixed_list, small_tensors
-from bench.harness.clocks import CpuClock
+from bench.harness.meters import CpuMeter
 from bench.harness.records import Run, Timing
 from bench.harness.session import Session
 
@@ -397,7 +397,7 @@ def test_launches_are_counted_after_all_times(monkeypatch: pytest.MonkeyPatch, t
 def test_the_peers_stand_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "peers.json"
     run = Run({"device": "a GPU"})
-    one = Session(torch.device("cpu"), CpuClock(), run=run)
+    one = Session(torch.device("cpu"), CpuMeter(), run=run)
     for case, host in ((small_tensors(), 9.5), (mixed_list(), 12.0)):
         for name in ("fastema", "AveragedModel"):
             timing = Timing(20.0, 19.0, 21.0, 18.0, 5, host_us=host)

@@ -21,9 +21,9 @@ from bench import busy, instructions, memory, scale, swap, train_step, update
 from bench.contenders import libraries, peers
 from bench.harness import cases, console, contender, growth, measure, records, session
 from bench.harness.cases import Case, Unavailable, build_model
-from bench.harness.clocks import CpuClock
 from bench.harness.contender import COPY, LIMIT, Contender, Peer, check_swap, check_update
 from bench.harness.measure import Budget
+from bench.harness.meters import CpuMeter
 from bench.harness.race import Group, race
 from bench.harness.records import Run
 from bench.harness.session import Session
@@ -52,7 +52,7 @@ class TinySession(Session):
 
 
 def tiny_session(quick: bool = True) -> Session:
-    return TinySession(CPU, CpuClock(), quick, 1.0, Run({"device": "here"}))
+    return TinySession(CPU, CpuMeter(), quick, 1.0, Run({"device": "here"}))
 
 
 def tiny() -> Case:
@@ -212,7 +212,7 @@ def test_a_swap_that_does_not_put_back_is_refused() -> None:
 def test_implementations_take_turns() -> None:
     called: list[str] = []
     calls = {name: partial(called.append, name) for name in "ab"}
-    timings = measure.take_turns(calls, CpuClock(), "cold", Budget(0.0, least=3, most=9))
+    timings = measure.take_turns(calls, CpuMeter(), "cold", Budget(0.0, least=3, most=9))
     assert [timings[name].samples for name in "ab"] == [3, 3]
     rounds = called[4:]  # after the warm-up
     assert [sorted(rounds[at : at + 2]) for at in range(0, 6, 2)] == [["a", "b"]] * 3
@@ -221,7 +221,7 @@ def test_implementations_take_turns() -> None:
 def test_a_sweep_comes_before_every_cold_round() -> None:
     called: list[str] = []
     calls = {name: partial(called.append, name) for name in "ab"}
-    measure.take_turns(calls, CpuClock(), "cold", Budget(0.0, least=2, most=2), sweep=lambda: called.append("sweep"))
+    measure.take_turns(calls, CpuMeter(), "cold", Budget(0.0, least=2, most=2), sweep=lambda: called.append("sweep"))
     assert [called[at] for at in (-6, -3)] == ["sweep", "sweep"]
     assert sorted(called[-6:]) == ["a", "a", "b", "b", "sweep", "sweep"]
 
@@ -251,16 +251,16 @@ def test_small_cases_are_swept_and_have_models_of_their_own(monkeypatch: pytest.
 
 
 def test_percentiles_are_in_order() -> None:
-    timing = measure.take_turns({"a": lambda: None}, CpuClock(), "warm", TINY)["a"]
+    timing = measure.take_turns({"a": lambda: None}, CpuMeter(), "warm", TINY)["a"]
     assert timing.min_us <= timing.p10_us <= timing.median_us <= timing.p90_us
     assert timing.host_us is None
 
 
 def test_memory_of_a_call_is_seen() -> None:
-    clock, kept = CpuClock(), []
-    assert clock.allocated(lambda: torch.empty(1000)) == (0, 4000)
-    assert clock.allocated(lambda: kept.append(torch.empty(500))) == (2000, 2000)
-    assert clock.allocated(lambda: None) == (0, 0)
+    meter, kept = CpuMeter(), []
+    assert meter.allocated(lambda: torch.empty(1000)) == (0, 4000)
+    assert meter.allocated(lambda: kept.append(torch.empty(500))) == (2000, 2000)
+    assert meter.allocated(lambda: None) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_footprints(peer: Peer, update_copies: int, validation_copies: int | Non
     case = Case("4 x 250,000", ((250_000,),) * 4)
     if peer is peers.CASTS[0]:
         case = dataclasses.replace(case, live_dtype=torch.bfloat16)
-    found, _ = contender.footprint(CpuClock(), peer, build_model(case, CPU), case)
+    found, _ = contender.footprint(CpuMeter(), peer, build_model(case, CPU), case)
     assert found.update == pytest.approx(update_copies * case.live_bytes, abs=100)
     if validation_copies is None:
         assert found.validation is None
@@ -475,9 +475,9 @@ def test_a_run_is_kept_table_by_table_and_goes_on_where_it_was_cut(tmp_path: Pat
 
 def test_a_quick_run_needs_no_slow_imports() -> None:
     slow = {libraries.DIFFUSERS, libraries.DIFFUSERS_FOREACH, libraries.LIGHTNING, *libraries.REPLACING[1:]}
-    for group in update.plan(Session(CPU, CpuClock(), quick=True)):
+    for group in update.plan(Session(CPU, CpuMeter(), quick=True)):
         assert not slow & set(group.entrants)
-    full = {peer for group in update.plan(Session(CPU, CpuClock())) for peer in group.entrants}
+    full = {peer for group in update.plan(Session(CPU, CpuMeter())) for peer in group.entrants}
     assert slow | set(libraries.LIBRARIES) <= full
 
 

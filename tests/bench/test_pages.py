@@ -15,8 +15,8 @@ from bench.contenders import libraries, peers
 from bench.contenders.peers import FOREACH, OURS
 from bench.harness import cases, growth, records
 from bench.harness.cases import Case
-from bench.harness.clocks import CpuClock
 from bench.harness.contender import COPY, LIMIT
+from bench.harness.meters import CpuMeter
 from bench.harness.records import Cache, InstructionCount, Run, Timing
 from bench.harness.session import Session
 from bench.pages import losses, tables
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def new_run(device: str = "a processor") -> Session:
     environment = {"device": device, "threads": 2, "date": "2026-01-02T03:04:05", "versions": {"torch": "2"}}
-    return Session(torch.device("cpu"), CpuClock(), run=Run(environment))
+    return Session(torch.device("cpu"), CpuMeter(), run=Run(environment))
 
 
 def add(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.harness.cases import Unavailable, import_timm
 from cases import values
+from cases.peers import package
 from fastema import FastEMA
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,14 +226,8 @@ class Lookahead:
 def test_row_lookahead(whose: str) -> None:
     model, optimizer = model_and_optimizer()
     ema = FastEMA(model, 0.0)
-    if whose == "timm":
-        try:
-            import_timm()
-            lookahead = importlib.import_module("timm.optim").Lookahead(optimizer, k=2)
-        except Unavailable as error:
-            pytest.skip(f"timm: {error}")
-    else:
-        lookahead = Lookahead(optimizer, k=2)
+    kind = package("timm.optim").Lookahead if whose == "timm" else Lookahead
+    lookahead = kind(optimizer, k=2)
     with pytest.raises(TypeError, match=r"call update\(\) after their step\(\) instead"):
         ema.attach(lookahead)
     for _ in range(4):

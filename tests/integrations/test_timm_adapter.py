@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fastema.integrations.timm
-from bench.harness.cases import Unavailable, import_timm
 from cases import as_applied, bits, raw, small_model, tensors_of, train, values
+from cases.peers import package
 from fastema.integrations.timm import ModelEmaV3
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,10 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def original() -> Any:
     """Return timm's class."""
-    try:
-        return import_timm().utils.ModelEmaV3
-    except Unavailable as error:
-        pytest.skip(f"timm: {error}")
+    return package("timm.utils").ModelEmaV3
 
 
 class _Recurrent(nn.Module):
@@ -104,7 +101,7 @@ def test_the_same_bits_over_a_thousand_steps(original: Any) -> None:
 
 
 def test_a_real_model(original: Any) -> None:
-    model = import_timm().create_model("edgenext_xx_small", num_classes=10)
+    model = package("timm").create_model("edgenext_xx_small", num_classes=10)
     theirs, ours = original(model, 0.9), ModelEmaV3(model, 0.9)
     for step in range(3):
         with torch.no_grad():

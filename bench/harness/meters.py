@@ -1,4 +1,4 @@
-"""Clocks: the time, the launches and the memory of one call. One class per kind of device."""
+"""Meters: the time, the launches and the memory of one call. One class per kind of device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Allocated(NamedTuple):
     peak: int
 
 
-class Clock(Protocol):
+class Meter(Protocol):
     """The measurements of a call: times in microseconds, memory in bytes."""
 
     has_host_part: bool
@@ -46,7 +46,7 @@ class Clock(Protocol):
         """Wait until the device is idle."""
 
 
-class CpuClock:
+class CpuMeter:
     """The wall clock: on a CPU a call has done its work when it returns."""
 
     has_host_part = False
@@ -108,13 +108,13 @@ def _silent_stderr() -> Iterator[None]:
         os.close(null)
 
 
-class CudaClock:
+class CudaMeter:
     """CUDA events.
 
     Device time and host time come from different rounds. For device time, the stream first sleeps for longer than the
     host needs to enqueue the call, so that the device never waits for the host between the two events (an
     implementation that synchronises within its call does wait, and its time includes that). For host time, the queue is
-    empty and the clock stops when the call returns.
+    empty and the time ends when the call returns.
     """
 
     has_host_part = True
@@ -172,8 +172,8 @@ class CudaClock:
         torch.cuda.synchronize(self._device)
 
 
-def clock_for(device: torch.device) -> Clock:
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
+def meter_for(device: torch.device) -> Meter:
+    return CudaMeter(device) if device.type == "cuda" else CpuMeter()
 
 
 def captured(call: Call) -> Call:
