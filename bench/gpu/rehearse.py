@@ -110,7 +110,7 @@ def rehearse() -> int:
         print("a copy of the tree, " + ("without a network" if offline() else "with the network, for want of unshare"))
         folder = Path(name) / "results"
         begin = time.monotonic()
-        status, reply = copy.run("all", "--results", str(folder), "--without-gpu")
+        status, reply = copy.run("all", "--results", str(folder), "--without-gpu", "--seconds", "1800")
         print(f"{reply}in {time.monotonic() - begin:.0f} s", flush=True)
         wrong = [*unexpected("all", status, reply, folder), *unexpected_tests(folder)]
         for arguments, words in (
