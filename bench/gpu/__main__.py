@@ -46,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _make_writable(folder, parsed.fresh)
     except OSError as error:
         parser.error(f"--results: nothing can be written to {folder} ({error})")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the command that runs ends too
     return 0 if Runner(folder, parsed.without_gpu, parsed.seconds).run(steps) else 1
 
 
@@ -61,4 +60,5 @@ def _make_writable(folder: Path, fresh: bool) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the command that runs ends too
     sys.exit(main())

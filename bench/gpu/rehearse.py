@@ -71,10 +71,15 @@ class Copy:
     def run(self, *arguments: str) -> tuple[int, str]:
         """Run `python -m bench.gpu` in it; return the status and the reply."""
         command = [*self._offline, self._python, "-m", "bench.gpu", *arguments]
-        done = subprocess.run(
+        process = subprocess.Popen(
             command, cwd=self.tree, env=self._environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        return done.returncode, done.stdout
+        try:
+            reply, _ = process.communicate()
+        finally:
+            process.terminate()  # nothing, where it has ended; else it ends the command that it runs
+            process.wait()
+        return process.returncode, reply
 
 
 def unexpected(call: str, status: int, reply: str, folder: Path) -> list[str]:
