@@ -194,16 +194,12 @@ def table(runs: Sequence[Sequence[Row]]) -> list[str]:
 
 def counters() -> int:
     """Print what Nsight Compute counts in the kernel as it is; return the exit status."""
-    ncu = shutil.which("ncu")
-    if ncu is None:
-        print("there is no ncu")
-        return 1
     sections = [word for name in _SECTIONS for word in ("--section", name)]
     status = 0
     for case in COUNTED:
         lab = [str(WORK / BASE / "lab"), "1", case]
         # The card's clocks are left as they are found.
-        counted = ["timeout", "60", ncu, "--clock-control", "none", *sections, "-k", "regex:update_kernel", "-c", "2"]
+        counted = ["timeout", "60", "ncu", "--clock-control", "none", *sections, "-k", "regex:update_kernel", "-c", "2"]
         done = subprocess.run([*counted, *lab], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         found = [" ".join(line.split()) for line in done.stdout.splitlines() if _WORTH_READING.search(line)]
         print(f"{case}: {'; '.join(found) or f'nothing: {done.stdout[-300:]}'}", flush=True)
@@ -220,9 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--counters", action="store_true", help="count in the kernel as it is; time nothing")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
     parsed = parser.parse_args(arguments)
-    if shutil.which("nvcc") is None:
-        print("there is no nvcc on PATH")
-        return 1
+    for tool in ("nvcc", *(["ncu"] if parsed.counters else [])):
+        if shutil.which(tool) is None:
+            print(f"there is no {tool} on PATH")
+            return 1
     variants = [BASE] if parsed.counters else parsed.only
     if not build(variants, parsed.arch or ("sm_90" if shutil.which("nvidia-smi") is None else "native")):
         return 1
