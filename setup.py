@@ -89,15 +89,16 @@ def build_arguments() -> dict:
         def build_extension(self, extension: setuptools.Extension) -> None:
             target = Path(self.get_ext_fullpath(extension.name))
             work = Path(self.build_temp).resolve() / extension.name
+            version, include = self.distribution.get_version(), Path(sysconfig.get_path("include"))
             kind = "cuda" if extension.name == "fastema._cuda" else "extension"
             try:
                 if kind == "cuda":
                     build_gpu_kernels(target, work)
                 elif extension.name == "fastema._kernels":
-                    building.build_kernels(target, ROOT / "csrc", work)
+                    building.build_kernels(target, ROOT / "csrc", work, version)
                 else:
                     folder = Path(torch.__file__).parent
-                    building.build_extension(target, ROOT / "csrc", work, folder, Path(sysconfig.get_path("include")))
+                    building.build_extension(target, ROOT / "csrc", work, folder, include, version)
             except (NoGpuCode, building.BuildError) as reason:
                 if os.environ.get("FASTEMA_CUDA") == "1":
                     raise SystemExit(f"fastema: FASTEMA_CUDA=1, but {reason}") from None
@@ -115,6 +116,6 @@ def warn(message: str) -> None:
 
 check_setuptools()
 find_torch()
-# fastema.triton_kernels lies outside fastema/ (package-dir in pyproject.toml), where find_packages does not look.
-packages = [*setuptools.find_packages(include=["fastema", "fastema.*"]), "fastema.triton_kernels"]
+# The last two lie outside fastema/ (package-dir in pyproject.toml), where find_packages does not look.
+packages = [*setuptools.find_packages(include=["fastema", "fastema.*"]), "fastema.triton_kernels", "fastema.csrc"]
 setuptools.setup(packages=packages, **build_arguments())

@@ -5,6 +5,7 @@ namespace fastema {
 namespace {
 
 const CpuKernels table = {
+    FASTEMA_VERSION,
     [](const Chunk* list, int64_t count, int shadows) {
       return new CpuChunks(std::vector<Chunk>(list, list + count), shadows);
     },

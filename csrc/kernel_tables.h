@@ -16,6 +16,7 @@
 namespace fastema {
 
 struct CpuKernels {
+  const char* version;                                                       // of fastema
   CpuChunks* (*make_chunks)(const Chunk* list, int64_t count, int shadows);  // copies the list
   void (*free_chunks)(CpuChunks* work);
   int64_t (*update)(const CpuChunks& work, int first, const UpdateArgs& args, int threads, Isa isa);

@@ -135,6 +135,10 @@ int64_t chunk_size(const std::vector<Segment>& segments, at::Device device) {
 }  // namespace
 
 void use_kernels(const CpuKernels* cpu, const GpuKernels* gpu, CurrentStream* current_stream) {
+  if (std::string(cpu->version) != FASTEMA_VERSION) {
+    throw std::invalid_argument(std::string("the kernels are of fastema ") + cpu->version + ", the extension of " +
+                                FASTEMA_VERSION);
+  }
   cpu_table = cpu;
   gpu_table = gpu;
   current_stream_in_torch = current_stream;

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 KERNELS = ("cpu_kernels.cpp", "cpu_table.cpp", "sharing.cpp")
-EXTENSION = ("bindings.cpp", "plan.cpp", "storage_exchange.cpp", "watch.cpp")
+EXTENSION = ("bindings.cpp", "layout.cpp", "plan.cpp", "storage_exchange.cpp", "watch.cpp")
 CPP_FLAGS = [
     "-O3",
     "-fPIC",
@@ -45,23 +45,24 @@ def extension_name(torch_version: str) -> str:
     return "_torch_" + "_".join(torch_version.split(".")[:2])
 
 
-def build_kernels(target: Path, sources: Path, work: Path) -> None:
+def build_kernels(target: Path, sources: Path, work: Path, version: str) -> None:
     """Compile the CPU kernels, with all instruction sets.
 
     Args:
         target: the library to write.
         sources: the folder of csrc/.
         work: where the object files go.
+        version: of fastema; an extension takes only kernels of its own.
 
     Raises:
         BuildError: no compiler, or it failed.
     """
     own_threads = ["-pthread"]  # where torch's are not used, under ThreadSanitizer
-    objects = compile_all([sources / name for name in KERNELS], ["-std=c++17", *own_threads], work)
+    objects = compile_all([sources / name for name in KERNELS], ["-std=c++17", *_version(version), *own_threads], work)
     link(target, objects, own_threads)
 
 
-def build_extension(target: Path, sources: Path, work: Path, torch: Path, python_include: Path) -> None:
+def build_extension(target: Path, sources: Path, work: Path, torch: Path, python_include: Path, version: str) -> None:
     """Compile what reads torch's structures, for one torch and one Python; arguments as for `build_kernels`.
 
     Args:
@@ -71,7 +72,8 @@ def build_extension(target: Path, sources: Path, work: Path, torch: Path, python
     Raises:
         BuildError: no compiler, or it failed.
     """
-    flags = ["-std=c++20", "-Wno-attributes", f"-I{torch / 'include'}", f"-I{python_include}"]
+    flags = ["-std=c++20", "-Wno-invalid-offsetof", *_version(version)]
+    flags += [f"-I{torch / 'include'}", f"-I{python_include}"]
     if os.environ.get("FASTEMA_SANITIZE") == "thread":
         flags.append("-DFASTEMA_OWN_THREADS")
     objects = compile_all([sources / name for name in EXTENSION], flags, work)
@@ -88,7 +90,7 @@ def link(target: Path, objects: Sequence[Path | str], arguments: Sequence[str]) 
         BuildError: it failed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    stripped = [] if sys.platform == "darwin" or _sanitizers() else ["-s"]
+    stripped = [] if sys.platform == "darwin" or _sanitizers() else ["-s", "-Wl,--gc-sections"]
     run([*_compiler(), "-shared", *stripped, "-o", str(target), *map(str, objects), *arguments, *_sanitizers()])
 
 
@@ -128,6 +130,10 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
         errors = [line.strip() for line in result.stdout.splitlines() if "error" in line.lower()]
         detail = f": {errors[0][:200]}" if errors else ""
         raise BuildError(f"{Path(command[0]).name} failed with status {result.returncode}{detail}")
+
+
+def _version(version: str) -> list[str]:
+    return [f'-DFASTEMA_VERSION="{version}"']
 
 
 def _size(source: Path) -> list[str]:

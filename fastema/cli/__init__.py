@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from fastema.checkpoint import CheckpointError
-from fastema.cli import advise, convert, distill, evaluate, info, posthoc, predict, train
+from fastema.cli import advise, build, convert, distill, evaluate, info, posthoc, predict, train
 from fastema.segmentation.errors import Terminated, UserError
 
 _COMMANDS = {
@@ -23,6 +23,7 @@ _COMMANDS = {
     "posthoc": posthoc,
     "convert": convert,
     "info": info,
+    "build": build,
 }
 
 # As a shell reports them: 128 + SIGINT, and 128 + SIGTERM.

@@ -91,7 +91,7 @@ def load(with_kernels: bool) -> types.ModuleType:
         sources = [HERE / "kernels.cpp", ROOT / "csrc/gpu_table.cpp"]
         number = 20  # c10::DeviceType::PrivateUse1
         kernels = _built("hostgpu_kernels", sources, [*KERNEL_FLAGS, f"-DFASTEMA_GPU={number}"], is_python_module=False)
-        from fastema.backends import native
+        from fastema.backends import loading, native
 
-        native.use_kernels(Path(kernels))
+        loading.use_kernels(native._C, Path(kernels))
     return module

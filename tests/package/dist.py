@@ -53,6 +53,8 @@ def wheel_faults(path: Path) -> list[str]:
     built = {name for name in names if BUILT.fullmatch(name)}
     wanted = {str(file.relative_to(ROOT)) for file in (ROOT / "fastema").rglob("*.py")}
     wanted |= {f"fastema/{file.relative_to(ROOT)}" for file in (ROOT / "triton_kernels").rglob("*.py")}
+    wanted |= {f"fastema/{file.relative_to(ROOT)}" for file in (ROOT / "csrc").glob("*.h")}
+    wanted |= {f"fastema/{file.relative_to(ROOT)}" for file in (ROOT / "csrc").glob("*.cpp")}
     faults = _differences(path, names - built, wanted | {"fastema/py.typed", "fastema/_C.pyi"})
     if len(built) != 3:
         faults.append(f"{path.name}: expected kernels, extension and build record, found {sorted(built)}")
