@@ -74,7 +74,8 @@ def build_arguments() -> dict:
 
         def run(self) -> None:
             self.record: dict[str, str | None] = {"extension": None, "cuda": None}
-            for folder in (ROOT, Path(self.build_lib)):  # what is not built now must not be found
+            # What is not built now must not be found.
+            for folder in (Path(self.build_lib), *([ROOT] if self.inplace else [])):
                 for stale in (folder / "fastema").glob("_*.so"):
                     stale.unlink()
             super().run()
