@@ -106,8 +106,8 @@ struct UpdateArgs {
   double weights[kMaxShadows];   // 1 - decay of each, in double
   const double* device_weights;  // or null: [shadows], read instead of `weights` when the update runs
   const float* skip;             // or null: a non-zero value skips the update when it runs
-  bool skip_nonfinite;           // keep the shadow where the live value is NaN or infinite
-  bool count_nonfinite;          // count those elements (once for all shadows)
+  bool skip_nonfinite;           // store no average that is NaN or infinite: see takes_live() in ema_math.h
+  bool count_live;               // count live values that are not finite: once for all shadows
 };
 
 }  // namespace fastema

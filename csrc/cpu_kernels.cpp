@@ -46,16 +46,44 @@ EMA_FN void prefetch_block(const Chunk& chunk, int32_t begin, const Chunk& next)
   }
 }
 
+// Returns how many averages are not finite; under kSkipNonfinite those elements keep their shadow.
 template <bool kSkipNonfinite, class Shadow, class Live>
 EMA_FN int32_t average_block(Shadow* __restrict shadow, const Live* __restrict live, int32_t count,
                              Weight<Opmath<Shadow>> weight) {
   static_assert(std::is_scalar_v<Shadow> && std::is_scalar_v<Live>, "loops over structs are not vectorised");
+  using Op = Opmath<Shadow>;
   int32_t nonfinite = 0;
   for (int32_t i = 0; i < count; ++i) {
-    const bool keep = kSkipNonfinite && is_nonfinite<Shadow>(live[i]);
-    const Shadow result = averaged_element(shadow[i], live[i], weight);
+    const Op average = averaged(load_as<Op>(shadow[i]), load_as<Op>(live[i]), weight);
+    const bool keep = kSkipNonfinite && !is_finite(average);
+    const Shadow result = store_as<Shadow>(average);
     shadow[i] = keep ? shadow[i] : result;
     nonfinite += keep;
+  }
+  return nonfinite;
+}
+
+// The second pass over a block where averages are not finite, or all elements are copied. Returns how many live values
+// are not finite. A function of its own: rare, and there is no arithmetic in it to vectorise.
+template <class Shadow, class Live>
+__attribute__((noinline)) int32_t settle_block(Shadow* shadow, const Live* live, int32_t count, bool copies) {
+  using Op = Opmath<Shadow>;
+  int32_t nonfinite = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    const Op live_value = load_as<Op>(live[i]);
+    if (takes_live(load_as<Op>(shadow[i]), live_value, copies)) shadow[i] = store_as<Shadow>(live_value);
+    nonfinite += !is_finite(live_value);
+  }
+  return nonfinite;
+}
+
+__attribute__((noinline)) int32_t settle_planes_block(BFloat16* high, int16_t* low, const BFloat16* live, int32_t count,
+                                                      bool copies) {
+  int32_t nonfinite = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    const float live_value = widen(live[i]);
+    if (takes_live(join_planes(high[i], low[i]), live_value, copies)) high[i] = live[i], low[i] = 0;
+    nonfinite += !is_finite(live_value);
   }
   return nonfinite;
 }
@@ -66,8 +94,8 @@ template <bool kSkipNonfinite>
 EMA_FN uint32_t average_planes(uint32_t upper, uint32_t low, uint32_t live_bits, Weight<float> weight,
                                int32_t& nonfinite) {
   const float old = join_planes(upper, low), live = bits_float(live_bits);
-  const bool keep = kSkipNonfinite && !is_finite(live);
   const float result = averaged(old, live, weight);
+  const bool keep = kSkipNonfinite && !is_finite(result);
   nonfinite += keep;
   return float_bits(keep ? old : result);
 }
@@ -108,7 +136,7 @@ EMA_FN int32_t average_planes_block(BFloat16* __restrict high, int16_t* __restri
 }
 
 template <bool kSkipNonfinite, class Shadow, class Live>
-EMA_FN int64_t average_chunk(const Chunk& chunk, const Chunk& next, double weight_of_live) {
+EMA_FN int64_t average_chunk(const Chunk& chunk, const Chunk& next, double weight_of_live, bool count_live) {
   Shadow* shadow = static_cast<Shadow*>(chunk.shadow);
   const Live* live = static_cast<const Live*>(chunk.live);
   const Weight<Opmath<Shadow>> weight(weight_of_live);
@@ -117,13 +145,17 @@ EMA_FN int64_t average_chunk(const Chunk& chunk, const Chunk& next, double weigh
   for (int32_t begin = 0; begin < count; begin += kBlock) {
     const int32_t here = std::min(kBlock, count - begin);
     prefetch_block<Shadow, Live>(chunk, begin + here, next);
-    nonfinite += average_block<kSkipNonfinite>(shadow + begin, live + begin, here, weight);
+    const int32_t found = average_block<kSkipNonfinite>(shadow + begin, live + begin, here, weight);
+    if (kSkipNonfinite && (found != 0 || weight.copies)) {
+      const int32_t of_live = settle_block(shadow + begin, live + begin, here, weight.copies);
+      nonfinite += found - (count_live ? 0 : of_live);
+    }
   }
   return nonfinite;
 }
 
 template <bool kSkipNonfinite>
-EMA_FN int64_t average_planes_chunk(const Chunk& chunk, const Chunk& next, double weight_of_live) {
+EMA_FN int64_t average_planes_chunk(const Chunk& chunk, const Chunk& next, double weight_of_live, bool count_live) {
   BFloat16* high = static_cast<BFloat16*>(chunk.shadow);
   int16_t* low = static_cast<int16_t*>(chunk.shadow_low);
   const BFloat16* live = static_cast<const BFloat16*>(chunk.live);
@@ -138,7 +170,11 @@ EMA_FN int64_t average_planes_chunk(const Chunk& chunk, const Chunk& next, doubl
     } else {
       prefetch(next.shadow_low, std::min<int64_t>(next.count, kBlock) * low_bytes(next.kind));
     }
-    nonfinite += average_planes_block<kSkipNonfinite>(high + begin, low + begin, live + begin, here, weight);
+    const int32_t found = average_planes_block<kSkipNonfinite>(high + begin, low + begin, live + begin, here, weight);
+    if (kSkipNonfinite && (found != 0 || weight.copies)) {
+      const int32_t of_live = settle_planes_block(high + begin, low + begin, live + begin, here, weight.copies);
+      nonfinite += found - (count_live ? 0 : of_live);
+    }
   }
   return nonfinite;
 }
@@ -154,13 +190,26 @@ EMA_FN void convert_planes_chunk(const Chunk& chunk) {
   }
 }
 
-EMA_FN int64_t run_planes_chunk(const Chunk& chunk, const Chunk& next, double weight, bool skip_nonfinite) {
-  if (chunk.kind >= kConvert) {
+// What every shadow of a chunk is updated with.
+struct Rule {
+  double weight;
+  bool skip_nonfinite;
+  bool count_live;
+
+  // A copy that lets everything through needs no shadow.
+  template <class Op>
+  EMA_FN bool converts(Kind kind) const {
+    return kind >= kConvert || (!skip_nonfinite && Weight<Op>(weight).copies);
+  }
+};
+
+EMA_FN int64_t run_planes_chunk(const Chunk& chunk, const Chunk& next, const Rule& rule) {
+  if (rule.converts<float>(chunk.kind)) {
     convert_planes_chunk(chunk);
     return 0;
   }
-  return skip_nonfinite ? average_planes_chunk<true>(chunk, next, weight)
-                        : average_planes_chunk<false>(chunk, next, weight);
+  return rule.skip_nonfinite ? average_planes_chunk<true>(chunk, next, rule.weight, rule.count_live)
+                             : average_planes_chunk<false>(chunk, next, rule.weight, false);
 }
 
 template <class Shadow, class Live>
@@ -174,45 +223,45 @@ EMA_FN void convert_chunk(const Chunk& chunk) {
 }
 
 template <class Shadow, class Live>
-EMA_FN int64_t run_chunk(const Chunk& chunk, const Chunk& next, double weight, bool skip_nonfinite) {
-  if (chunk.kind >= kConvert) {
+EMA_FN int64_t run_chunk(const Chunk& chunk, const Chunk& next, const Rule& rule) {
+  if (rule.converts<Opmath<Shadow>>(chunk.kind)) {
     convert_chunk<Shadow, Live>(chunk);
     return 0;
   }
-  return skip_nonfinite ? average_chunk<true, Shadow, Live>(chunk, next, weight)
-                        : average_chunk<false, Shadow, Live>(chunk, next, weight);
+  return rule.skip_nonfinite ? average_chunk<true, Shadow, Live>(chunk, next, rule.weight, rule.count_live)
+                             : average_chunk<false, Shadow, Live>(chunk, next, rule.weight, false);
 }
 
 template <class Shadow>
-EMA_FN int64_t run_chunk_into(const Chunk& chunk, const Chunk& next, double weight, bool skip_nonfinite) {
+EMA_FN int64_t run_chunk_into(const Chunk& chunk, const Chunk& next, const Rule& rule) {
   switch (static_cast<Dtype>(chunk.kind % 4)) {
     case Dtype::kFloat32:
-      return run_chunk<Shadow, float>(chunk, next, weight, skip_nonfinite);
+      return run_chunk<Shadow, float>(chunk, next, rule);
     case Dtype::kFloat64:
-      return run_chunk<Shadow, double>(chunk, next, weight, skip_nonfinite);
+      return run_chunk<Shadow, double>(chunk, next, rule);
     case Dtype::kBFloat16:
-      return run_chunk<Shadow, BFloat16>(chunk, next, weight, skip_nonfinite);
+      return run_chunk<Shadow, BFloat16>(chunk, next, rule);
     default:
-      return run_chunk<Shadow, Float16>(chunk, next, weight, skip_nonfinite);
+      return run_chunk<Shadow, Float16>(chunk, next, rule);
   }
 }
 
-EMA_FN int64_t run_any_chunk(const Chunk& chunk, const Chunk& next, double weight, bool skip_nonfinite) {
+EMA_FN int64_t run_any_chunk(const Chunk& chunk, const Chunk& next, const Rule& rule) {
   if (chunk.kind == kCopyBytes) {
     std::memcpy(chunk.shadow, chunk.live, chunk.count);
     return 0;
   }
   switch (static_cast<Dtype>(chunk.kind % 32 / 4)) {
     case Dtype::kPlanes:
-      return run_planes_chunk(chunk, next, weight, skip_nonfinite);
+      return run_planes_chunk(chunk, next, rule);
     case Dtype::kFloat32:
-      return run_chunk_into<float>(chunk, next, weight, skip_nonfinite);
+      return run_chunk_into<float>(chunk, next, rule);
     case Dtype::kFloat64:
-      return run_chunk_into<double>(chunk, next, weight, skip_nonfinite);
+      return run_chunk_into<double>(chunk, next, rule);
     case Dtype::kBFloat16:
-      return run_chunk_into<BFloat16>(chunk, next, weight, skip_nonfinite);
+      return run_chunk_into<BFloat16>(chunk, next, rule);
     default:
-      return run_chunk_into<Float16>(chunk, next, weight, skip_nonfinite);
+      return run_chunk_into<Float16>(chunk, next, rule);
   }
 }
 
@@ -224,8 +273,8 @@ EMA_FN int64_t run_chunks(const Chunk* chunks, int64_t count, int64_t begin, int
     for (int k = 0; k < args.shadows; ++k) {
       // Behind the last shadow comes the next chunk of the first; behind the last of all nothing, so itself.
       const Chunk& next = k + 1 < args.shadows ? chunks[(k + 1) * count + i] : chunks[std::min(i + 1, count - 1)];
-      const int64_t nonfinite_here = run_any_chunk(chunks[k * count + i], next, args.weights[k], args.skip_nonfinite);
-      if (k == 0) nonfinite += nonfinite_here;  // an element is counted once for all shadows
+      const Rule rule{args.weights[k], args.skip_nonfinite, args.count_live && k == 0};
+      nonfinite += run_any_chunk(chunks[k * count + i], next, rule);
     }
   }
   return nonfinite;

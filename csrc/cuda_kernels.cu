@@ -231,15 +231,25 @@ __device__ __forceinline__ double weight_argument(const UpdateArgs& args, int k)
 #endif
 }
 
+// Whether all of some values are finite: one multiply-add each, which makes a NaN of 0 * NaN and 0 * infinity.
+template <class Op>
+struct AllFinite {
+  Op sum = 0;
+
+  __device__ __forceinline__ void add(Op value) { sum = fused_multiply_add(value, Op(0), sum); }
+  __device__ __forceinline__ bool holds() const { return sum == Op(0); }
+};
+
 // An average, or a conversion: few tensors are converted, so it has no loop of its own.
 template <bool kSkipNonfinite, class Shadow, class Live>
 struct Average {
+  using Op = std::conditional_t<std::is_same_v<Shadow, Planes>, float, Opmath<Shadow>>;
+  using Weight = fastema::Weight<Op>;
   static constexpr bool kReadsShadow = true;
-  using Weight = fastema::Weight<Opmath<Shadow>>;
 
   const UpdateArgs& args;
   bool converts;
-  unsigned int nonfinite = 0;  // live elements, once for each shadow; what lies beyond the chunk is 0, which is finite
+  unsigned int nonfinite = 0;
 
   __device__ __forceinline__ double load_weight(int k) const {
     return load_if(args.device_weights != nullptr, args.device_weights + k);
@@ -248,26 +258,61 @@ struct Average {
     return Weight(args.device_weights != nullptr ? loaded : weight_argument(args, k));
   }
 
+  // Returns whether the pack may be stored; else settle() does it, in which the shadow is what it was.
   template <int kCount>
-  __device__ __forceinline__ void apply(Pack<Shadow, kCount>& shadows, const Pack<Live, kCount>& lives,
+  __device__ __forceinline__ bool apply(Pack<Shadow, kCount>& shadows, const Pack<Live, kCount>& lives,
                                         const Weight& weight) {
+    AllFinite<Op> finite;  // what lies beyond the chunk is 0
+    const bool copies = converts || weight.copies;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Live live = lives.values[i];
-      const bool keep = kSkipNonfinite && !converts && is_nonfinite<Shadow>(live);
-      if constexpr (std::is_same_v<Shadow, Planes>) {
-        const float old = join_planes(shadows.high.values[i], shadows.low.values[i]);
-        const float live_value = load_as<float>(live);
-        const float average = averaged(old, live_value, weight);
-        const float value = keep ? old : converts ? live_value : average;
-        shadows.high.values[i] = high_plane(value);
-        shadows.low.values[i] = low_plane(value);
-      } else {
-        Shadow& shadow = shadows.values[i];
-        const Shadow result = averaged_or_converted_element(shadow, live, weight, converts);
-        shadow = keep ? shadow : result;
-      }
-      if constexpr (kSkipNonfinite) nonfinite += count_nonfinite<Shadow>(live);
+      const Op live = load_as<Op>(lives.values[i]);
+      const Op average = averaged(get(shadows, i), live, weight);
+      if constexpr (kSkipNonfinite) finite.add(average);
+      set(shadows, i, copies ? live : average);
+    }
+    return !kSkipNonfinite || converts || finite.holds();
+  }
+
+  // The packs of `bad`, a bit each, element by element: rare, so it is small rather than fast.
+  template <int kCount>
+  __device__ __forceinline__ void settle(uint32_t bad, Pointer<Shadow> shadow, const Live* live, const Weight& weight,
+                                         int k) {
+    const bool count_live = args.count_live && k == 0;
+#pragma unroll 1
+    for (uint32_t i = 0; bad >> (i / kCount) != 0; ++i) {
+      if ((bad >> (i / kCount) & 1) == 0) continue;
+      const uint32_t at = i / kCount * (kThreads * kCount) + i % kCount;
+      Pack<Live, 1> lives[1];
+      Pack<Shadow, 1> shadows[1];
+      load_tile(lives, live + at, 1);
+      load_tile(shadows, shadow + at, 1);
+      const Op live_value = load_as<Op>(lives[0].values[0]), old = get(shadows[0], 0);
+      const Op average = averaged(old, live_value, weight);
+      const bool is_bad = !is_finite(average);
+      nonfinite += is_bad && (count_live || is_finite(live_value));
+      if (is_bad && !takes_live(old, live_value, weight.copies)) continue;
+      set(shadows[0], 0, is_bad || weight.copies ? live_value : average);
+      store_pack(shadows[0], shadow + at, 0);
+    }
+  }
+
+ private:
+  template <int kCount>
+  static __device__ __forceinline__ Op get(const Pack<Shadow, kCount>& shadows, int i) {
+    if constexpr (std::is_same_v<Shadow, Planes>) {
+      return join_planes(shadows.high.values[i], shadows.low.values[i]);
+    } else {
+      return load_as<Op>(shadows.values[i]);
+    }
+  }
+  template <int kCount>
+  static __device__ __forceinline__ void set(Pack<Shadow, kCount>& shadows, int i, Op value) {
+    if constexpr (std::is_same_v<Shadow, Planes>) {
+      shadows.high.values[i] = high_plane(value);
+      shadows.low.values[i] = low_plane(value);
+    } else {
+      shadows.values[i] = store_as<Shadow>(value);
     }
   }
 };
@@ -279,9 +324,12 @@ struct CopyBytes {
   __device__ double load_weight(int) const { return 0.0; }
   __device__ Weight weight(int, double) const { return {}; }
   template <int kCount>
-  __device__ __forceinline__ void apply(Pack<uint8_t, kCount>& shadows, const Pack<uint8_t, kCount>& lives, Weight) {
+  __device__ __forceinline__ bool apply(Pack<uint8_t, kCount>& shadows, const Pack<uint8_t, kCount>& lives, Weight) {
     shadows = lives;
+    return true;
   }
+  template <int kCount>
+  __device__ void settle(uint32_t, uint8_t*, const uint8_t*, Weight, int) {}
 };
 
 // ---- one chunk ----
@@ -329,14 +377,19 @@ __device__ __forceinline__ void run_tiles(const Rows& rows, Pointer<Shadow> firs
       // registers of another. The outer one is for scalars, where the inner ones become predicates.
       if (kCount > 1 || left > 0) {
         typename Rule::Weight weight;
+        uint32_t bad = 0;
 #pragma unroll
         for (int n = 0; n < kDepth; ++n) {
           if (n * kThreads < left) {
             if (n == 0) weight = rule.weight(k, loaded_weight);
-            rule.apply(tile[n], lives[n], weight);
-            store_pack(tile[n], shadow + offset, n);
+            if (rule.apply(tile[n], lives[n], weight)) {
+              store_pack(tile[n], shadow + offset, n);
+            } else {
+              bad |= 1u << n;
+            }
           }
         }
+        if (bad != 0) rule.template settle<kCount>(bad, shadow + offset, live + offset, weight, k);
       }
       shadow = next;
     }
@@ -393,8 +446,7 @@ __device__ __forceinline__ void average(const Rows& rows, const Chunk& chunk, co
   Average<kSkipNonfinite, Shadow, Live> rule{args, chunk.kind >= kConvert};
   run_chunk<Shadow, Live>(rows, chunk, rule);
   if constexpr (kSkipNonfinite) {
-    if (args.count_nonfinite && !rule.converts)
-      add_nonfinite(nonfinite, rule.nonfinite / args.shadows);  // counted once
+    if (!rule.converts) add_nonfinite(nonfinite, rule.nonfinite);
   }
 }
 

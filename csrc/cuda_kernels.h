@@ -14,8 +14,8 @@ using CudaError = const char*;
 // How many blocks the device holds at once: what the chunk size is adapted to.
 CudaError resident_blocks(int device, int64_t& blocks);
 
-// One update. `chunks` [args.shadows * count] and `nonfinite` (a count of live elements that are not finite) lie in the
-// memory of `device`.
+// One update. `chunks` [args.shadows * count] and `nonfinite` (a count of live values and averages that are not finite)
+// lie in the memory of `device`.
 CudaError launch_update(const Chunk* chunks, int64_t count, const UpdateArgs& args, unsigned long long* nonfinite,
                         int device, void* stream);
 

@@ -2,9 +2,9 @@
 //
 //   shadow <- shadow + weight * (live - shadow)        weight = 1 - decay
 //
-// in the two-branch form of torch.lerp (aten/src/ATen/native/Lerp.h): from 0.5 on it is computed from the live end,
-// so weight 1 copies exactly and weight 0 keeps exactly. Always one fused multiply-add, so that every backend and
-// every instruction set gives the same bits.
+// in the two-branch form of torch.lerp (aten/src/ATen/native/Lerp.h): from 0.5 on it is computed from the live end.
+// Weight 1 copies, whatever the shadow is (lerp would keep its NaN), and weight 0 keeps. Always one fused multiply-add,
+// so that every backend and every instruction set gives the same bits.
 #pragma once
 
 #include <cmath>
@@ -161,12 +161,14 @@ template <class Op>
 struct Weight {
   Op coefficient;  // multiplies live - shadow
   bool from_live;  // what it is added to
+  bool copies;     // weight 1: the live value itself, also over NaN, and a zero with its sign
 
   Weight() = default;
   EMA_FN explicit Weight(double weight_of_live) {
     const Op weight = static_cast<Op>(weight_of_live);
     from_live = !(weight < Op(0.5));
     coefficient = from_live ? weight - Op(1) : weight;
+    copies = weight == Op(1);
   }
 };
 
@@ -175,28 +177,12 @@ EMA_FN Op averaged(Op shadow, Op live, Weight<Op> weight) {
   return fused_multiply_add(weight.coefficient, live - shadow, weight.from_live ? live : shadow);
 }
 
-// Under skip_nonfinite an element whose live value is NaN or infinite, seen in opmath, keeps its shadow.
-template <class Shadow, class Live>
-EMA_FN bool is_nonfinite(Live live) {
-  return !is_finite(load_as<Opmath<Shadow>>(live));
-}
-
-// 1 for such an element, else 0: computed, because a comparison would hold a predicate register of the GPU.
-template <class Shadow, class Live>
-EMA_FN uint32_t count_nonfinite(Live live) {
-  const Opmath<Shadow> value = load_as<Opmath<Shadow>>(live);
-  if constexpr (std::is_same_v<Shadow, double>) {
-    return !is_finite(value);
-  } else {
-    return ((float_bits(value) & 0x7f800000u) + 0x00800000u) >> 31;  // only the exponent of all ones carries
-  }
-}
-
-// One element: the new shadow.
-template <class Shadow, class Live>
-EMA_FN Shadow averaged_element(Shadow shadow, Live live, Weight<Opmath<Shadow>> weight) {
-  using Op = Opmath<Shadow>;
-  return store_as<Shadow>(averaged(load_as<Op>(shadow), load_as<Op>(live), weight));
+// Under skip_nonfinite an average that is not finite is not stored; `averaged` is not, if the shadow or the live value
+// is not. The element is counted, and keeps its shadow, unless that is what is not finite: then it takes the live
+// value.
+template <class Op>
+EMA_FN bool takes_live(Op shadow, Op live, bool copies) {
+  return is_finite(live) && (copies || !is_finite(shadow));
 }
 
 // A tensor that is copied into a shadow of another dtype.
@@ -204,15 +190,6 @@ template <class Shadow, class Live>
 EMA_FN Shadow converted_element(Live live) {
   using Op = std::conditional_t<std::is_same_v<Shadow, double> || std::is_same_v<Live, double>, double, float>;
   return store_as<Shadow>(load_as<Op>(live));
-}
-
-// Either of the two, chosen when it runs: before the narrowing, which both share.
-template <class Shadow, class Live>
-EMA_FN Shadow averaged_or_converted_element(Shadow shadow, Live live, Weight<Opmath<Shadow>> weight, bool converts) {
-  using Op = Opmath<Shadow>;
-  const Op live_value = load_as<Op>(live);
-  const Op average = averaged(load_as<Op>(shadow), live_value, weight);
-  return store_as<Shadow>(converts ? live_value : average);
 }
 
 }  // namespace fastema

@@ -242,12 +242,11 @@ void Plan::update(const std::vector<double>& weights, bool skip_nonfinite, const
   for (c10::VariableVersion& version : view_versions_) version.bump();
   for (int first = 0; first < shadows; first += kMaxShadows) {
     args.shadows = std::min(kMaxShadows, shadows - first);
-    args.count_nonfinite = first == 0;
+    args.count_live = first == 0;
     std::copy_n(weights.begin() + first, args.shadows, args.weights);
     if (device_.is_cpu()) {
       if (device != nullptr) std::copy_n(device + first, args.shadows, args.weights);
-      const int64_t nonfinite = cpu_table->update(*on_cpu_, first, args, at::get_num_threads(), isa_);
-      if (args.count_nonfinite) nonfinite_on_cpu_ += nonfinite;
+      nonfinite_on_cpu_ += cpu_table->update(*on_cpu_, first, args, at::get_num_threads(), isa_);
       continue;
     }
     args.device_weights = device == nullptr ? nullptr : device + first;

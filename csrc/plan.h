@@ -37,7 +37,8 @@ class Plan {
   // shadow <- shadow + weight * (live - shadow), or a copy, for every segment, in one parallel region or one launch
   // (of up to kMaxShadows shadows).
   //   weights         [K], 1 - decay each
-  //   skip_nonfinite  an element whose live value is NaN or infinite keeps its shadow, and is counted
+  //   skip_nonfinite  an element whose live value is NaN or infinite keeps its shadow, one whose shadow is takes the
+  //                   live value, and both are counted
   //   skip            float32 scalar on the plan's device, or none: not zero when the update runs: nothing happens
   //   device_weights  float64 [K] on the plan's device, or none: read instead of `weights` when the update runs
   void update(const std::vector<double>& weights, bool skip_nonfinite, const std::optional<at::Tensor>& skip,

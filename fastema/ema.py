@@ -75,8 +75,9 @@ class FastEMA:
         dtype: dtype of the shadow; None: float32 for bfloat16 and float16 weights, else the weights' own.
         device: device of the shadow; None: where the weights are. "cpu" for weights on a GPU: each update copies them
             to pinned host memory (one buffer of the weights' size) on a side stream, and a thread averages them there.
-        nonfinite: "skip": an element whose live value is NaN or infinite leaves its average unchanged. "propagate": it
-            is averaged like any other. What is NaN already when FastEMA is built stays so.
+        nonfinite: "skip": an element whose live value is NaN or infinite leaves its average unchanged; one whose
+            average is (it was built or loaded so) takes the live value. "propagate": both are averaged like any other
+            number, and only an update with decay 0, a copy, ends a NaN.
         capturable: keep step and weight in device memory, so that `update()` can be part of a captured CUDA graph. The
             graph holds addresses of this FastEMA: keep it alive as long as the graph is replayed. Where tensors of the
             model are replaced, older graphs still average the old ones: capture again.
@@ -464,8 +465,9 @@ class FastEMA:
         return self._decays.one_or_all([window / updates_per_epoch for window in windows])
 
     def nonfinite_count(self) -> int:
-        """Return how many elements did not update their average so far, because the live value was NaN or infinite.
+        """Return how many elements were not averaged so far because the live value or the average was NaN or infinite.
 
+        A live value is counted once for all averages. `nonfinite="propagate"` counts none.
         On a GPU this waits for the device.
         """
         return self._nonfinite_before + self._shadow.nonfinite_count()
@@ -777,7 +779,8 @@ class FastEMA:
         if count:
             self._warned_nonfinite = True
             warnings.warn(
-                f"{count} elements kept their average so far because the live weight was NaN or infinite: the training "
-                "itself has gone wrong",
+                f"{count} elements kept their average so far because the live weight was NaN or infinite (the training "
+                "itself has gone wrong), or took the live weight because the average was (it was built before the "
+                "weights were initialised, or loaded so)",
                 stacklevel=3,
             )

@@ -14,6 +14,8 @@ Differences from torch:
   rounded after the subtraction and at the end. An update differs by rounding alone, at most two units in the last
   place of the larger operand, and an average of equal weights stays exactly what it is. Called directly, the functions
   are torch's own.
+- A decay of 0 copies, also over an average that is NaN or infinite, and keeps the sign of a zero; torch's lerp keeps
+  the NaN for ever. At any other decay NaN propagates, as in torch.
 - Integer and bool tensors are copied at every update, whatever the function, your own too: under `use_buffers=True`
   torch freezes or shifts them with an EMA (it rounds down) and raises with SWA, and an average of counters means
   nothing.

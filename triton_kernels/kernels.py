@@ -112,6 +112,22 @@ def _averaged(old, new, weight, OP: tl.constexpr):
     return tl.fma(tl.zeros_like(difference) + coefficient, difference, tl.where(from_live, new, old))
 
 
+@triton.jit
+def _updated(old, new, weight, is_live, OP: tl.constexpr, SKIP_NONFINITE: tl.constexpr):
+    """Return the new average and whether the element is counted: see `takes_live` in csrc/ema_math.h.
+
+    is_live: whether `new` is finite.
+    """
+    average = _averaged(old, new, weight, OP)
+    copies = weight.to(OP) == 1.0
+    result = tl.where(copies, new, average)
+    is_bad = ~_is_finite(average)
+    if SKIP_NONFINITE:
+        takes_live = is_live & (copies | ~_is_finite(old))
+        result = tl.where(is_bad, tl.where(takes_live, new, old), result)
+    return result, is_bad
+
+
 # ---- one tile, one chunk ----
 
 
@@ -135,56 +151,57 @@ def _update_tile(
     KIND: tl.constexpr,
     K: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
+    COUNT_LIVE: tl.constexpr,
 ):
     """Update one tile and return `nonfinite` with its count added. Live is read once for all shadows."""
     stored_live = tl.load(live + offsets, mask=mask)
+    SHADOW: tl.constexpr = KIND % 32 // 4
+    LIVE: tl.constexpr = KIND % 4
     if KIND == COPY_BYTES:
         for k in tl.static_range(K):
             tl.store(shadows[k] + offsets, stored_live, mask=mask)
+    elif KIND >= CONVERT:
+        WIDE: tl.constexpr = tl.float64 if SHADOW == FLOAT64 or LIVE == FLOAT64 else tl.float32
+        new = _widened(stored_live, LIVE, WIDE)
+        for k in tl.static_range(K):
+            _store_average(shadows[k] + offsets, lows[k] + offsets, new, mask, SHADOW)
     else:
-        SHADOW: tl.constexpr = KIND % 32 // 4
-        LIVE: tl.constexpr = KIND % 4
-        if SHADOW == PLANES:
-            new = _widened(stored_live, LIVE, tl.float32)
-            finite = _is_finite(new)
-            for k in tl.static_range(K):
-                if KIND >= CONVERT:
-                    result = new
-                else:
-                    old = _joined(tl.load(shadows[k] + offsets, mask=mask), tl.load(lows[k] + offsets, mask=mask))
-                    result = _averaged(old, new, weights[k], tl.float32)
-                    if SKIP_NONFINITE:
-                        result = tl.where(finite, result, old)
-                high, low = _split(result)
-                tl.store(shadows[k] + offsets, high, mask=mask)
-                tl.store(lows[k] + offsets, low, mask=mask)
-            if SKIP_NONFINITE and KIND < CONVERT:
-                if mask is None:
-                    nonfinite += (~finite).to(tl.int32)
-                else:
-                    nonfinite += (~finite & mask).to(tl.int32)
-        elif KIND >= CONVERT:
-            WIDE: tl.constexpr = tl.float64 if SHADOW == FLOAT64 or LIVE == FLOAT64 else tl.float32
-            converted = _narrowed(_widened(stored_live, LIVE, WIDE), SHADOW)
-            for k in tl.static_range(K):
-                tl.store(shadows[k] + offsets, converted, mask=mask)
-        else:
-            OP: tl.constexpr = tl.float64 if SHADOW == FLOAT64 else tl.float32
-            new = _widened(stored_live, LIVE, OP)
-            finite = _is_finite(new)
-            for k in tl.static_range(K):
-                pointers = shadows[k] + offsets
-                stored = tl.load(pointers, mask=mask)
-                result = _narrowed(_averaged(_widened(stored, SHADOW, OP), new, weights[k], OP), SHADOW)
-                if SKIP_NONFINITE:
-                    result = tl.where(finite, result, stored)
-                tl.store(pointers, result, mask=mask)
+        OP: tl.constexpr = tl.float64 if SHADOW == FLOAT64 else tl.float32
+        new = _widened(stored_live, LIVE, OP)
+        is_live = _is_finite(new)
+        for k in tl.static_range(K):
+            old = _load_average(shadows[k] + offsets, lows[k] + offsets, mask, SHADOW, OP)
+            result, is_bad = _updated(old, new, weights[k], is_live, OP, SKIP_NONFINITE)
+            _store_average(shadows[k] + offsets, lows[k] + offsets, result, mask, SHADOW)
             if SKIP_NONFINITE:
-                if mask is None:
-                    nonfinite += (~finite).to(tl.int32)
-                else:
-                    nonfinite += (~finite & mask).to(tl.int32)
+                counted = is_bad
+                if k > 0 or not COUNT_LIVE:  # once for all shadows
+                    counted = is_bad & is_live
+                if mask is not None:
+                    counted = counted & mask
+                nonfinite += counted.to(tl.int32)
     return nonfinite
+
+
+@triton.jit
+def _load_average(pointers, low_pointers, mask, SHADOW: tl.constexpr, OP: tl.constexpr):
+    stored = tl.load(pointers, mask=mask)
+    if SHADOW == PLANES:
+        low = tl.load(low_pointers, mask=mask)
+        value = _joined(stored, low)
+    else:
+        value = _widened(stored, SHADOW, OP)
+    return value
+
+
+@triton.jit
+def _store_average(pointers, low_pointers, value, mask, SHADOW: tl.constexpr):
+    if SHADOW == PLANES:
+        high, low = _split(value)
+        tl.store(pointers, high, mask=mask)
+        tl.store(low_pointers, low, mask=mask)
+    else:
+        tl.store(pointers, _narrowed(value, SHADOW), mask=mask)
 
 
 @triton.jit
@@ -197,7 +214,7 @@ def _update_chunk(
     TILE: tl.constexpr,
     K: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
-    COUNT_NONFINITE: tl.constexpr,
+    COUNT_LIVE: tl.constexpr,
 ):
     count = tl.load(row + COUNT).to(tl.int32)
     LIVE: tl.constexpr = tl.uint8 if KIND == COPY_BYTES else STORED[KIND % 4]
@@ -217,28 +234,30 @@ def _update_chunk(
         full = count // TILE
         for tile in range(full):
             nonfinite = _update_tile(
-                shadows, lows, live, weights, tile * TILE + lanes, None, nonfinite, KIND, K, SKIP_NONFINITE
+                shadows, lows, live, weights, tile * TILE + lanes, None, nonfinite, KIND, K, SKIP_NONFINITE, COUNT_LIVE
             )
         if full * TILE < count:
             # A mask that is constant over 16 elements leaves the accesses 16 bytes wide; then come the last 15 at most.
             vectors = tl.multiple_of(count // 16 * 16, 16)
             offsets = full * TILE + lanes
             nonfinite = _update_tile(
-                shadows, lows, live, weights, offsets, offsets < vectors, nonfinite, KIND, K, SKIP_NONFINITE
+                shadows, lows, live, weights, offsets, offsets < vectors, nonfinite, KIND, K, SKIP_NONFINITE, COUNT_LIVE
             )
             if vectors < count:
                 last = vectors + tl.arange(0, 16)
                 rest = tl.zeros([16], tl.int32)
-                rest = _update_tile(shadows, lows, live, weights, last, last < count, rest, KIND, K, SKIP_NONFINITE)
-                if SKIP_NONFINITE and COUNT_NONFINITE and KIND < CONVERT:
+                rest = _update_tile(
+                    shadows, lows, live, weights, last, last < count, rest, KIND, K, SKIP_NONFINITE, COUNT_LIVE
+                )
+                if SKIP_NONFINITE and KIND < CONVERT:
                     _add_nonfinite(nonfinite_total, rest)
     else:
         for tile in range(tl.cdiv(count, TILE)):
             offsets = tile * TILE + lanes
             nonfinite = _update_tile(
-                shadows, lows, live, weights, offsets, offsets < count, nonfinite, KIND, K, SKIP_NONFINITE
+                shadows, lows, live, weights, offsets, offsets < count, nonfinite, KIND, K, SKIP_NONFINITE, COUNT_LIVE
             )
-    if SKIP_NONFINITE and COUNT_NONFINITE and KIND < CONVERT:
+    if SKIP_NONFINITE and KIND < CONVERT:
         _add_nonfinite(nonfinite_total, nonfinite)
 
 
@@ -255,7 +274,7 @@ def _add_nonfinite(nonfinite_total, nonfinite):
 @triton.jit(do_not_specialize=["nonfinite_total", "skip", "device_weights", "bits0", "bits1", "bits2", "bits3"])
 def update(
     table,  # int64 [chunks, SHADOWS + 2 * K]
-    nonfinite_total,  # int64 scalar: live elements that were not finite so far
+    nonfinite_total,  # int64 scalar: elements that were not finite so far
     skip,  # float32 scalar, or None: not zero: nothing happens
     device_weights,  # float64 [K], or None: read instead of the four
     bits0: tl.int64,  # 1 - decay of each shadow, the bits of a float64: a Python float would arrive as float32
@@ -266,7 +285,7 @@ def update(
     TILES: tl.constexpr,  # and the tile of each
     K: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
-    COUNT_NONFINITE: tl.constexpr,  # an element is counted once for all shadows
+    COUNT_LIVE: tl.constexpr,  # a live value that is not finite is counted once for all shadows
 ):
     """Average or copy every chunk of the table."""
     wanted = True if skip is None else tl.load(skip) == 0.0
@@ -291,7 +310,7 @@ def update(
                     TILES[i],
                     K,
                     SKIP_NONFINITE,
-                    COUNT_NONFINITE,
+                    COUNT_LIVE,
                 )
 
 

@@ -31,7 +31,8 @@ class Plan(Protocol):
 
         Args:
             weights: [K], 1 - decay each.
-            skip_nonfinite: an element whose live value is NaN or infinite keeps its shadow, and is counted.
+            skip_nonfinite: an element whose live value is NaN or infinite keeps its shadow, one whose shadow is takes
+                the live value, and both are counted.
             skip: float32 scalar on the plan's device; where it is not 0, nothing happens.
             device_weights: float64 [K] on the plan's device, read instead of `weights` when the update runs.
         """
@@ -40,7 +41,7 @@ class Plan(Protocol):
         """Swap the contents of live and of one shadow, bit for bit."""
 
     def nonfinite_count(self) -> int:
-        """Return how many live elements were not finite so far, each counted once for all shadows."""
+        """Return how many live values, each counted once for all shadows, and shadows were not finite so far."""
 
 
 class Watch(Protocol):

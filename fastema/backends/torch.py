@@ -96,22 +96,27 @@ class Plan:
                 else:
                     _scatter(planes.split(live.to(torch.float32)), [shadow], [low])
             for batch in batches:
-                self._average(batch, weight, skip_nonfinite, counts=which == 0)
+                self._average(batch, weight, skip_nonfinite, counts_live=which == 0)
         torch.autograd.graph.increment_version(self._views)
 
-    def _average(self, batch: list[Segment], weight: float, skip_nonfinite: bool, counts: bool) -> None:
+    def _average(self, batch: list[Segment], weight: float, skip_nonfinite: bool, counts_live: bool) -> None:
         shadows, lives = [segment.shadow for segment in batch], [segment.live for segment in batch]
         lows = [segment.low for segment in batch if segment.low is not None]
         opmath = torch.float64 if shadows[0].dtype == torch.float64 else torch.float32
         old, new = _joined(shadows), _joined(lives).to(shadows[0].device, opmath)
         old = planes.join(old, _joined(lows)) if lows else old.to(opmath)
+        copies = weight >= (1.0 if opmath == torch.float64 else 1.0 - 2.0**-25)  # what opmath rounds to 1
         result = torch.lerp(old, new, weight)
+        average = new if copies else result  # lerp keeps a NaN
         if skip_nonfinite:
-            finite = new.isfinite()
-            result = torch.where(finite, result, old)
-            if counts:  # an element is counted once for all shadows
-                self._nonfinite = self._nonfinite + (finite.numel() - finite.count_nonzero())
-        _scatter(planes.split(result) if lows else (result,), shadows, lows)
+            is_bad = ~result.isfinite()
+            if is_bad.device.type != "cpu" or is_bad.any():  # a GPU would wait
+                is_live = new.isfinite()
+                takes_live = is_live if copies else is_live & ~old.isfinite()  # as in csrc/ema_math.h
+                average = torch.where(is_bad, torch.where(takes_live, new, old), average)
+                # A live value is counted once for all shadows.
+                self._nonfinite = self._nonfinite + (is_bad if counts_live else is_bad & is_live).count_nonzero()
+        _scatter(planes.split(average) if lows else (average,), shadows, lows)
 
     def nonfinite_count(self) -> int:
         return int(self._nonfinite)

@@ -216,7 +216,7 @@ class _Launch:
             TILES=self._tiles,
             K=self._shadows,
             SKIP_NONFINITE=skip_nonfinite,
-            COUNT_NONFINITE=self._first == 0,
+            COUNT_LIVE=self._first == 0,
             **self._options,
         )
 

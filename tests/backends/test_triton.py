@@ -132,7 +132,7 @@ def update_source(
         "skip": None,
         "device_weights": None,
         "SKIP_NONFINITE": True,
-        "COUNT_NONFINITE": True,
+        "COUNT_LIVE": True,
         "K": shadows,
     }
     defaults |= {"VARIANTS": variants, "TILES": tuple(map(kernels.tile_elements, variants)), **constants}

@@ -111,7 +111,7 @@ def segments(
     places = [(size, *offsets) for size in sizes for offsets in OFFSETS]
     lives = [with_offset(hostile(size, live_dtype, size), offset) for size, _, offset in places]
     shadows = [
-        [with_offset(values(size, dtype=shadow_dtype, seed=size + k + 1), offset) for size, offset, _ in places]
+        [with_offset(hostile(size, shadow_dtype, size + k + 1), offset) for size, offset, _ in places]
         for k in range(count)
     ]
     return shadows, lives

@@ -29,10 +29,12 @@ def exact(tensor: Tensor) -> Array:
 
 
 def averaged(shadow: Array, live: Array, weight: float, skip_nonfinite: bool = True) -> Array:
-    """The rule as the mathematician writes it."""
+    """The rule as the mathematician writes it, and what becomes of numbers that are none."""
     with np.errstate(invalid="ignore", over="ignore"):
-        result = shadow + np.longdouble(weight) * (live - shadow)
-    return np.where(np.isfinite(live), result, shadow) if skip_nonfinite else result
+        result = live if weight == 1 else shadow + np.longdouble(weight) * (live - shadow)
+    if not skip_nonfinite:
+        return result
+    return np.where(np.isfinite(live), np.where(np.isfinite(shadow), result, live), shadow)
 
 
 def tolerance(shadow: Array, live: Array, dtype: torch.dtype) -> Array:

@@ -349,6 +349,64 @@ def test_the_swap_warns_too(backend: str) -> None:
     ema.restore()
 
 
+BAD = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_loaded_average_that_is_not_finite_takes_the_live_value_and_is_said(
+    backend: str, bad: float, dtype: torch.dtype
+) -> None:
+    model = nn.Linear(4, 2).to(dtype)
+    ema = FastEMA(model, decay=0.9, decay_type="constant", backend=backend)
+    state = copy.deepcopy(ema.state_dict())
+    state["shadow"]["weight"][0, 0] = bad
+    ema.load_state_dict(state)
+    with torch.no_grad():
+        model.weight.add_(1)
+    ema.update()
+    average = ema.shadow_state_dict()["weight"]
+    assert average[0, 0] == model.weight[0, 0] and average[0, 1] != model.weight[0, 1]
+    assert ema.nonfinite_count() == 1
+    with pytest.warns(UserWarning, match="1 elements .* or took the live weight because the average was"):
+        ema.apply_shadow()
+    ema.restore()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ema.update()
+        ema.state_dict()
+    assert ema.nonfinite_count() == 1
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"update_after_step": 3},
+        {"decay": 0.0, "decay_type": "constant"},
+        *({"decay_type": name} for name in ("warmup", "debiased")),
+        {"decay_type": "power", "sigma_rel": 0.1},
+    ],
+    ids=lambda arguments: "-".join(map(str, arguments.values())),
+)
+@pytest.mark.filterwarnings("ignore:.*took the live weight because the average was")
+def test_an_average_built_before_the_weights_were_initialised_is_what_the_first_copy_makes_it(
+    backend: str, arguments: dict[str, Any], nonfinite: Any
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.Linear(4, 2, dtype=dtype)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([*BAD, -0.0] * 2).view(2, 4))
+        ema = FastEMA(model, **{"decay": 0.9, **arguments}, nonfinite=nonfinite, backend=backend)
+        nn.init.normal_(model.weight)
+        with torch.no_grad():
+            model.weight[0, 0] = -0.0
+        ema.update()
+        with ema.swapped():
+            applied = bits(model)
+        assert applied == bits(model)
+
+
 def test_nonfinite_propagate(backend: str) -> None:
     weight = one()
     ema = FastEMA([("w", weight)], decay=0.5, decay_type="constant", nonfinite="propagate", backend=backend)

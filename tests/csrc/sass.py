@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -133,26 +133,33 @@ class Loop:
 @dataclass
 class Kernel:
     name: str  # mangled
+    rare: frozenset[int] = frozenset()  # lines of the source that hardly ever run: left out of the loops
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # -> index of the instruction behind it
 
     @property
     def loops(self) -> list[Loop]:
-        """The innermost loops that access memory."""
+        """The innermost loops that access memory, without what is rare in them."""
         spans = []
         for end, instruction in enumerate(self.instructions):
             begin = self.labels.get(instruction.target or "")
-            if begin is not None and begin < end:  # a jump to itself pads the end of the kernel
+            if begin is None or self.rare & set(instruction.lines):
+                continue
+            if begin < end:  # a jump to itself pads the end of the kernel
                 spans.append((begin, end + 1))
         innermost = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-        loops = [Loop(self.instructions[begin:end]) for begin, end in innermost]
+        loops = [
+            Loop([each for each in self.instructions[begin:end] if not self.rare & set(each.lines)])
+            for begin, end in innermost
+        ]
         return [loop for loop in loops if loop.accesses]
 
 
-def kernels(listing: str) -> Iterator[Kernel]:
-    """Each kernel of the listing."""
+def kernels(listing: str, rare: Iterable[int] = ()) -> Iterator[Kernel]:
+    """Each kernel of the listing; `rare`: see `Kernel`."""
+    lines_left_out = frozenset(rare)
     for section in re.split(r"\.section\s+\.text\.", listing)[1:]:
-        kernel = Kernel(re.split(r"[,\s]", section, maxsplit=1)[0])
+        kernel = Kernel(re.split(r"[,\s]", section, maxsplit=1)[0], lines_left_out)
         lines: list[int] = []
         chain_ends = True
         for line in section.splitlines():

@@ -102,3 +102,17 @@ def test_only_innermost_loops_with_memory_accesses_count() -> None:
     )
     (found,) = kernel(inner + STORES + idle).loops
     assert found.widths(is_load=True) == {16: 4} and not found.widths(is_load=False)
+
+
+def test_what_is_rare_is_left_out_of_a_loop_and_is_none_itself() -> None:
+    rare = """
+	//## File "/a.cu", line 15 inlined at "/a.cu", line 40
+	//## File "/a.cu", line 40
+.L_x_7:
+        /*0050*/                   LDG.E R40, desc[UR4][R4.64] ;
+        /*0060*/               @P2 BRA `(.L_x_7) ;
+	//## File "/a.cu", line 30
+"""
+    (without,) = next(kernels(HEAD + LOADS + rare + STORES + TAIL, rare=[40])).loops
+    (innermost,) = next(kernels(HEAD + LOADS + rare + STORES + TAIL)).loops
+    assert without.widths(is_load=True) == {16: 4} and innermost.widths(is_load=True) == {4: 1}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils as theirs
 
-from cases import Recorder, bits, small_model, tensors_of, train, values
+from cases import Recorder, bits, raw, small_model, tensors_of, train, values
 from fastema import swa_utils as ours
 from fastema.backends import native
 from fastema.core.averaged_model import functions
@@ -220,6 +220,22 @@ def test_nan_propagates(backend: str) -> None:
         model[0].weight[1, 1] = float("nan")
     averaged.update_parameters(model)
     assert averaged.module[0].weight.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_decay_0_copies_also_over_nan(backend: str, dtype: torch.dtype) -> None:
+    """Where torch's lerp keeps the NaN for ever; of another dtype than the weights too."""
+    for average_dtype in (dtype, torch.float32):
+        model = small_model(dtype)
+        averaged = ours.AveragedModel(model, multi_avg_fn=ours.get_ema_multi_avg_fn(0.0))
+        averaged.update_parameters(model)
+        averaged.module.to(average_dtype)
+        with torch.no_grad():
+            averaged.module[0].weight[0, 0], averaged.module[0].weight[0, 1] = float("nan"), float("inf")
+            model[0].weight[0, 2] = -0.0
+        averaged.update_parameters(model)
+        for got, live in zip(averaged.module.parameters(), model.parameters(), strict=True):
+            assert raw(got) == raw(live.to(average_dtype))
 
 
 def test_buffers_are_copied_every_time_or_averaged() -> None:

@@ -118,11 +118,14 @@ class Update:
         for device_type, plan in self._plans:
             plan.update([weight_on(device_type)], False)
         for (device, _), (averages, lives) in self._alike.items():
-            here = [live.to(device) for live in lives]
-            torch._foreach_lerp_(averages, here, weight_on(device.type))
+            here, weight = [live.to(device) for live in lives], weight_on(device.type)
+            if weight == 1:  # a copy, as in the kernels: lerp keeps a NaN
+                torch._foreach_copy_(averages, here)
+            else:
+                torch._foreach_lerp_(averages, here, weight)
         for averaged, live in self._mixed:
             wide = torch.promote_types(averaged.dtype, torch.float32)  # by the average's dtype, as in the kernels
-            result = torch.lerp(averaged.to(wide), live.to(averaged.device, wide), weight_on(averaged.device.type))
-            averaged.copy_(result)
+            new, weight = live.to(averaged.device, wide), weight_on(averaged.device.type)
+            averaged.copy_(new if weight == 1 else torch.lerp(averaged.to(wide), new, weight))
         for averaged, live in self._copies:
             averaged.copy_(live)

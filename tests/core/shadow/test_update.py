@@ -97,6 +97,7 @@ def test_instruction_sets_agree_bit_for_bit(
     for size in (1, 5, 17, 1025, 16385):
         old, live = values(size, dtype=shadow_dtype, seed=5), values(size, dtype=live_dtype, seed=6)
         live[size // 2] = float("nan")
+        old[size // 3] = float("inf")
         expected, got = old.clone(), old.clone()
         best = update(native, expected, live, 0.3, skip_nonfinite)
         plan = native.Plan([[got]], [live], [False], [])
@@ -104,7 +105,8 @@ def test_instruction_sets_agree_bit_for_bit(
         plan.update([0.3], skip_nonfinite, None)
         assert torch.equal(got.isnan(), expected.isnan())
         assert raw(got.nan_to_num(7.0)) == raw(expected.nan_to_num(7.0)), f"size {size}"
-        assert plan.nonfinite_count() == best.nonfinite_count() == int(skip_nonfinite)
+        bad = ~(old.isfinite() & live.isfinite())
+        assert plan.nonfinite_count() == best.nonfinite_count() == int(bad.sum()) * skip_nonfinite
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -126,7 +128,72 @@ def test_weight_0_keeps_and_weight_1_copies(backend: str, shadow_dtype: torch.dt
     update(module, kept, live, 0.0)
     update(module, copied, live, 1.0)
     assert raw(kept) == raw(old)
-    assert torch.equal(copied, live.to(torch.float64 if shadow_dtype == torch.float64 else torch.float32).to(old.dtype))
+    assert raw(copied) == raw(live.to(torch.float64 if shadow_dtype == torch.float64 else torch.float32).to(old.dtype))
+
+
+def broken(size: int, dtype: torch.dtype, seed: int, stride: int) -> Tensor:
+    """Return values of which every `stride`th is NaN, infinite or negative zero."""
+    tensor = values(size, dtype=dtype, seed=seed)
+    bad = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0]).to(dtype)
+    tensor[::stride] = bad[torch.arange(len(tensor[::stride])) % len(bad)]
+    return tensor
+
+
+@pytest.mark.parametrize("skip_nonfinite", [True, False], ids=["skipping", "plain"])
+@pairs
+def test_weight_1_copies_over_any_average(
+    backend: str, shadow_dtype: torch.dtype, live_dtype: torch.dtype, skip_nonfinite: bool
+) -> None:
+    """NaN and infinity in the average, and zeros with their signs; a live value that is not finite only if asked."""
+    for size in (1, 7, 1025):
+        old, live = broken(size, shadow_dtype, 30, 3), broken(size, live_dtype, 31, 5)
+        shadow = old.clone()
+        plan = update(backends.BACKENDS[backend], shadow, live, 1.0, skip_nonfinite)
+        keeps = ~live.isfinite() if skip_nonfinite else torch.zeros(size, dtype=torch.bool)
+        expected = torch.where(keeps, old, live.to(shadow_dtype))
+        assert torch.equal(shadow.isnan(), expected.isnan())
+        assert raw(shadow[~shadow.isnan()]) == raw(expected[~shadow.isnan()])
+        assert plan.nonfinite_count() == int((~(old.isfinite() & live.isfinite())).sum()) * skip_nonfinite
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-4, 0.3, 0.7, 0.999])
+@pairs
+def test_a_nonfinite_average_takes_a_finite_live_value_and_is_counted(
+    backend: str, shadow_dtype: torch.dtype, live_dtype: torch.dtype, weight: float
+) -> None:
+    module = backends.BACKENDS[backend]
+    for size in (1, 7, 1025):
+        old, live = broken(size, shadow_dtype, 32, 3), broken(size, live_dtype, 33, 5)
+        healthy = torch.where(old.isfinite(), old, live.to(shadow_dtype))
+        shadow, ordinary = old.clone(), healthy.clone()
+        plan = update(module, shadow, live, weight)
+        update(module, ordinary, live, weight)
+        takes = ~old.isfinite() & live.isfinite()
+        assert raw(shadow[takes]) == raw(live.to(shadow_dtype)[takes])
+        assert raw(shadow[old.isfinite()]) == raw(ordinary[old.isfinite()])
+        assert torch.equal(shadow.isfinite(), old.isfinite() | live.isfinite())
+        assert plan.nonfinite_count() == int((~(old.isfinite() & live.isfinite())).sum())
+        plan.update([weight], True, None)
+        assert plan.nonfinite_count() == int(takes.sum() + 2 * (~live.isfinite()).sum()), "counted once"
+
+
+def test_every_average_that_is_not_finite_is_counted_and_a_live_value_once_for_all(backend: str) -> None:
+    for count in (1, 2, 9):  # 9 are more than one launch takes
+        shadows = [broken(1025, torch.float32, k, 7 + k) for k in range(count)]
+        live = broken(1025, torch.float32, 40, 5)
+        taken = [int((~shadow.isfinite() & live.isfinite()).sum()) for shadow in shadows]
+        plan = backends.BACKENDS[backend].Plan([[shadow] for shadow in shadows], [live], [False], [])
+        plan.update([0.1] * count, True)
+        assert plan.nonfinite_count() == sum(taken) + int((~live.isfinite()).sum())
+        assert all(shadow[live.isfinite()].isfinite().all() for shadow in shadows)
+
+
+@pytest.mark.parametrize("skip_nonfinite", [True, False], ids=["skipping", "plain"])
+def test_an_average_that_overflows_is_not_stored(backend: str, skip_nonfinite: bool) -> None:
+    shadow, live = torch.full((9,), -3e38), torch.full((9,), 3e38)
+    plan = update(backends.BACKENDS[backend], shadow, live, 0.25, skip_nonfinite)
+    assert bool((shadow == (-3e38 if skip_nonfinite else float("inf"))).all())
+    assert plan.nonfinite_count() == 9 * skip_nonfinite
 
 
 @pytest.mark.parametrize("offset", OFFSETS)

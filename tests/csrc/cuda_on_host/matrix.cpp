@@ -94,7 +94,7 @@ void run(const Case& c) {
           const int64_t offset = shadow_offset + (k == 1 && size == 1025 ? 1 : 0);
           on_gpu[k].emplace_back(size, offset, shadow_size);
           on_cpu[k].emplace_back(size, offset, shadow_size);
-          if (!bytes_only) fill(on_gpu[k].back(), c.shadow, false);
+          if (!bytes_only) fill(on_gpu[k].back(), c.shadow, c.skip_nonfinite);
           std::memcpy(on_cpu[k].back().memory.get(), on_gpu[k].back().memory.get(), on_cpu[k].back().bytes);
           void *gpu_low = nullptr, *cpu_low = nullptr;
           if (has_planes(c.kind)) {
@@ -102,6 +102,11 @@ void run(const Case& c) {
             const int64_t low_offset = offset + (k == 2 && size == 1025 ? 1 : 0);
             gpu_lows[k].emplace_back(size, low_offset, 2);
             cpu_lows[k].emplace_back(size, low_offset, 2);
+            for (int64_t i = 0; i < size; ++i) {  // as a split leaves them: a stale one is not kept everywhere
+              uint16_t high;
+              std::memcpy(&high, on_gpu[k].back().data() + 2 * i, 2);
+              if ((high & 0x7f80) == 0x7f80) std::memset(gpu_lows[k].back().data() + 2 * i, 0, 2);
+            }
             std::memcpy(cpu_lows[k].back().memory.get(), gpu_lows[k].back().memory.get(), cpu_lows[k].back().bytes);
             gpu_low = gpu_lows[k].back().data(), cpu_low = cpu_lows[k].back().data();
           }
@@ -120,7 +125,7 @@ void run(const Case& c) {
   UpdateArgs args{};
   args.shadows = c.shadows;
   args.skip_nonfinite = c.skip_nonfinite;
-  args.count_nonfinite = true;
+  args.count_live = true;
   for (int k = 0; k < c.shadows; ++k) args.weights[k] = c.weight / (k + 1);
   const int64_t nonfinite_on_cpu = c.skip != nullptr ? 0 : update_on_cpu(work, 0, args, 1, best_isa());
 
