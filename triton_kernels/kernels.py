@@ -119,7 +119,7 @@ def _updated(old, new, weight, is_live, OP: tl.constexpr, SKIP_NONFINITE: tl.con
     is_live: whether `new` is finite.
     """
     average = _averaged(old, new, weight, OP)
-    copies = weight.to(OP) == 1.0
+    copies = tl.zeros_like(new) + weight.to(OP) == 1.0
     result = tl.where(copies, new, average)
     is_bad = ~_is_finite(average)
     if SKIP_NONFINITE:
