@@ -121,6 +121,32 @@ class TorchInACheckpoint(Torch):
         return {"model": model.state_dict(), "optimizer": {"state": {}}, "model_ema": self.averaged.state_dict()}
 
 
+class Lightning(Peer):
+    """Its callback's own hooks, on a module that holds the model as `net`."""
+
+    source = "lightning"
+    ours: ClassVar[dict[str, Any]] = {"decay": 0.99, "decay_type": "constant", "buffers": "average"}
+
+    def __init__(self, model: nn.Module) -> None:
+        lightning = package("lightning.pytorch")
+        self.module, self.trainer = lightning.LightningModule(), _Namespace(global_step=0)
+        self.module.net = model
+        self.callback = lightning.callbacks.EMAWeightAveraging(decay=0.99)
+        self.callback.setup(self.trainer, self.module, "fit")
+
+    def update(self, model: nn.Module, k: int) -> None:
+        self.trainer.global_step = k
+        self.callback.on_train_batch_end(self.trainer, self.module, None, None, k - 1)
+
+    def file(self, model: nn.Module) -> dict[str, Any]:
+        checkpoint = {"state_dict": dict(self.module.state_dict()), "global_step": self.trainer.global_step}
+        self.callback.on_save_checkpoint(self.trainer, self.module, checkpoint)
+        return checkpoint
+
+    def averages(self, model: nn.Module) -> dict[str, Tensor]:
+        return self.callback._average_model.module.net.state_dict()
+
+
 # ---- timm ----
 
 
@@ -549,7 +575,7 @@ class Callback(Rewritten):
 
 
 PEERS: tuple[type[Peer], ...] = (
-    *(Torch, TorchEqual, TorchInACheckpoint, Timm, TimmWarmup, Diffusers, DiffusersWarmup, DiffusersLater),
+    *(Torch, TorchEqual, TorchInACheckpoint, Lightning, Timm, TimmWarmup, Diffusers, DiffusersWarmup, DiffusersLater),
     *(TorchEma, TorchEmaConstant, EmaPytorch, EmaPytorchDefaults, MMEngine, MMEngineAnnealing, MMEngineEqual),
     *(Ignite, Composer, ComposerInactive, Ultralytics, KDiffusion, Boltz),
     *(LitEma, D2Go, Detr, SuperGradients, Edm2, Callback),

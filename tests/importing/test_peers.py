@@ -33,6 +33,7 @@ def threshold(k: int) -> float:
 DECAYS: dict[type[Peer], Callable[[int], float | None]] = {
     peers.Torch: lambda k: 0.0 if k == 1 else 0.99,
     peers.TorchEqual: lambda k: (k - 1) / k,
+    peers.Lightning: lambda k: 0.0 if k == 1 else 0.99,
     peers.Timm: lambda k: 0.0 if k == 1 else 0.99,
     peers.TimmWarmup: warmup,
     peers.Diffusers: lambda k: 0.0 if k == 1 else threshold(k - 1),
@@ -74,7 +75,7 @@ def test_the_decay_of_every_call(kind: type[Peer]) -> None:
         peer.update(model, k)
         decay = DECAYS[kind](k)
         left *= 1.0 if decay is None else decay
-        assert float(peer.averages(model)["0.weight"][0, 0]) == pytest.approx(1 - left, abs=1e-6), k
+        assert float(peer.averages(model)["0.weight"].detach()[0, 0]) == pytest.approx(1 - left, abs=1e-6), k
 
 
 def row_of(kind: type[Peer]) -> dict[str, str]:
@@ -96,7 +97,7 @@ def test_buffers_dtype_and_count(kind: type[Peer]) -> None:
     for k in range(1, 41):
         fill(model, float(k))
         peer.update(model, k)
-        averages, weight = peer.averages(model), float(peer.averages(model)["0.weight"][0, 0])
+        averages, weight = peer.averages(model), float(peer.averages(model)["0.weight"].detach()[0, 0])
         mean, count = averages.get("1.running_mean"), averages.get("1.num_batches_tracked")
         if k > 30:
             statistics.add(
