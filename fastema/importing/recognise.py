@@ -50,6 +50,8 @@ def recognise(content: Mapping[str, Any], origin: str, source: str = "auto") -> 
             found = [each for each in _walk(content, readers, (), _DEPTH) if source in ("auto", each.source)]
         except NotAverageYet as error:
             raise ValueError(f"{origin}: {error}; build FastEMA as for a new run") from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"{origin} has the keys of a known format and values of other types: {error!r}") from error
         if len(found) > 1:
             places = "; ".join(f"{each.source} at {each.where or 'the top'}" for each in found)
             raise ValueError(f"{origin} has several averages ({places}): hand over the one part, or its source=")

@@ -191,6 +191,27 @@ def test_checkpoints_without_an_average_are_refused() -> None:
             fastema.import_average(FastEMA(model), content)
 
 
+MALFORMED: tuple[dict[str, Any], ...] = (
+    {"decay": "high", "num_updates": 3, "shadow_params": []},
+    {"optimization_step": "3", "update_after_step": 0, "use_ema_warmup": False, "shadow_params": []},
+    {"optimization_step": 3, "update_after_step": 0, "use_ema_warmup": True, "inv_gamma": 0, "shadow_params": []},
+    {"state_dict": {}, "current_model_state": {}, "averaging_state": 3},
+    {"state": {"algorithms": [("EMA", 3)]}},
+    {"stds": ["wide"], "emas": [{"a": torch.ones(1)}]},
+    {"step": [], "num_updates": 1, "shadow": {}},
+    {"model_ema": {"a": torch.ones(1)}, "ema_sched": {"last_epoch": "x"}},
+)
+
+
+@pytest.mark.parametrize("content", MALFORMED, ids=range(len(MALFORMED)))
+def test_values_of_other_types_are_one_error(content: dict[str, Any]) -> None:
+    ema = FastEMA(Net())
+    before = snapshot(ema)
+    with pytest.raises(ValueError):
+        fastema.import_average(ema, content)
+    assert snapshot(ema) == before
+
+
 def test_several_averages_are_refused_and_a_source_selects() -> None:
     model = Net()
     content = {"ema_net": an_average(model), "state_dict_ema": an_average(model, "module.")}
