@@ -562,6 +562,21 @@ class FastEMA:
             self._ensure_current()  # it finds averages by the memory of the tensors
         return self._model_state(which, self._shadow.averages(which))
 
+    def full_state_dict(self, which: int = 0) -> dict[str, Any]:
+        """Return copies of the averaged weights in the CPU's memory, whole also where the model is sharded.
+
+        Every process must call it. That of rank 0 gets the weights under the model's own keys, the others get nothing.
+
+        Raises:
+            RuntimeError: the model's structure, shapes, dtypes or devices changed.
+
+        Examples:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> list(FastEMA(model).full_state_dict())
+            ['weight', 'bias']
+        """
+        return state.gathered(self.shadow_state_dict(which), self._source)
+
     def _model_state(self, which: int, averages: list[tuple[Any, Tensor]]) -> dict[str, Any]:
         is_in = self.is_applied and self._shadow.applied == which
         return state.model_state(self._source, self._shadow, averages, is_in, partial(self.swapped, which=which))

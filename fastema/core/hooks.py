@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastema.core.engine_steps import is_engine, steps_of
+
 #: Wrappers that step the optimizer inside exactly where the training steps: module, class, attribute.
 _WRAPPERS = (
     ("accelerate.optimizer", "AcceleratedOptimizer", "optimizer"),
@@ -184,12 +186,15 @@ def checked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         wrapper = getattr(sys.modules.get(module), name, None)  # nothing is one where its module was not imported
         while wrapper is not None and isinstance(optimizer, wrapper):
             optimizer = getattr(optimizer, inside)
+    if is_engine(optimizer):
+        return steps_of(optimizer)
     # torch marks the step() that runs hooks; timm's Lookahead inherits the hooks' dictionaries but never runs them.
     has_hooks = hasattr(optimizer, "_optimizer_step_post_hooks") and getattr(type(optimizer).step, "hooked", False)
     if not (isinstance(optimizer, torch.optim.Optimizer) and has_hooks):
         raise TypeError(
             f"attach() needs a torch.optim.Optimizer with step hooks, got a {type(optimizer).__name__}. Wrappers that "
-            "step by themselves (schedule-free, Lookahead) run none: call update() after their step() instead. Give "
+            "step by themselves (schedule-free, Lookahead) run none: call update() after their step() instead. With DeepSpeed "
+            "attach the engine. Give "
             "several optimizers one by one: attach(first, second)"
         )
     return optimizer

@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from fastema.core.model.policy import Policy, Source
+from fastema.core.model.policy import Policy, Source, named_tensors
+from fastema.core.model.tensors import refuse_elsewhere
 from fastema.core.shadow import state
 from fastema.core.shadow.storages import shadow_dtype
 from fastema.ema import FastEMA
@@ -44,6 +45,7 @@ class ExternalAverage:
         device: torch.device | str | int | None = None,
         may_split: bool = False,
     ) -> None:
+        refuse_elsewhere("this average", named_tensors(source))  # FastEMA would go on with parts of tensors
         self.source = source
         self._ema = (FastEMA if may_split else _UnsplitEMA)(
             source, decay, decay_type="constant", policy=policy, dtype=dtype, device=device, nonfinite="propagate"

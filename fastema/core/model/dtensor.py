@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastema.core.model import zero3
 from fastema.core.model.tensors import FSDP1, is_wrapper
 
 
@@ -28,8 +29,10 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def local_part(tensor: Any) -> Tensor:
-    """Return the part in this process's memory: of a DTensor its local tensor, else the tensor itself."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor
+    """Return the part in this process's memory: of a sharded tensor its local one, else the tensor itself."""
+    if is_dtensor(tensor):
+        return tensor._local_tensor
+    return tensor.ds_tensor if zero3.is_partitioned(tensor) else tensor
 
 
 def has_storage(tensor: Any) -> bool:
@@ -44,7 +47,9 @@ def has_storage(tensor: Any) -> bool:
 
 
 def as_dtensor_like(whole: Any, local: Tensor) -> Tensor:
-    """Return `local` as a DTensor like `whole`, or itself if `whole` is none; it shares memory."""
+    """Return `local` as a DTensor like `whole`, or itself if `whole` is not sharded; it shares memory."""
+    if zero3.is_partitioned(whole):
+        return zero3.as_dtensor(whole, local)
     if not is_dtensor(whole):
         return local
     spec = whole._spec  # from_local() would move an offloaded average to the mesh's device
@@ -79,6 +84,18 @@ def difference(name: str, target: Any, value: Any) -> str | None:
     return None
 
 
+def as_dtensor(tensor: Any) -> Any:
+    """Return a tensor that ZeRO-3 has partitioned as a flat DTensor, and others as they are."""
+    return zero3.as_dtensor(tensor, tensor.ds_tensor) if zero3.is_partitioned(tensor) else tensor
+
+
+def in_shape_of(whole: Any, value: Any) -> Any:
+    """Return `value` in the shape that the state has of `whole`: flat, where ZeRO-3 has partitioned that."""
+    if isinstance(value, Tensor) and zero3.is_partitioned(whole) and value.shape == whole.ds_shape:
+        return value.flatten()
+    return value
+
+
 def assignment(target: Any, value: Any) -> tuple[Tensor, Tensor]:
     """Return the local tensors of `target.copy_(value)`, without communication; a plain `value` is sharded first."""
     if is_dtensor(target) and not is_dtensor(value):
@@ -90,15 +107,20 @@ def assignment(target: Any, value: Any) -> tuple[Tensor, Tensor]:
 
 
 class GatheredParameters:
-    """Access to the parameters that FSDP2 gathers for these modules.
+    """Access to the parameters that FSDP2, or DeepSpeed's ZeRO-3, gathers for these modules.
 
     Raises:
         ValueError: a module is wrapped by FSDP's first version.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        package: Any = sys.modules.get("torch.distributed.fsdp")
         self._groups: list[Any] = []
+        self._partitioned: list[Tensor] = []
+        if "deepspeed" in sys.modules:
+            modules = list(modules)
+            parameters = [parameter for module in modules for parameter in module._parameters.values()]
+            self._partitioned = [parameter for parameter in parameters if zero3.is_partitioned(parameter)]  # type: ignore[misc]
+        package: Any = sys.modules.get("torch.distributed.fsdp")
         if package is None:
             return
         for module in modules:
@@ -111,6 +133,7 @@ class GatheredParameters:
                 self._groups += [group for group in groups if group not in self._groups]
 
     def __bool__(self) -> bool:
+        """Return True if modules have gathered parameters in the place of their own: those of FSDP2."""
         return bool(self._groups)
 
     @contextmanager
@@ -131,6 +154,7 @@ class GatheredParameters:
         for group in self._groups:
             group.wait_for_unshard()  # a prefetch may be running
             group._to_sharded()  # as reshard(), but also after a forward that raised
+        zero3.drop_gathered(self._partitioned)
 
     def tensors(self) -> list[Tensor]:
         """Return the gathered parameters, to which recorded graphs refer."""

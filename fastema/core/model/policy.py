@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fastema.backends.atomic import run_atomically
-from fastema.core.model import dtensor
+from fastema.core.model import dtensor, zero3
 from fastema.core.model.tensors import why_no_storage
 
 Rule = Literal["average", "copy", "skip"]
@@ -46,13 +46,13 @@ class Managed:
     names: list[str] = field(default_factory=list)
     slots: list[tuple[dict[str, Any], str]] = field(default_factory=list)  # (dict, key) of each place in a module
     loose: bool = False  # a copied buffer that the model reassigns: looked up in its slot at every update
-    tensor: Tensor = field(init=False)  # the local memory: `whole`, or a DTensor's local tensor
+    tensor: Tensor = field(init=False)  # the local memory: `whole`, or of a sharded tensor the local one
     layout: str = field(init=False)  # description at the time of building, for errors: `tensor.data = ...` changes it
 
     def __post_init__(self) -> None:
         self.tensor = dtensor.local_part(self.whole)
         lazy = nn.parameter.is_lazy(self.whole)  # a lazy parameter has no shape
-        shape = "?" if lazy else tuple(self.whole.shape)
+        shape = "?" if lazy else tuple(zero3.shape_of(self.whole))
         self.layout = f"{shape} {self.tensor.dtype} on {self.tensor.device}{dtensor.placement(self.whole)}"
 
     @property
@@ -176,7 +176,10 @@ def _rule_for(slot: _Slot, buffers: Buffers, policy: Policy | None) -> Rule:
 def _refuse_unmanageable(slot: _Slot) -> None:
     tensor = dtensor.local_part(slot.tensor)
     reason: str | None
-    if tensor is not slot.tensor and slot.module is None:
+    if zero3.is_partitioned(slot.tensor):
+        alone = "is partitioned by DeepSpeed's ZeRO-3: give FastEMA the engine, or its module, not tensors alone"
+        reason = alone if slot.module is None else zero3.why_not(slot.tensor) or why_no_storage(tensor)
+    elif tensor is not slot.tensor and slot.module is None:
         reason = "is a DTensor without its module, in which FSDP may keep copies of it: give FastEMA the model itself"
     elif dtensor.has_partial_sums(slot.tensor):
         reason = f"holds sums that are not reduced yet, {slot.tensor.placements}: redistribute() it"  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastema.backends import planes
 from fastema.backends.atomic import Step
-from fastema.core.model import dtensor
+from fastema.core.model import dtensor, zero3
 from fastema.core.model.policy import Managed
 from fastema.core.shadow.storages import ShadowStorage
 
@@ -66,7 +66,8 @@ class Average:
         target, part = dtensor.assignment(self.shown(), value)
         if self.low is None:
             return [partial(Tensor.copy_, target, part)]
-        return planes.filling(self.view.detach(), self.low, part.detach())
+        own = slice(target.numel()) if zero3.is_partitioned(self.entry.whole) else ...  # without its padding
+        return planes.filling(self.view.detach()[own], self.low[own], part.detach())
 
     def value(self) -> Tensor:
         """Return the average; of two planes a copy."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastema import backends
 from fastema.backends import contract
 from fastema.backends import torch as plain_torch
-from fastema.core.model import dtensor
+from fastema.core.model import dtensor, zero3
 from fastema.core.model.policy import Managed, Source, named_tensors
 from fastema.core.model.tensors import why_no_storage
 from fastema.core.shadow import offload
@@ -74,8 +74,11 @@ class Shadow:
         self._dicts = [slots for module in modules for slots in (module._parameters, module._buffers, module._modules)]
         self._gathered = dtensor.GatheredParameters(modules)
         self._parts: list[tuple[Any, Tensor]] = [
-            (entry.whole, entry.tensor) for entry in managed if entry.tensor is not entry.whole
+            (entry.whole, entry.tensor) for entry in managed if dtensor.is_dtensor(entry.whole)
         ]  # DTensors and their local tensors
+        self._zero3_parts: list[tuple[Any, Tensor]] = [
+            (entry.whole, entry.tensor) for entry in managed if zero3.is_partitioned(entry.whole)
+        ]
         self._swap: Swap | None = None  # the one that is entered, or was last
         self._which = 0  # the shadow that it exchanges
         self._one_call: Callable[..., str | None] | None = None  # watch and update in one
@@ -140,14 +143,16 @@ class Shadow:
 
     @property
     def is_sharded(self) -> bool:
-        """True if some tensors are DTensors."""
-        return bool(self._parts)
+        """True if each process has a part only of some tensors."""
+        return bool(self._parts or self._zero3_parts)
 
     # ---- every step ----
 
     def is_current(self) -> bool:
         """Return True if model and averages are the same tensors in the same memory, and none has begun to train."""
-        return self._holds(self._watch.holds) and True not in map(_needs_gradient, self._frozen)
+        # Every update looks at the parts themselves; whether they are still those of the parameters, only this does.
+        has_parts = all(whole.ds_tensor is part for whole, part in self._zero3_parts)
+        return self._holds(self._watch.holds) and has_parts and True not in map(_needs_gradient, self._frozen)
 
     def _is_unchanged(self) -> bool:
         """Return True if the model has the same tensors in the same storages; their memory may differ."""
@@ -157,7 +162,7 @@ class Shadow:
         """Return the model's tensors by name; the sharded ones where an FSDP module has gathered them."""
         now = dict(named_tensors(self._source))
         for entry in self._mirrored:
-            if entry.tensor is not entry.whole:
+            if dtensor.is_dtensor(entry.whole):
                 now.update({name: entry.whole for name in entry.names if not dtensor.is_dtensor(now.get(name))})
         return now
 
@@ -245,7 +250,7 @@ class Shadow:
         """
         reason = (
             "the shadow is in host memory" if self.plans.offloaded else
-            "the model is sharded" if self._parts else
+            "the model is sharded" if self.is_sharded else
             "a buffer of the model is replaced by every forward" if self._loose[0] else None
         )  # fmt: skip
         if reason is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastema.backends.atomic import Step, run_atomically
 from fastema.backends.torch import place_of
 from fastema.core.checks import difference, refuse_differences
-from fastema.core.model import dtensor
+from fastema.core.model import dtensor, zero3
 from fastema.core.model.policy import Managed, Source, clean_name, named_tensors, unwrapped
 from fastema.core.model.tensors import why_no_storage, why_not_writable
 from fastema.core.shadow.averages import Average
@@ -87,6 +87,25 @@ def live_state(model: Source, shadow: Shadow, restored: Callable[[], AbstractCon
     return _state_of_side(model, shadow, tensors, False, restored, "trained")
 
 
+def gathered(state: dict[str, Any], source: Source) -> dict[str, Any]:
+    """Return a state with whole tensors in the CPU's memory in the process of rank 0, and an empty one in the others.
+
+    Every process must call it; one tensor at a time is gathered.
+    """
+    shapes = {name: zero3.shape_of(tensor) for name, tensor in named_tensors(source) if zero3.is_partitioned(tensor)}
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    whole: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            if dtensor.is_dtensor(value):
+                value = value.to(value.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+            value = value.view(shapes[key]) if key in shapes else value
+            value = value.detach().to("cpu", copy=True) if is_first else None
+        if is_first:
+            whole[key] = value
+    return whole
+
+
 def own_state(source: Source) -> dict[str, Any]:
     """Return the model's state as it is now, under the keys of the model inside its wrappers."""
     return unwrapped(source).state_dict() if isinstance(source, nn.Module) else dict(source)
@@ -113,13 +132,18 @@ def _state_of_side(
     managed = {place[0] for place in values} | shadow.live_storage_ids
     unmanaged = {_place(tensor)[0] for _, tensor in named_tensors(source) if dtensor.has_storage(tensor)} - managed
     result = dict(state)
+    partitioned = {name: tensor for name, tensor in named_tensors(source) if zero3.is_partitioned(tensor)}
     made_anew: list[str] = []
     for key, value in state.items():
         if not isinstance(value, Tensor):
             continue
+        name = clean_name(key)
+        if name in partitioned:  # empty in the model's own state
+            result[key] = named[name] if name in named else dtensor.as_dtensor(partitioned[name]).detach()
+            continue
         if not dtensor.has_storage(value):
             # A wrapper has no place. Put into the model inside a swap, it has the other side's value, if any.
-            result[key] = named.get(clean_name(key), value)
+            result[key] = named.get(name, value)
             continue
         place = _place(value)
         if place in values:
@@ -190,7 +214,7 @@ def copy_averages(shadow: Shadow, which: int, target: Source) -> None:
     Raises:
         ValueError: a name is missing there, or a shape differs.
     """
-    targets = dict(named_tensors(target))
+    targets = {name: dtensor.as_dtensor(tensor) for name, tensor in named_tensors(target)}
     averages = by_name(shadow.weights(which))
     others = [name for name in averages if name in targets and targets[name].dtype != averages[name].dtype]
     if others:
@@ -245,6 +269,10 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
     for which, values in enumerate(saved):
         averages = stored_by_name(shadow, which, saved_only=True)
         own = {name: average.shown() for name, average in averages.items()}
+        values = {
+            name: dtensor.in_shape_of(averages[name].entry.whole, value) if name in averages else value
+            for name, value in values.items()
+        }
         missing = [name for name in own if name not in values]
         unexpected = [name for name in values if name not in own]
         found = [name for name in own if name in values]
