@@ -24,6 +24,7 @@ except ModuleNotFoundError:  # the tests of a bare venv (make matrix, make gpu-b
 
 OPTIONAL = {
     "accelerate",
+    "deepspeed",
     "diffusers",
     "ema_pytorch",
     "lightning",

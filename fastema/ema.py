@@ -279,9 +279,9 @@ class FastEMA:
         `synchronize()` before you clamp or load weights after a step.
 
         Args:
-            *optimizers: one; or several that make one step together, in any order (a GAN's two, or one for each
-                parameter, stepped in backward): the EMA is updated once each of them has stepped. The wrappers of
-                Accelerate and opacus are unwrapped.
+            *optimizers: one, or a DeepSpeed engine; or several that make one step together, in any order (a GAN's two,
+                or one for each parameter, stepped in backward): the EMA is updated once each of them has stepped. The
+                wrappers of Accelerate and opacus are unwrapped.
 
         Returns:
             A handle; `handle.remove()` ends it.

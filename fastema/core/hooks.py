@@ -109,8 +109,8 @@ class AttachedOptimizers:
                 warnings.warn(
                     "an attached optimizer trains no tensor of the averaged model: it steps copies (as after "
                     "deepspeed.initialize, once for each of its parameter groups), or another model. Updates come "
-                    "at its steps, and may average weights that are not written yet. Call update() yourself, once "
-                    "after each step of the training, instead of attach()",
+                    "at its steps, and may average weights that are not written yet. With DeepSpeed attach the engine; "
+                    "else call update() yourself, once after each step of the training, instead of attach()",
                     stacklevel=5,
                 )
 
@@ -193,8 +193,7 @@ def checked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     if not (isinstance(optimizer, torch.optim.Optimizer) and has_hooks):
         raise TypeError(
             f"attach() needs a torch.optim.Optimizer with step hooks, got a {type(optimizer).__name__}. Wrappers that "
-            "step by themselves (schedule-free, Lookahead) run none: call update() after their step() instead. With DeepSpeed "
-            "attach the engine. Give "
-            "several optimizers one by one: attach(first, second)"
+            "step by themselves (schedule-free, Lookahead) run none: call update() after their step() instead. With "
+            "DeepSpeed attach the engine. Give several optimizers one by one: attach(first, second)"
         )
     return optimizer

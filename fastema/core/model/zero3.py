@@ -66,9 +66,8 @@ def _mesh(group: Any, device_type: str) -> Any:
     return DeviceMesh.from_group(group, device_type)
 
 
-def drop_gathered(tensors: Iterable[Any]) -> None:
-    """Free the parameters that DeepSpeed has gathered: the next forward gathers them again."""
-    for optimizer in {
-        id(tensor._z3_optimizer): tensor._z3_optimizer for tensor in tensors if is_partitioned(tensor)
-    }.values():
+def drop_gathered(parameters: Iterable[Any]) -> None:
+    """Free the parameters that DeepSpeed has gathered, or gathers now: the next forward gathers them again."""
+    gathered = [parameter for parameter in parameters if parameter.ds_status.name != "NOT_AVAILABLE"]
+    for optimizer in {id(parameter._z3_optimizer): parameter._z3_optimizer for parameter in gathered}.values():
         optimizer.empty_partition_cache()
