@@ -352,7 +352,12 @@ def test_what_is_refused(rank: Rank) -> None:
             patch.setattr(owner, name, value, raising=False)
             with pytest.raises(ValueError, match=f"'0.weight'.*{message}"):
                 FastEMA(engine)
-    with pytest.raises(TypeError, match="attach"):
+    plain = net()
+    before = FastEMA(plain)
+    engine_of(plain, 3)
+    with pytest.raises(RuntimeError, match=r"'0\.weight' is now .* partitioned by ZeRO-3, was "):
+        before.update()
+    with pytest.raises(TypeError, match="attach the engine"):
         FastEMA(engine).attach(engine.optimizer)
 
 

@@ -59,7 +59,9 @@ def as_dtensor_like(whole: Any, local: Tensor) -> Tensor:
 
 
 def placement(tensor: Any) -> str:
-    """Describe how a DTensor is sharded, for error messages; empty for others."""
+    """Describe how a tensor is sharded, for error messages; empty for those that are not."""
+    if zero3.is_partitioned(tensor):
+        return " partitioned by ZeRO-3"
     return f" as {tensor.placements} on {tensor.device_mesh}" if is_dtensor(tensor) else ""
 
 

@@ -444,8 +444,42 @@ def test_full_averages_on_rank_0(rank: Rank) -> None:
         plain = net()
         plain.load_state_dict(by_torch)
         assert_same(averages(FastEMA(plain)), gathered)
+        assert_same(ema.full_state_dict(), gathered)
     else:
         assert not by_torch
+        assert not ema.full_state_dict()
+
+
+@on_ranks(2)
+def test_a_model_that_is_sharded_after_its_average_was_built_is_refused(rank: Rank) -> None:
+    model = net()
+    ema = FastEMA(model, decay=0.5, decay_type="constant")
+    expected = {name: tensor.clone() for name, tensor in averages(ema).items()}
+    shard(model)
+    for call in (ema.update, ema.apply_shadow, ema.copy_to):
+        with pytest.raises(RuntimeError, match=r"build a new one.* is now .* as \(Shard\(dim=0\),\)"):
+            call()
+    assert_same(averages(ema), expected)
+
+
+@on_ranks(2)
+def test_a_checkpoint_that_is_written_beside_updates_and_swaps_has_the_moment_of_its_call(rank: Rank) -> None:
+    model = shard(net())
+    ema, optimizer = FastEMA(model, decay=0.5, decay_type="constant"), sgd(model)
+    train_step(model, optimizer, 0)
+    ema.update()
+    expected = {name: tensor.clone() for name, tensor in full(averages(ema)).items()}
+    group = dist.new_group()  # its messages would cross those of the training
+    writing = dcp.async_save({"ema": ema.state_dict()}, checkpoint_id=rank.folder / "saved", process_group=group)
+    for step in range(1, 4):
+        train_step(model, optimizer, step)
+        ema.update()
+        with ema.swapped(), torch.no_grad():
+            model(batch(step))
+    writing.result()
+    again = FastEMA(model, decay=0.5, decay_type="constant")
+    load(again, rank.folder / "saved")
+    assert_same(full(averages(again)), expected)
 
 
 @on_ranks(2)
