@@ -28,8 +28,8 @@ def why_elsewhere(tensor: Tensor) -> str | None:
         return None
     if hasattr(tensor, "ds_id") and tensor.shape != getattr(tensor, "ds_shape", None):
         return (
-            "is partitioned by DeepSpeed's ZeRO-3, and has no elements outside of a gathering: fastema.FastEMA(engine) "
-            "averages the parts"
+            "is partitioned by DeepSpeed's ZeRO-3, and has no elements outside of a gathering: FastEMA(engine), "
+            "built after deepspeed.initialize(), averages the parts"
         )
     if getattr(tensor, "_fsdp_flattened", False):  # flat parameters, and views of them
         return f"is sharded: {FSDP1}"

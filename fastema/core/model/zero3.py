@@ -19,7 +19,8 @@ from torch import Tensor
 
 
 def is_partitioned(tensor: Any) -> bool:
-    return isinstance(getattr(tensor, "ds_tensor", None), Tensor)
+    """Return True for a parameter with parts that an engine trains; before `deepspeed.initialize()` there is none."""
+    return isinstance(getattr(tensor, "ds_tensor", None), Tensor) and hasattr(tensor, "_z3_optimizer")
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
@@ -29,8 +30,6 @@ def shape_of(tensor: Tensor) -> torch.Size:
 
 def why_not(parameter: Any) -> str | None:
     """Return why the part of a partitioned parameter cannot be averaged; None: it can."""
-    if not hasattr(parameter, "_z3_optimizer"):
-        return "is partitioned by DeepSpeed's ZeRO-3 without an optimizer: build FastEMA after deepspeed.initialize()"
     if getattr(parameter.ds_tensor, "final_location", None) == "nvme":
         return "is offloaded to NVMe by DeepSpeed, where its part has no memory: offload parameters to the CPU instead"
     if getattr(parameter, "ds_secondary_tensor", None) is not None:

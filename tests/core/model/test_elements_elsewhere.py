@@ -62,7 +62,7 @@ def views_of_flat(model: nn.Module) -> nn.Module:
 
 
 HOLDERS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
-    "zero3": (partitioned, "partitioned by DeepSpeed's ZeRO-3.*GatheredParameters"),
+    "zero3": (partitioned, r"partitioned by DeepSpeed's ZeRO-3.*FastEMA\(engine\)"),
     "offloaded": (offloaded, "on the meta device: materialise.*without offloading"),
     "freed": (freed, "has no memory: its storage was freed"),
     "fsdp1": (flat, "fully_shard"),
