@@ -129,7 +129,8 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         ):
             raise ValueError(
                 "FastEMATrainerCallback does not work with FSDP and DeepSpeed: they shard the weights, and a "
-                "checkpoint would hold the average of one process's shards only"
+                "checkpoint would hold the average of one process's shards only. In a training loop of your own "
+                "FastEMA works with both"
             )
         averaged = (self._evaluate_weights, self._predict_weights) != ("base", "base")
         if averaged and (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):

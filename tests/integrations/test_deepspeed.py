@@ -398,3 +398,21 @@ def part_of_two(value: Tensor, mesh: Any) -> DTensor:
     size = -(-value.numel() // 2)
     own = value[mesh.get_rank() * size : (mesh.get_rank() + 1) * size].clone()
     return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=value.shape, stride=(1,))
+
+
+# ---- the callbacks refuse before the first step ----
+
+
+def test_the_callbacks_for_lightning_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastema.segmentation.torchvision_shim import import_torchvision
+
+    import_torchvision()
+    lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+    from fastema.integrations.lightning import EMAWeightAveraging, FastEMACallback
+
+    module, trainer = lightning.LightningModule(), lightning.Trainer(accelerator="cpu", logger=False)
+    strategy = lightning.strategies.DeepSpeedStrategy(stage=3)
+    monkeypatch.setattr(trainer._accelerator_connector, "strategy", strategy)
+    for callback in (EMAWeightAveraging(), FastEMACallback()):
+        with pytest.raises(ValueError, match=r"does not work with DeepSpeedStrategy|under DeepSpeed's ZeRO-3"):
+            callback.setup(trainer, module, "fit")

@@ -51,6 +51,11 @@ class WeightAveraging(callbacks.WeightAveraging):
         """Build the average when a fit begins."""
         if stage != "fit":
             return
+        if getattr(trainer.strategy, "zero_stage_3", False):
+            raise ValueError(
+                f"{type(self).__name__} averages a copy of the module, whose parameters are empty under DeepSpeed's "
+                "ZeRO-3: use stage 1 or 2, or FastEMA(engine) in a training loop of your own"
+            )
         if is_overridden("configure_model", pl_module):
             rank_zero_warn(
                 "WeightAveraging calls configure_model() to know the layers, and does not shard them: a model that "
