@@ -181,6 +181,10 @@ def test_one_update_a_step_under_accumulation_and_none_of_a_step_that_overflowed
         assert ema.num_updates == engine.global_steps == 2
         with ema.swapped(), pytest.raises(RuntimeError, match="while the EMA weights are applied"):
             train(engine, rank, 3)
+        engine.optimizer.zero_grad()
+        loss = engine(torch.ones(4, 7)).sum()
+        with ema.swapped(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            engine.backward(loss)
         del engine, ema, handle
     engine = engine_of(net(), 2)
     ema = FastEMA(engine, **HALF)

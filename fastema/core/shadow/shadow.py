@@ -356,9 +356,10 @@ class Shadow:
 
     def _versioned(self) -> list[Tensor]:
         """Return the tensors that recorded graphs may refer to."""
-        if not self._parts:
+        if not self.is_sharded:
             return self._tensors
-        return [*self._tensors, *(whole for whole, _ in self._parts), *self._gathered.tensors()]
+        wholes = (whole for whole, _ in (*self._parts, *self._zero3_parts))
+        return [*self._tensors, *wholes, *self._gathered.tensors()]
 
     def restore(self) -> None:
         """Swap the live weights back.
