@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from operator import is_
@@ -33,6 +34,7 @@ from fastema.core.checks import difference, refuse_differences
 from fastema.core.model.policy import AVERAGED_DTYPES, Rule
 from fastema.core.model.tensors import refuse_elsewhere
 from fastema.core.shadow.storages import shadow_dtype
+from fastema.core.swap.swap import SwapError
 from fastema.integrations.external_average import ExternalAverage, shadow_like
 
 __all__ = ["EMAModel"]
@@ -73,6 +75,7 @@ class EMAModel:
     """
 
     _external: ExternalAverage | None = None  # the average of the last parameters; a copy or a pickle has none
+    _owner: weakref.ref[nn.Module] | None = None  # their module, if known
 
     def __init__(
         self,
@@ -193,13 +196,17 @@ class EMAModel:
         Raises:
             SwapError: at the end of the block, if a parameter was changed in it so that it cannot take its trained
                 value. Nothing is changed; `error.live` has the trained values. Undo the change, then call `restore()`.
+                Also if the module of these parameters (known where `step()` was given `module.parameters()`) has other
+                tensors in their place: `parameters` have their trained values again, those others have none.
         """
         self._refuse_while_swapped("swapped()")
         external = self._external_for(self._listed_or_last(parameters))
         try:
             with external.swapped():
                 self._adopt(external)  # for state_dict(): the averages are elsewhere now
+                live = external.live_values()
                 yield self
+                self._refuse_others_in_their_place(live)
         finally:
             self._adopt(external)
 
@@ -285,7 +292,8 @@ class EMAModel:
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle holds the averages, not the model; its next step() makes the rest.
         self._refuse_while_swapped("pickling or copying an EMAModel")
-        return {**self.__dict__, "_external": None, "_lives": [], "_trained": [], "_views": []}
+        empty: dict[str, Any] = {"_external": None, "_owner": None, "_lives": [], "_trained": [], "_views": []}
+        return {**self.__dict__, **empty}
 
     # ---- inside ----
 
@@ -342,8 +350,18 @@ class EMAModel:
         self.shadow_params = shadow_params
         self._external, self._views = None, []
 
+    def _refuse_others_in_their_place(self, live: dict[str, Tensor]) -> None:
+        owner = None if self._owner is None else self._owner()
+        if owner is not None and not _same(list[Tensor](owner.parameters()), self._lives):
+            raise SwapError(
+                f"the {type(owner).__name__} has other parameters than when the averages were swapped into them, such "
+                "as quantised ones: they keep what they hold. The trained values are in this error's `.live`, by index",
+                {name: value.clone() for name, value in live.items()},
+            )
+
     def _listed_or_last(self, parameters: Parameters | nn.Module | None) -> list[Tensor]:
         if parameters is not None:
+            self._owner = _owner_of(parameters)
             return _listed(parameters)
         if not self._lives:
             raise ValueError("no step() was made yet that would tell the parameters: pass them")
@@ -370,6 +388,13 @@ def _listed(parameters: Parameters | nn.Module) -> list[Tensor]:
         _warn_deprecated("passing a module", "its parameters")
         return list(parameters.parameters())
     return list(parameters)
+
+
+def _owner_of(parameters: Any) -> weakref.ref[nn.Module] | None:
+    """Return a weak reference to the module whose `parameters()` these are, if a module made them."""
+    frame = getattr(parameters, "gi_frame", None)  # of a generator that has not ended
+    owner = parameters if frame is None else frame.f_locals.get("self")
+    return weakref.ref(owner) if isinstance(owner, nn.Module) else None
 
 
 def _numbered(parameters: list[Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -88,6 +88,10 @@ class ExternalAverage:
         """Open a block in which the averages are in the live tensors."""
         return self._ema.swapped()
 
+    def live_values(self) -> dict[str, Tensor]:
+        """Return the trained values by name, while the averages are in their place."""
+        return self._ema._shadow.live_values()
+
     def restore(self) -> None:
         """Put the trained weights back before the end of the block, or after a `SwapError`."""
         self._ema.restore()

@@ -511,3 +511,23 @@ def test_tensors_that_are_no_parameters() -> None:
     weight.fill_(5.0)
     ema.step([weight])
     assert ema.shadow_params[0].tolist() == [5.0] * 3, "a tensor that needs no gradient is copied"
+
+
+def test_other_parameters_in_the_model_at_the_end_of_a_swap_are_an_error() -> None:
+    """As torchao's quantize_ leaves them: the averages are of tensors, and the model keeps what was put into it."""
+    model = nn.Linear(3, 2)
+    ema = EMAModel(model.parameters(), decay=0.9, min_decay=0.9)
+    for _ in range(2):
+        ema.step(model.parameters())
+        with torch.no_grad():
+            model.weight.add_(1.0)
+    trained, weight = model.weight.detach().clone(), model.weight
+    with pytest.raises(SwapError, match="the Linear has other parameters than") as caught, ema.swapped():
+        model.weight = nn.Parameter(model.weight.detach().clone())
+    assert torch.equal(caught.value.live["0"], trained)
+    assert torch.equal(weight, trained), "the averaged tensors themselves have their trained values again"
+    with ema.swapped(list(model.parameters())):
+        model.weight = weight
+    with pytest.raises(ZeroDivisionError), ema.swapped():
+        raise ZeroDivisionError
+    copy.deepcopy(ema).step(model.parameters())
