@@ -156,7 +156,8 @@ class GatheredParameters:
         for group in self._groups:
             group.wait_for_unshard()  # a prefetch may be running
             group._to_sharded()  # as reshard(), but also after a forward that raised
-        zero3.drop_gathered(self._partitioned)
+        if self._partitioned:
+            zero3.drop_gathered(self._partitioned)
 
     def tensors(self) -> list[Tensor]:
         """Return the gathered parameters, to which recorded graphs refer."""

@@ -150,9 +150,12 @@ class Shadow:
 
     def is_current(self) -> bool:
         """Return True if model and averages are the same tensors in the same memory, and none has begun to train."""
+        if not self._holds(self._watch.holds):
+            return False
+        if self._frozen and True in map(_needs_gradient, self._frozen):
+            return False
         # Every update looks at the parts themselves; whether they are still those of the parameters, only this does.
-        has_parts = all(whole.ds_tensor is part for whole, part in self._zero3_parts)
-        return self._holds(self._watch.holds) and has_parts and True not in map(_needs_gradient, self._frozen)
+        return not self._zero3_parts or all(whole.ds_tensor is part for whole, part in self._zero3_parts)
 
     def _is_unchanged(self) -> bool:
         """Return True if the model has the same tensors in the same storages; their memory may differ."""

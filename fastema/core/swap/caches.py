@@ -36,6 +36,8 @@ class Merges:
         Raises:
             RuntimeError: a layer is, so that a swap would not reach what is merged into it.
         """
+        if not self._layers:
+            return
         self._at_entry = [bool(layer.merged) for layer in self._layers]
         if any(self._at_entry):
             raise RuntimeError(
@@ -46,7 +48,7 @@ class Merges:
 
     def changed(self) -> str | None:
         """Return what to say where a layer was merged since `enter()` and still is; None: none was."""
-        if [bool(layer.merged) for layer in self._layers] == self._at_entry:
+        if not self._layers or [bool(layer.merged) for layer in self._layers] == self._at_entry:
             return None
         return (
             f"an adapter was merged into a {self._name(True)}, whose weights and adapter are averages: unmerge it "
