@@ -13,6 +13,7 @@ from fastema.advisor.metric_names import (
     is_averaged,
     is_loss,
     is_metric,
+    is_of_a_part,
     key_of,
     known_mode_of,
     looks_numeric,
@@ -133,6 +134,23 @@ def average_of(history: History, metric: str) -> str | None:
     return next((name for name in averaged if key_of(name) == key_of(metric)), next(iter(alike), None))
 
 
+def averaged_by(history: History, metric: str) -> str:
+    """Return why a metric is an average's already; "" if it is not known to be."""
+    if is_averaged(metric):
+        return f"{metric} is an average's, by its name, and the model's own is not in the file"
+    if split_of(metric) != "train" and any(name.startswith("metrics/mAP") for name in history.columns):
+        return "ultralytics validates its EMA: these numbers are an average's already"
+    return ""
+
+
+def loss_beside(history: History, metric: str) -> str | None:
+    """Return the loss on the same data as a score; None: there is none, or the metric is a loss itself."""
+    if is_loss(metric):
+        return None
+    losses = [name for name in _candidates(history) if is_loss(name) and not is_averaged(name)]
+    return next((name for name in losses if split_of(name) == split_of(metric) and split_of(name) is not None), None)
+
+
 def metric_of(history: History, metric: str | None) -> str:
     """Return the column to judge: the given one, or the main one among the metrics of the validation.
 
@@ -167,7 +185,7 @@ def other_metrics(history: History, metric: str) -> list[str]:
     return [
         name
         for name in _candidates(history)
-        if name not in chosen and not is_averaged(name) and (of_training or not _is_training(history, name))
+        if name not in chosen and not is_averaged(name) and (of_training or not is_of_training(history, name))
     ]
 
 
@@ -178,7 +196,8 @@ def _candidates(history: History) -> list[str]:
     def key(name: str) -> tuple[object, ...]:
         return (
             name in averages.values(),
-            _is_training(history, name),
+            is_of_training(history, name),
+            is_of_a_part(name),
             known_mode_of(name) is None,
             is_loss(name),
             is_loss(name) and split_of(name) is None,
@@ -192,11 +211,13 @@ def _candidates(history: History) -> list[str]:
     return sorted(names, key=key)
 
 
-def _is_training(history: History, name: str) -> bool:
+def is_of_training(history: History, name: str) -> bool:
     """Return whether a metric is the training's: by its name, or since the validation's has the same one."""
     split = split_of(name)
     if split is not None:
         return split == "train"
+    if is_loss(name) and not any(split_of(other) in ("val", "test") for other in history.columns):
+        return True
     validated = {twin_of(other) for other in history.columns if split_of(other) in ("val", "test")}
     unnamed = {twin_of(other) for other in history.columns if split_of(other) is None and is_metric(other)}
     # Keras has loss, acc, val_loss, val_acc: there every name without "val" is the training's.

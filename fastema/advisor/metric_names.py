@@ -20,9 +20,10 @@ def _ranks(words: str) -> dict[str, int]:
     return {word: rank for rank, word in enumerate(words.split())}
 
 
+_PARTS = ("rcnn", "rpn", "decode", "aux")
 _SPLITS: dict[str, Split] = {
     # Detectron2's and mmseg's heads report on the training only.
-    **dict.fromkeys(("train", "training", "tr", "rcnn", "rpn", "decode", "aux"), "train"),
+    **dict.fromkeys(("train", "training", "tr", *_PARTS), "train"),
     **dict.fromkeys(("val", "valid", "validation", "eval", "evaluation", "dev", "holdout", "metrics"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
@@ -62,7 +63,7 @@ _NO_METRIC = _set(
     "epoch step steps iter iteration iterations lr time times seconds secs sec ms eta duration elapsed took memory mem "
     "grad gradnorm norm runtime timestamp created wall best std stddev stderr decay momentum flos flops throughput "
     "speed patience counter remaining wd seed fps unnamed completed finished updates gpu weight weights coef factor "
-    "margin alpha beta gamma threshold type drop count num size scale images"
+    "margin alpha beta gamma threshold type drop count num size scale eps images"
 )
 _NO_RATE = _set("loss drop mult decay factor gamma step steps scheduler warmup min max backbone")
 _NO_METRIC_TOGETHER = (("learning", "rate"), ("per", "second"), ("weight", "decay"), ("batch", "size"))
@@ -179,6 +180,11 @@ def looks_numeric(name: str) -> bool:
     if not words or _CHART.search(name) or all(word.isdigit() or word in _SPLITS for word in words):
         return False
     return not (_NO_METRIC & set(words) or any(_together(words, pair) for pair in _NO_METRIC_TOGETHER))
+
+
+def is_of_a_part(name: str) -> bool:
+    """Return whether a metric is of one head of a model, during its training."""
+    return bool(set(_PARTS) & set(words_of(name)))
 
 
 def is_loss(name: str) -> bool:

@@ -7,7 +7,7 @@ leaves much noise to smooth. A rate that went to 0 has smoothed it already, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,9 +31,9 @@ _USE: dict[Case, str] = {
     "little": "You may: it costs little, but the last weights will be as good without it.",
 }
 
-# The end's share of the highest rate from which on there is much to smooth, and below which there is little.
+#: The end's share of the highest rate from which on there is much to smooth, and below which there is little.
 _MUCH = 0.5
-_LITTLE = 0.05
+LITTLE = 0.05
 # In fewer updates the model still learns so fast that its older weights may cost more than their noise.
 _SHORT = 500
 
@@ -96,7 +96,7 @@ def expect(
             "The learning rate stays high to the end, so the last weights jump around the best ones. Their average is "
             "steadier, and usually better once the model no longer improves fast."
         )
-    elif now > _LITTLE:
+    elif now > LITTLE:
         case = "some"
         text = "The learning rate falls, but not to 0, so some noise is left to smooth. Expect a small gain or none."
     else:
@@ -122,6 +122,32 @@ def rate_at(lr_schedule: str, done: float, final_lr: float = 0.0) -> float:
     if not 0 <= final_lr <= 1:
         raise ValueError(f"final_lr must be a share of the highest rate, from 0 to 1, got {final_lr}")
     return final_lr + (1 - final_lr) * LR_SCHEDULES[lr_schedule](done)
+
+
+def schedule_of(rates: Sequence[float], done: float) -> tuple[str, float]:
+    """Return the schedule, and its last rate as a share of the highest, that fit the learning rates of a run so far.
+
+    Args:
+        rates: in order, of any number of steps.
+        done: the share of the run that is over.
+
+    Examples:
+        >>> schedule_of([0.1 * (1 - 0.98 * i / 60) for i in range(61)], done=1.0)
+        ('linear', 0.02)
+    """
+    top = max(rates)
+    first = max(i for i, rate in enumerate(rates) if rate == top)  # after a warm-up
+    tail = [(done * (i + 1) / len(rates), rate / top) for i, rate in enumerate(rates)][first:]
+    start = tail[0][0] if first else 0.0
+    ends = sorted({0.0, 0.01, 0.05, 0.1, 0.2, round(tail[-1][1], 3)})
+
+    def off(choice: tuple[str, float]) -> float:
+        name, end = choice
+        return sum(abs(rate_at(name, min(1.0, (at - start) / (1 - start)), end) - rate) for at, rate in tail)
+
+    if start >= 1 or len(tail) < 2:
+        return "constant", 0.0
+    return min(((name, end) for name in ("constant", "linear", "cosine", "wsd") for end in ends), key=off)
 
 
 def mean_age(updates: int, decay: float, decay_type: str = "threshold", **decay_args: Any) -> float:

@@ -1,41 +1,42 @@
-"""The advice as a page in the terminal, as plain values, and as a picture. rich and matplotlib are imported on use."""
+"""The advice as a page in the terminal, as plain values, and as a picture, for which matplotlib is imported."""
 
 from __future__ import annotations
 
 import math
+import shlex
+import shutil
+import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastema.advisor.clock import Clock
 from fastema.advisor.diagnosis import Finding
 from fastema.advisor.patterns import StartAdvice
 from fastema.advisor.recommendation import Recommendation
+from fastema.advisor.verdict import Verdict
 
-_GREEN, _YELLOW, _RED = "green", "yellow", "red"
-_COLOURS = {
-    "start": _GREEN,
-    "wait": _YELLOW,
-    "fix first": _RED,
-    "fine": _GREEN,
-    "marginal": _YELLOW,
-    "too early": _YELLOW,
-    "lags": _YELLOW,
-    "unexplained": _RED,
-    "unstable": _RED,
-}
-
+_WIDTH = 100
 _OTHERS = 6  # other metrics that the page names
 
 
 @dataclass(frozen=True)
 class Window:
-    """The window of an average: in updates, and in epochs where their length is known."""
+    """The window of an average: in updates, and in epochs where their length is known.
+
+    Attributes:
+        decay, decay_type: the schedule.
+        updates, lag_epochs: how far it looks back, at the last epoch of the history or at most.
+        settle_epochs: until which the starting weights are forgotten.
+        epoch: the last one of the history; None: without a history.
+    """
 
     decay: float
     decay_type: str
     updates: float
     lag_epochs: float | None = None
     settle_epochs: float | None = None
+    epoch: float | None = None
 
 
 @dataclass
@@ -45,10 +46,13 @@ class Advice:
     updates_per_epoch: float | None
     recommendation: Recommendation | None = None
     window: Window | None = None
+    verdict: Verdict | None = None
     source: str | None = None
     metric: str | None = None
+    ema_metric: str | None = None
     length: str = ""
     mode: str = "max"
+    clock: Clock | None = None
     base: list[float] = field(default_factory=list)
     ema: list[float | None] = field(default_factory=list)
     start: StartAdvice | None = None
@@ -59,89 +63,79 @@ class Advice:
 
 def plain(advice: Advice) -> dict[str, Any]:
     """Return plain values, for JSON."""
-    return asdict(advice)
+    values = {name: value for name, value in asdict(advice).items() if name != "clock"}
+    clock = advice.clock
+    return values | {"clock": None if clock is None else {"unit": clock.unit, "labels": list(clock.labels)}}
 
 
 def print_page(advice: Advice) -> None:
     """Print the page."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    width = min(shutil.get_terminal_size((_WIDTH, 24)).columns, _WIDTH)
+    for heading, text in _page(advice):
+        print(textwrap.fill(text, width, initial_indent=f"{heading:10}", subsequent_indent=" " * 10))
 
-    console = Console(highlight=False)
 
-    def say(text: str, style: str = "") -> None:
-        console.print(Text(text, style=style), soft_wrap=not console.is_terminal)
-
-    if advice.recommendation is not None:
-        table = Table.grid(padding=(0, 2))
-        for heading, text in _recommended(advice.recommendation):
-            table.add_row(Text(heading, style="bold"), Text(text))
-        console.print(table)
-    if advice.window is not None:
-        say(_reach(advice.window))
+def _page(advice: Advice) -> list[tuple[str, str]]:
+    """Return headings and their texts: one verdict, and what it rests on."""
+    rows: list[tuple[str, str]] = []
     if advice.source is not None:
+        average = f"; its average: {advice.ema_metric}" if advice.ema else ""
         better = "more" if advice.mode == "max" else "less"
-        say(f"{advice.source}: {advice.metric}, {advice.length}, {better} is better")
-    # With an average in the history, whether to start one is settled.
-    if advice.start is not None and not advice.ema:
-        say(f"{advice.start.action.capitalize()}: {advice.start.pattern}", f"bold {_COLOURS[advice.start.action]}")
-        say(f"  {advice.start.reason[0].upper()}{advice.start.reason[1:]}.")
-        say(f"  {advice.start.next_step}")
-    for finding in advice.findings:
-        say(finding.kind.capitalize(), f"bold {_COLOURS[finding.kind]}")
-        say(f"  {finding.text}")
-        say(f"  {finding.next_step}")
-    for note in advice.notes:
-        say(note)
+        rows.append(("History", f"{advice.source}: {advice.metric}, {advice.length}, {better} is better{average}"))
+    if advice.verdict is not None:
+        first, *more = advice.verdict.why
+        rows += [("Use it?", advice.verdict.use), ("Why", first), *(("", text) for text in more)]
+        rows.append(("Next", advice.verdict.next_step))
+        rows += [("", f"{finding.text} {finding.next_step}") for finding in advice.findings[1:]]
+    if advice.recommendation is not None:
+        rows += _recommended(advice.recommendation, alone=advice.verdict is None)
+    if advice.window is not None:
+        rows.append(("Reach", _reach(advice.window)))
+    rows += [("Note" if i == 0 else "", note) for i, note in enumerate(advice.notes)]
     if advice.others:
-        say(f"Also in it: {', '.join(f'--metric {name!r}' for name in advice.others[:_OTHERS])}")
+        rows.append(("Others", ", ".join(f"--metric {shlex.quote(name)}" for name in advice.others[:_OTHERS])))
+    return rows
 
 
 def plot(advice: Advice, path: Path) -> None:
-    """Draw base and average, the window as a band, and the findings."""
+    """Draw base and average, the window as a band, and the verdict."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    epochs = list(range(1, len(advice.base) + 1))
-    axes.plot(epochs, advice.base, color="tab:gray", marker=".", label=advice.metric)
+    clock = Clock.counting(len(advice.base)) if advice.clock is None else advice.clock
+    axes.plot(clock.labels, advice.base, color="tab:gray", marker=".", label=advice.metric)
     if advice.ema:
         values = [math.nan if value is None else value for value in advice.ema]
-        axes.plot(epochs, values, color="tab:blue", marker=".", label="average")
+        axes.plot(clock.labels, values, color="tab:blue", marker=".", label=advice.ema_metric)
     if advice.window is not None and advice.window.lag_epochs is not None:
-        last = len(advice.base)
-        first = max(0.0, last - advice.window.lag_epochs)
+        last = clock.labels[-1]
         label = f"window of decay {advice.window.decay:g}: {advice.window.lag_epochs:.3g} epochs"
-        axes.axvspan(first, last, color="tab:blue", alpha=0.12, label=label)
-    marks: list[tuple[float, str]] = []
-    if advice.start is not None and not advice.ema:
-        at = advice.start.evidence.get("epoch", len(advice.base))
-        marks.append((at, f"{advice.start.pattern}: {advice.start.action}"))
-    for finding in advice.findings:
-        marks.append((finding.evidence.get("epoch", len(advice.base)), finding.kind))
-    for i, (at, text) in enumerate(marks):
-        height = advice.base[int(at) - 1]
+        axes.axvspan(last - advice.window.lag_epochs, last, color="tab:blue", alpha=0.12, label=label)
+    if advice.verdict is not None:
+        evidence = {} if advice.start is None else advice.start.evidence
+        at = int(evidence.get("epoch", evidence.get("best", len(advice.base)))) - 1
         axes.annotate(
-            text,
-            (at, height),
-            xytext=(-10, 18 + 16 * i),
+            advice.verdict.kind,
+            (clock.labels[at], advice.base[at]),
+            xytext=(-10, 18),
             textcoords="offset points",
             ha="right",
             arrowprops={"arrowstyle": "-", "color": "tab:red"},
             color="tab:red",
         )
-    axes.set_xlabel("epoch")
+        axes.set_title(advice.verdict.use)
+    axes.set_xlabel(clock.unit)
     axes.set_ylabel(advice.metric or "")
     axes.margins(y=0.2)
     axes.legend(loc="best")
     figure.savefig(path, dpi=120)
 
 
-def _recommended(advice: Recommendation) -> list[tuple[str, str]]:
-    """Return headings and their texts."""
+def _recommended(advice: Recommendation, alone: bool) -> list[tuple[str, str]]:
+    """Return headings and their texts; beside a verdict on a history without an answer of its own."""
     outlook = advice.outlook
     epoch = max(1, math.ceil(advice.wait_epochs))
     lag = outlook.mean_age * advice.lag / advice.window
@@ -152,22 +146,25 @@ def _recommended(advice: Recommendation) -> list[tuple[str, str]]:
         rate = "the learning rate is the same there as at the end"
     else:
         rate = f"the learning rate is {outlook.ratio:.3g} times as high there as at the end"
-    return [
-        ("Use it?", outlook.use),
+    rows = [
         ("Settings", f'decay {advice.decay:.6g}, decay_type "{advice.decay_type}", from the first step'),
         ("Look", f"from epoch {epoch} on, at the model and at the average; keep the better one"),
         ("Expect", outlook.text),
-        ("Why", f"At the end the average's weights are {age} old on average; {rate}."),
+        ("Why" if alone else "", f"At the end the average's weights are {age} old on average; {rate}."),
         *(("", reason) for reason in advice.reasons),
     ]
+    return [("Use it?", outlook.use), *rows] if alone else rows
 
 
 def _reach(window: Window) -> str:
     text = f"Decay {window.decay:g} ({window.decay_type}) looks back over {window.updates:,.0f} updates"
-    if window.lag_epochs is not None and window.settle_epochs is not None:
-        text += f", {window.lag_epochs:.3g} epochs; at most 5 % of it are starting weights after "
-        if math.isinf(window.settle_epochs):
-            text += "no number of epochs"
-        else:
-            text += "less than an epoch" if window.settle_epochs < 1 else f"{window.settle_epochs:.3g} epochs"
-    return text
+    if window.lag_epochs is None or window.settle_epochs is None:
+        return text
+    text += f", {window.lag_epochs:.3g} epochs"
+    if window.epoch is not None:
+        then = max(0.0, window.epoch - window.lag_epochs)
+        text += f": at epoch {window.epoch:g} it reflects epoch {then:.4g}"
+    if math.isinf(window.settle_epochs):
+        return f"{text}; it never forgets its starting weights"
+    settled = "less than an epoch" if window.settle_epochs < 1 else f"{window.settle_epochs:.3g} epochs"
+    return f"{text}; at most 5 % of it are starting weights after {settled}"

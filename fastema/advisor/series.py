@@ -9,8 +9,8 @@ from itertools import pairwise
 from statistics import median
 
 from fastema.advisor.clock import Clock
-from fastema.advisor.history_files import History
-from fastema.advisor.metric_names import is_epoch, is_learning_rate, is_step, words_of
+from fastema.advisor.history_files import History, is_of_training
+from fastema.advisor.metric_names import is_epoch, is_learning_rate, is_step, mode_of, words_of
 from fastema.advisor.readers.rows import PART, Row, merged
 
 # The share of the highest learning rate below which a run is at its end.
@@ -22,6 +22,8 @@ class Series:
     """The values of a run, one for each evaluation.
 
     Attributes:
+        mode: which is better, "max" or "min".
+        of_training: whether it is a metric of the training data.
         base: of the model.
         ema: of its average; None where there was none.
         clock: when each value was measured.
@@ -33,6 +35,8 @@ class Series:
         notes: what was left out, a sentence each.
     """
 
+    mode: str
+    of_training: bool
     base: list[float]
     ema: list[float | None]
     clock: Clock
@@ -62,8 +66,8 @@ class _Evaluation:
     index: int
 
 
-def series_of(history: History, metric: str, average: str | None = None) -> Series:
-    """Return the last run of a metric, and of its average.
+def series_of(history: History, metric: str, average: str | None = None, mode: str | None = None) -> Series:
+    """Return the last run of a metric, and of its average; `mode` is that of the metric's name unless it is given.
 
     Raises:
         ValueError: the metric is unknown, or has no finite number.
@@ -87,6 +91,8 @@ def series_of(history: History, metric: str, average: str | None = None) -> Seri
     kept_clock = Clock(labels, clock.unit, clock.zero_based)
     decays = [value for row in rows for name, value in row.items() if words_of(name) in _DECAYS and 0 < value < 1]
     series = Series(
+        mode=mode or mode_of(metric),
+        of_training=is_of_training(history, metric),
         base=[each.value for each in kept],
         ema=_averages(rows, kept, average),
         clock=kept_clock,

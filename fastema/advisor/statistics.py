@@ -12,12 +12,18 @@ from itertools import combinations
 from numbers import Real
 from statistics import median
 
-#: How many of the last epochs are "now". Longer, and an old rise hides a plateau; shorter, and noise hides a trend.
+#: How many of the last evaluations are "now", at least. Longer, and an old rise hides a plateau; shorter, and noise
+#: hides a trend. Of a long history it is a tenth.
 RECENT = 10
+_MOST = 200
 
 # A change below half a percent of the improvement so far does not matter.
 _MATTERS = 0.005
 _MATTERS_OF_LEVEL = _MATTERS / 10
+
+# Swings below these shares of the improvement so far are those of a plateau: at once, and where it lasts long.
+_FLAT = 0.015
+_NEARLY_FLAT = 0.03
 
 _NORMAL = 1.4826  # the median of |x| times this is the standard deviation, for a normal x
 
@@ -50,6 +56,11 @@ def noise_of(values: Sequence[float]) -> float:
     """
     bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
     return _NORMAL * median(bends) / math.sqrt(6) if bends else 0.0
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Return the running median of three."""
+    return [median(values[max(0, i - 1) : i + 2]) for i in range(len(values))]
 
 
 def slope_of(values: Sequence[float]) -> float:
@@ -87,6 +98,21 @@ class Shape:
         return self.noise <= _MATTERS * self.scale
 
     @property
+    def flat(self) -> bool:
+        """True if the swings are small beside the improvement so far."""
+        return self.noise <= (_FLAT if self.climbed else _MATTERS) * self.scale
+
+    @property
+    def nearly_flat(self) -> bool:
+        """True if the swings are those of a plateau where it lasts long."""
+        return self.noise <= (_NEARLY_FLAT if self.climbed else 2 * _MATTERS) * self.scale
+
+    @property
+    def drifting_surely(self) -> bool:
+        """True for a drift that matters and is no chance."""
+        return self.drifting and abs(self.significance) >= 2
+
+    @property
     def drifting(self) -> bool:
         """True if the gain or loss matters; a level may be large for no reason, so a tenth of that share of it."""
         return abs(self.gain) > (_MATTERS if self.climbed else _MATTERS_OF_LEVEL) * self.scale
@@ -94,7 +120,7 @@ class Shape:
 
 def shape_of(values: Sequence[float]) -> Shape:
     """Return the shape of three oriented values and more."""
-    now = values[-RECENT:]
+    now = values[-min(max(RECENT, len(values) // 10), _MOST) :]
     count = len(now)
     noise, slope, level = noise_of(now), slope_of(now), median(now)
     gain = slope * (count - 1)

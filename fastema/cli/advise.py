@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastema.core.extras import missing_packages
 from fastema.segmentation.errors import UserError
-from fastema.segmentation.train_extra import require_train_extra
 
 if TYPE_CHECKING:
-    from fastema.advisor.page import Advice
+    from fastema.advisor import Recommendation
+    from fastema.advisor.clock import Clock
+    from fastema.advisor.history_files import History
+    from fastema.advisor.page import Advice, Window
     from fastema.advisor.series import Series
 
 LR_SCHEDULES = ("constant", "cosine", "linear", "wsd", "restarts")  # those of fastema.advisor, whose import takes torch
@@ -36,10 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     length.add_argument(
         "--lr-schedule",
-        default="constant",
         choices=LR_SCHEDULES,
         help="the learning rate: constant, cosine, linear, wsd (linear in the last fifth), or cosine with restarts "
-        "(default: constant)",
+        "(default: the history's own, else constant)",
     )
     length.add_argument(
         "--final-lr", type=float, default=0.0, metavar="F", help="where it ends, as a share of the highest (default: 0)"
@@ -75,8 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--plot draws a history: give --history FILE")
     if arguments.plot is not None and not arguments.plot.parent.is_dir():
         raise UserError(f"--plot: there is no folder {arguments.plot.parent}")
-    if not arguments.json or arguments.plot is not None:
-        require_train_extra()
+    if arguments.plot is not None and missing_packages({"matplotlib": "matplotlib"}):
+        raise UserError("--plot draws with matplotlib, which is not installed: pip install matplotlib")
     from fastema.advisor.page import plain, plot, print_page
 
     try:
@@ -97,85 +100,128 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _advice(arguments: argparse.Namespace) -> Advice:
-    from fastema.advisor import lag, recommend_decay, settle_epochs, should_start, window
-    from fastema.advisor.history_files import average_of, metric_of, mode_of, other_metrics, read_history
-    from fastema.advisor.page import Advice, Window
+    from fastema.advisor.history_files import average_of, metric_of, read_history
+    from fastema.advisor.page import Advice
     from fastema.advisor.series import series_of
 
     rate = _rate(arguments)
-    recommendation = None
-    if arguments.epochs is not None:
-        if rate is None:
-            raise ValueError(
-                "--epochs needs --images (with --batch-size and --accumulation-steps) or --updates-per-epoch"
-            )
-        recommendation = recommend_decay(
-            arguments.epochs,
-            rate,
-            arguments.lr_schedule,
-            arguments.final_lr,
-            arguments.recipe_decay,
-            _batch_ratio(arguments),
-        )
-    decay, decay_type = arguments.decay, arguments.decay_type
-    reach = None
-    if decay is not None:
-        reach = Window(decay, decay_type, window(decay))
-        if rate is not None:
-            settle = settle_epochs(decay, rate, decay_type=decay_type, total_steps=_total_steps(arguments, rate))
-            reach = Window(decay, decay_type, window(decay), lag(decay, rate), settle)
-    advice = Advice(rate, recommendation, reach)
     if arguments.history is None:
-        return advice
+        return Advice(rate, _recommendation(arguments, rate), _window(arguments, arguments.decay, rate, None))
     seen = read_history(arguments.history)
     metric = metric_of(seen, arguments.metric)
-    mode = arguments.mode or mode_of(metric)
     average = arguments.ema_metric or average_of(seen, metric)
     if average is not None:
         seen.column(average)
-    series = series_of(seen, metric, average)
-    advice.source, advice.metric, advice.mode, advice.base = seen.source, metric, mode, series.base
-    advice.length = series.clock.span()
-    advice.notes += series.notes
-    if arguments.metric is None and (others := other_metrics(seen, metric)):
-        advice.others = others
-    advice.start = should_start(series.base, mode)
-    _diagnose(arguments, advice, series, average, rate)
+    series = series_of(seen, metric, average, arguments.mode)
+    if rate is None:
+        rate = series.updates_per_epoch
+    advice = Advice(rate, _recommendation(arguments, rate, series))
+    _judge(arguments, advice, seen, metric, average, series)
     return advice
 
 
-def _diagnose(
-    arguments: argparse.Namespace, advice: Advice, series: Series, average: str | None, rate: float | None
+def _judge(
+    arguments: argparse.Namespace, advice: Advice, seen: History, metric: str, average: str | None, series: Series
 ) -> None:
-    """Add the average's history and the findings, if the history has an average."""
+    """Add the history, the average's, and the verdict."""
     from fastema.advisor import diagnose
+    from fastema.advisor.history_files import averaged_by, loss_beside, other_metrics
+    from fastema.advisor.patterns import find_pattern
+    from fastema.advisor.series import series_of
+    from fastema.advisor.verdict import verdict_on
 
-    values = series.ema
-    if all(value is None for value in values):
-        return
-    advice.ema = values
-    per_evaluation = series.updates_per_epoch if rate is None else rate
-    if per_evaluation is not None and series.clock.unit == "epoch":
-        per_evaluation *= series.clock.gap
-    missing = [
-        flag
-        for flag, value in (("--decay", arguments.decay), ("--images or --updates-per-epoch", per_evaluation))
-        if value is None
-    ]
-    if missing:
-        advice.notes.append(f"To say why the average ({average}) is better or worse, give {' and '.join(missing)}.")
-        return
-    assert per_evaluation is not None
-    advice.findings = diagnose(
-        advice.base,
-        values,
-        arguments.decay,
-        per_evaluation,
-        arguments.started_at,
-        advice.mode,
-        arguments.decay_type,
-        _total_steps(arguments, per_evaluation),
+    mode = series.mode
+    advice.source, advice.metric, advice.mode, advice.base = seen.source, metric, mode, series.base
+    advice.clock, advice.length, advice.notes = series.clock, series.clock.span(), list(series.notes)
+    advice.others = other_metrics(seen, metric) if arguments.metric is None else []
+    if series.clock.unit == "epoch" and arguments.epochs is not None and series.clock.done() >= arguments.epochs:
+        series = replace(series, over=f"epoch {series.clock.done():,.0f} of {arguments.epochs:,} is done")
+    advice.start = find_pattern(series.base, mode, series.clock)
+    if series.of_training:
+        advice.notes.append(
+            f"{metric} is of the training data: it shows neither overfitting nor what an average gains."
+        )
+    averaged = averaged_by(seen, metric)
+    decay = arguments.decay
+    compared = average is not None and any(value is not None for value in series.ema)
+    if compared and series.ema == series.base:
+        compared, averaged = False, f"{metric} and {average} are equal everywhere: both are the average's"
+    if compared:
+        advice.ema, advice.ema_metric = series.ema, average
+        rate = advice.updates_per_epoch
+        total = None if rate is None else _total_steps(arguments, rate)
+        advice.findings = diagnose(
+            series.base,
+            _without_gaps(series.ema),
+            decay,
+            rate if decay is not None else None,
+            arguments.started_at,
+            mode,
+            arguments.decay_type,
+            total,
+            series.clock,
+        )
+        if decay is None or rate is None:
+            missing = [*(["--decay"] if decay is None else []), *(["--updates-per-epoch"] if rate is None else [])]
+            advice.notes.append(f"With {' and '.join(missing)} the reach of the average is known, and its age.")
+    advice.window = _window(arguments, decay, advice.updates_per_epoch, series.clock)
+    loss = loss_beside(seen, metric)
+    beside = None
+    if loss is not None:
+        values = series_of(seen, loss)
+        beside = (loss, find_pattern(values.base, "min", values.clock))
+    advice.verdict = verdict_on(series, advice.start, advice.findings[0] if advice.findings else None, beside, averaged)
+
+
+def _without_gaps(values: list[float | None]) -> list[float | None]:
+    """Return the average's values; before the last gap it counts as not yet started."""
+    last = max((i for i, value in enumerate(values) if value is None), default=-1)
+    if last == len(values) - 1:  # the last evaluations are without one: those before count
+        first = next(i for i, value in enumerate(values) if value is not None)
+        return [None] * first + [values[first]]
+    return [None] * (last + 1) + values[last + 1 :]
+
+
+def _recommendation(
+    arguments: argparse.Namespace, rate: float | None, series: Series | None = None
+) -> Recommendation | None:
+    from fastema.advisor import recommend_decay
+    from fastema.advisor.outlook import schedule_of
+
+    if arguments.epochs is None:
+        return None
+    if rate is None:
+        raise ValueError("--epochs needs --images (with --batch-size and --accumulation-steps) or --updates-per-epoch")
+    schedule, final = arguments.lr_schedule, arguments.final_lr
+    if schedule is None and series is not None and len(series.rates) > 2 and series.clock.unit == "epoch":
+        schedule, final = schedule_of(series.rates, min(1.0, series.clock.done() / arguments.epochs))
+    return recommend_decay(
+        arguments.epochs, rate, schedule or "constant", final, arguments.recipe_decay, _batch_ratio(arguments)
     )
+
+
+def _window(
+    arguments: argparse.Namespace, decay: float | None, rate: float | None, clock: Clock | None
+) -> Window | None:
+    """Return how far the average looks back: at the last epoch of the history, or at most."""
+    from fastema.advisor import lag, settle_epochs, window
+    from fastema.advisor.page import Window
+    from fastema.core.decay.decays import Decays
+
+    if decay is None:
+        return None
+    decay_type = arguments.decay_type
+    Decays(decay, decay_type, 1, 0, {})  # refuses an unknown schedule
+    if rate is None or (clock is not None and clock.unit != "epoch"):
+        return Window(decay, decay_type, window(decay))
+    total = _total_steps(arguments, rate)
+    settle = settle_epochs(decay, rate, decay_type=decay_type, total_steps=total)
+    if clock is None:
+        return Window(decay, decay_type, window(decay), lag(decay, rate), settle)
+    updates = max(1, round((clock.done() - (arguments.started_at or 0)) * rate))
+    now = Decays(decay, decay_type, total, 0, {}).at(updates)[0]
+    reach = min(window(now), float(updates))
+    return Window(decay, decay_type, reach, reach / rate, settle, clock.labels[-1])
 
 
 def _rate(arguments: argparse.Namespace) -> float | None:
