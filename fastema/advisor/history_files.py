@@ -129,8 +129,13 @@ def average_of(history: History, metric: str) -> str | None:
     if is_averaged(metric):
         return None
     averaged = [name for name in history.columns if is_averaged(name)]
-    # Of "iou" it may be "val_ema_iou".
-    alike = [name for name in averaged if split_of(metric) is None and twin_of(name) == twin_of(metric)]
+    # Of "iou" it may be "val_ema_iou", and of "val_iou" "ema_iou"; but a loss is smoothed as well.
+    alike = [
+        name
+        for name in averaged
+        if twin_of(name) == twin_of(metric)
+        and (split_of(metric) is None or (split_of(name) is None and not is_loss(name) and split_of(metric) != "train"))
+    ]
     return next((name for name in averaged if key_of(name) == key_of(metric)), next(iter(alike), None))
 
 

@@ -50,7 +50,7 @@ _MORE_TOGETHER = (("coco", "eval"), ("success", "rate"), ("win", "rate"))
 _RANKS = _ranks(
     "map ap miou iou jaccard mdice dice dsc pq nds hota mota f1 fscore fmeasure fbeta auroc auc auprc top accuracy acc "
     "macc aacc bleu rouge chrf meteor cider psnr ssim ndcg mrr kappa mcc r2 pearson spearman correlation corr reward "
-    "return returns success exact score scores elbo ar pck oks idf1 amota em smeasure emeasure measure similarity "
+    "rew return returns success exact score scores elbo ar pck oks idf1 amota em smeasure emeasure measure similarity "
     "cosine hit hits precision recall sensitivity specificity roc rank"
 )
 

@@ -443,5 +443,21 @@ FORMATS: dict[str, Format] = {
         "EMA val mean IoU",
         100,
     ),
+    "PyTorch's ImageNet example": Format(
+        "out.txt",
+        _text(
+            lambda i, b, e: f"Epoch: [{i}][  0/100]\tTime 0.5 ( 0.5)\tLoss 2.1e+00 (2.2e+00)\tAcc@1  10.00 ( 10.00)\n"
+            f"Test: [ 0/50]\tTime  1.0 ( 1.0)\tLoss 1.1e+00 (1.1e+00)\tAcc@1  70.00 ( 70.00)\n"
+            f" *   Acc@1 {100 * b:.4f} Acc@5 95.0"
+        ),
+        "Acc@1",
+        scale=100,
+    ),
+    "a row for each model": Format(
+        "log.csv", _table("epoch,model,acc", lambda i, b, e: f"{i},base,{b}\n{i},ema,{e}"), "acc", "ema/acc"
+    ),
+    "the average without a split": Format(
+        "log.txt", _text(lambda i, b, e: f"Epoch:{i} Val_mAP:{b:.5f} EMA_mAP:{e:.5f}"), "Val_mAP", "EMA_mAP"
+    ),
     "a bar of a text": Format("log.txt", _text(lambda i, b, e: f"epoch {i} | val_dsc: {b:.5f}"), "val_dsc"),
 }  # fmt: skip

@@ -21,7 +21,7 @@ _CELL = re.compile(
 )
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?")
 # Columns of text that say whose numbers a row has.
-_SPLIT_COLUMNS = frozenset({"mode", "phase", "split", "stage", "subset", "set", "part"})
+_SPLIT_COLUMNS = frozenset({"mode", "phase", "split", "stage", "subset", "set", "part", "model", "weights"})
 
 
 def number_of(cell: object) -> float | None:
@@ -73,14 +73,18 @@ def row_of(cells: Mapping[str, Any], prefix: str = "") -> Row:
 
 
 def rows_by_split(records: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return the rows; where a column of text says "train" or "val", names that both have are told apart by it."""
+    """Return the rows; where a column of text says "train", "val" or "ema", it tells names apart that several have."""
     splits = [_split_of_record(record) for record in records]
     rows = [row_of(record) for record in records]
     seen: dict[str, set[str]] = {}
     for row, split in zip(rows, splits, strict=True):
         for name in row:
             seen.setdefault(name, set()).add(split or "")
-    both = {name for name, found in seen.items() if {"train"} < found and split_of(name) is None and not _counts(name)}
+    both = {
+        name
+        for name, found in seen.items()
+        if ({"train"} < found or {"ema"} < found) and split_of(name) is None and not _counts(name)
+    }
     return [
         {f"{split}/{name}" if split and name in both else name: value for name, value in row.items()}
         for row, split in zip(rows, splits, strict=True)
@@ -105,7 +109,9 @@ def _moment(row: Row) -> dict[str, float]:
 
 def _split_of_record(record: Mapping[str, Any]) -> str | None:
     for name, cell in record.items():
-        if isinstance(cell, str) and name.strip().lower() in _SPLIT_COLUMNS and (split := split_of(cell)):
+        if not isinstance(cell, str) or name.strip().lower() not in _SPLIT_COLUMNS:
+            continue
+        if split := "ema" if "ema" in words_of(cell) else split_of(cell):
             return split
     return None
 

@@ -54,7 +54,7 @@ _NO_NAME = re.compile(
 )
 # Metrics' names that prose has before a number as well.
 _COMMON = re.compile(r"\b(?:top|rank|return|returns|exact|success|hit|hits|reward|measure|ar|error|errors|distance)\b")
-_SETTINGS = re.compile(r"\bNamespace\(|^\s*[\w.]*(?:args|config|cfg)\b", re.I)
+_SETTINGS = re.compile(r"^wandb:|\bNamespace\(|^\s*[\w.]*(?:args|config|cfg)\b", re.I)
 # What a line says of the epochs before it.
 _FELL_FROM = re.compile(rf"\(\D*?\bfrom\s+(?P<before>{_N})\)", re.I)
 _STUCK_FOR = re.compile(r"\((?:stuck|unchanged|flat|no improvement)\D*(?P<epochs>\d+) epochs\)", re.I)
@@ -116,7 +116,9 @@ class _Rows:
         split = None
         if match := _EPOCH.search(line):
             clock["epoch"] = float(match["epoch"])
-            split = "train" if match[0].lower().startswith("train") else match["split"]
+            # An epoch with its iteration is a line of the training: "Epoch: [3][ 50/100]".
+            of_training = match[0].lower().startswith("train") or (match["step"] and not _HEADED.search(line))
+            split = match["split"] or ("train" if of_training else None)
             if match["total"]:
                 self.totals["epochs"] = float(match["total"])
             if match["step"] and split_of(split or "") not in ("val", "test"):
