@@ -29,9 +29,16 @@ constexpr int kResidentBlocksPerMultiprocessor = 3;
 // In PTX, because the compiler moves arithmetic between plain loads and knows no address space behind the chunk table.
 // What is volatile keeps its order.
 
-template <class T, int kCount>
+// 16-bit formats lie in words, two in each: the compiler would take arrays of halves apart, and put them together
+// again.
+template <class T, int kCount, bool kInWords = sizeof(T) == 2 && kCount % 2 == 0>
 struct alignas(sizeof(T) * kCount) Pack {
   T values[kCount];
+};
+
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Pack<T, kCount, true> {
+  uint32_t words[kCount / 2];
 };
 
 #if defined(__HIPCC__)
@@ -56,29 +63,29 @@ __device__ __forceinline__ T load_if(bool wanted, const T* at) {
     asm volatile(
         "{ .reg .pred p; setp.ne.s32 p, %4, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; @p "
         "ld.global.v4.b32 {%0, %1, %2, %3}, [%5]; }"
-        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+        : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
         : "r"(flag), "l"(address));
     memcpy(&value, words, 16);
   } else if constexpr (sizeof(T) == 8) {
     asm volatile(
         "{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.global.v2.b32 {%0, %1}, [%3]; }"
-        : "=r"(words[0]), "=r"(words[1])
+        : "=&r"(words[0]), "=&r"(words[1])
         : "r"(flag), "l"(address));
     memcpy(&value, words, 8);
   } else if constexpr (sizeof(T) == 4) {
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %1, 0; mov.b32 %0, 0; @p ld.global.b32 %0, [%2]; }"
-                 : "=r"(words[0])
+                 : "=&r"(words[0])
                  : "r"(flag), "l"(address));
     memcpy(&value, words, 4);
   } else if constexpr (sizeof(T) == 2) {
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %1, 0; mov.b16 %0, 0; @p ld.global.b16 %0, [%2]; }"
-                 : "=h"(half)
+                 : "=&h"(half)
                  : "r"(flag), "l"(address));
     memcpy(&value, &half, 2);
   } else {
     static_assert(sizeof(T) == 1, "no access is wider than 16 bytes");
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %1, 0; mov.b16 %0, 0; @p ld.global.u8 %0, [%2]; }"
-                 : "=h"(half)
+                 : "=&h"(half)
                  : "r"(flag), "l"(address));
     memcpy(&value, &half, 1);
   }
@@ -141,7 +148,7 @@ __device__ __forceinline__ Chunk load_chunk(const Chunk* row) {
 struct Planes {};
 
 template <int kCount>
-struct Pack<Planes, kCount> {
+struct Pack<Planes, kCount, false> {
   Pack<BFloat16, kCount> high;
   Pack<int16_t, kCount> low;
 };
@@ -231,6 +238,63 @@ __device__ __forceinline__ double weight_argument(const UpdateArgs& args, int k)
 #endif
 }
 
+// Values of a pack in opmath, and back. Of 16-bit formats two at once, as they lie in a register.
+
+template <class Stored, int kCount, class Op>
+__device__ __forceinline__ void unpack(const Pack<Stored, kCount>& pack, Op (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (sizeof(Stored) != 2 || kCount % 2 != 0) {
+      values[i] = load_as<Op>(pack.values[i]);
+    } else if constexpr (std::is_same_v<Stored, BFloat16>) {
+      values[i] = bits_float(i % 2 == 0 ? pack.words[i / 2] << 16 : pack.words[i / 2] & 0xffff0000u);
+    } else {
+      values[i] = load_as<Op>(static_cast<Stored>(static_cast<uint16_t>(pack.words[i / 2] >> i % 2 * 16)));
+    }
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void unpack(const Pack<Planes, kCount>& pack, float (&values)[kCount]) {
+  if constexpr (kCount % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const uint32_t highs = pack.high.words[i], lows = pack.low.words[i];
+      values[2 * i] = join_planes(highs << 16, static_cast<uint32_t>(static_cast<int32_t>(lows << 16) >> 16));
+      values[2 * i + 1] = join_planes(highs & 0xffff0000u, static_cast<uint32_t>(static_cast<int32_t>(lows) >> 16));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = join_planes(pack.high.values[i], pack.low.values[i]);
+  }
+}
+
+template <class Stored, int kCount, class Op>
+__device__ __forceinline__ void pack(const Op (&values)[kCount], Pack<Stored, kCount>& pack) {
+  if constexpr (sizeof(Stored) == 2 && kCount % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      pack.words[i] = narrow_two<Stored>(static_cast<float>(values[2 * i]), static_cast<float>(values[2 * i + 1]));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) pack.values[i] = store_as<Stored>(values[i]);
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void pack(const float (&values)[kCount], Pack<Planes, kCount>& pack) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (kCount % 2 != 0) {
+      pack.high.values[i] = high_plane(values[i]);
+      pack.low.values[i] = low_plane(values[i]);
+    } else if (i % 2 == 0) {
+      split_two(values[i], values[i + 1], pack.high.words[i / 2], pack.low.words[i / 2]);
+    }
+  }
+}
+
 // Whether all of some values are finite: one multiply-add each, which makes a NaN of 0 * NaN and 0 * infinity.
 template <class Op>
 struct AllFinite {
@@ -264,13 +328,16 @@ struct Average {
                                         const Weight& weight) {
     AllFinite<Op> finite;  // what lies beyond the chunk is 0
     const bool copies = converts || weight.copies;
+    Op values[kCount], live_values[kCount];
+    unpack(shadows, values);
+    unpack(lives, live_values);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Op live = load_as<Op>(lives.values[i]);
-      const Op average = averaged(get(shadows, i), live, weight);
+      const Op average = averaged(values[i], live_values[i], weight);
       if constexpr (kSkipNonfinite) finite.add(average);
-      set(shadows, i, copies ? live : average);
+      values[i] = copies ? live_values[i] : average;
     }
+    pack(values, shadows);
     return !kSkipNonfinite || converts || finite.holds();
   }
 
@@ -287,32 +354,16 @@ struct Average {
       Pack<Shadow, 1> shadows[1];
       load_tile(lives, live + at, 1);
       load_tile(shadows, shadow + at, 1);
-      const Op live_value = load_as<Op>(lives[0].values[0]), old = get(shadows[0], 0);
-      const Op average = averaged(old, live_value, weight);
+      Op live_value[1], value[1];
+      unpack(lives[0], live_value);
+      unpack(shadows[0], value);
+      const Op average = averaged(value[0], live_value[0], weight);
       const bool is_bad = !is_finite(average);
-      nonfinite += is_bad && (count_live || is_finite(live_value));
-      if (is_bad && !takes_live(old, live_value, weight.copies)) continue;
-      set(shadows[0], 0, is_bad || weight.copies ? live_value : average);
+      nonfinite += is_bad && (count_live || is_finite(live_value[0]));
+      if (is_bad && !takes_live(value[0], live_value[0], weight.copies)) continue;
+      value[0] = is_bad || weight.copies ? live_value[0] : average;
+      pack(value, shadows[0]);
       store_pack(shadows[0], shadow + at, 0);
-    }
-  }
-
- private:
-  template <int kCount>
-  static __device__ __forceinline__ Op get(const Pack<Shadow, kCount>& shadows, int i) {
-    if constexpr (std::is_same_v<Shadow, Planes>) {
-      return join_planes(shadows.high.values[i], shadows.low.values[i]);
-    } else {
-      return load_as<Op>(shadows.values[i]);
-    }
-  }
-  template <int kCount>
-  static __device__ __forceinline__ void set(Pack<Shadow, kCount>& shadows, int i, Op value) {
-    if constexpr (std::is_same_v<Shadow, Planes>) {
-      shadows.high.values[i] = high_plane(value);
-      shadows.low.values[i] = low_plane(value);
-    } else {
-      shadows.values[i] = store_as<Shadow>(value);
     }
   }
 };
@@ -404,7 +455,9 @@ __device__ __forceinline__ void run_chunk(const Rows& rows, const Chunk& chunk, 
   constexpr uint32_t kShadowBytes = kElementBytes<Shadow>;
   constexpr bool kShadowIsWider = kShadowBytes >= sizeof(Live);
   constexpr uint32_t kCount = 16 / (kShadowIsWider ? kShadowBytes : sizeof(Live));
-  constexpr int kDepth = std::is_same_v<Shadow, Planes> ? 3 : kShadowBytes == sizeof(Live) ? 4 : 8;
+  // 8 packs of float64 <- float32 would spill on sm_80.
+  constexpr int kMixed = std::is_same_v<Shadow, double> && std::is_same_v<Live, float> ? 7 : 8;
+  constexpr int kDepth = std::is_same_v<Shadow, Planes> ? 3 : kShadowBytes == sizeof(Live) ? 4 : kMixed;
   constexpr int kScalarDepth = 8;
   const uint32_t elements = chunk.count;
   const Live* live = static_cast<const Live*>(chunk.live);

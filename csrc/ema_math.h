@@ -45,11 +45,18 @@ EMA_FN float bits_float(uint32_t bits) {
 
 EMA_FN float widen(BFloat16 value) { return bits_float(static_cast<uint32_t>(value) << 16); }
 
+// A NaN becomes 0x7fc0; by a GPU's own conversion 0x7fff.
 EMA_FN BFloat16 narrow_to_bfloat16(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint16_t half;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return static_cast<BFloat16>(half);
+#else
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   return static_cast<BFloat16>(is_nan ? 0x7fc0u : rounded);
+#endif
 }
 
 EMA_FN float widen(Float16 value) {
@@ -90,6 +97,28 @@ EMA_FN Float16 narrow_to_float16(float value) {
 #endif
 }
 
+// Two at once in a word, `first` in its lower half: one instruction of a GPU.
+template <class Stored>
+EMA_FN uint32_t narrow_two(float first, float second) {
+  constexpr bool kIsBFloat16 = std::is_same_v<Stored, BFloat16>;
+  static_assert(kIsBFloat16 || std::is_same_v<Stored, Float16>, "a 16-bit format");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t word;
+  if constexpr (kIsBFloat16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  }
+  return word;
+#else
+  if constexpr (kIsBFloat16) {
+    return static_cast<uint32_t>(narrow_to_bfloat16(first)) | static_cast<uint32_t>(narrow_to_bfloat16(second)) << 16;
+  } else {
+    return static_cast<uint32_t>(narrow_to_float16(first)) | static_cast<uint32_t>(narrow_to_float16(second)) << 16;
+  }
+#endif
+}
+
 // ---- a float32 in two planes: `high` a bfloat16, `low` the rest, bits = (high << 16) + low ----
 //
 // `high` is the nearest bfloat16, ties away from zero. Every value joins to the bits that were split, but for a NaN,
@@ -119,6 +148,18 @@ EMA_FN BFloat16 high_plane(float value) {
 EMA_FN int16_t low_plane(float value) {
   const uint32_t bits = float_bits(value);
   return static_cast<int16_t>(is_nan(bits) ? 0u : bits);  // bits - (high << 16) modulo 2^16
+}
+
+// Two at once, whose halves are words' halves: the planes of `first` in the lower ones. `first` and `second` are
+// results of arithmetic, or bfloat16 values: no NaN but a GPU's own, 0x7fffffff, has bits in its lower half.
+EMA_FN void split_two(float first, float second, uint32_t& highs, uint32_t& lows) {
+  const auto quiet = [](float value) {
+    const int32_t bits = static_cast<int32_t>(float_bits(value)), quiet_nan = 0x7fc00000;
+    return static_cast<uint32_t>(bits < quiet_nan ? bits : quiet_nan);
+  };
+  const uint32_t lower = quiet(first), upper = quiet(second);
+  highs = (lower + 0x8000u) >> 16 | ((upper + 0x8000u) & 0xffff0000u);
+  lows = (lower & 0xffffu) | upper << 16;
 }
 
 // ---- between storage and opmath ----

@@ -200,7 +200,8 @@ Plan::Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor>
     const int64_t bytes = static_cast<int64_t>(chunks.size() * sizeof(Chunk));
     const at::Tensor table = at::from_blob(chunks.data(), {bytes}, at::TensorOptions().dtype(at::kByte));
     device_chunks_ = table.to(device_);
-    device_nonfinite_ = at::zeros({}, at::TensorOptions().dtype(at::kLong).device(device_));
+    // A copy that the host waits for, as of the table: a memset of this stream could come after an update on another.
+    device_nonfinite_ = at::zeros({}, at::TensorOptions().dtype(at::kLong)).to(device_);
   }
 }
 

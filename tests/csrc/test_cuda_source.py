@@ -61,6 +61,7 @@ class Compiled:
         listing = subprocess.run(
             [disassembler(), "-gi", "-c", cubin], capture_output=True, text=True, check=True
         ).stdout
+        self.architecture = architecture
         self.report = result.stdout + result.stderr
         self.lines = source.read_text().splitlines()
         rare = (number for number, line in enumerate(self.lines, 1) if "rule.template settle<" in line)
@@ -124,12 +125,11 @@ def complaints(loop: Loop, shadow: str, live: str) -> list[str]:
 
 
 def test_nothing_is_spilled(binary: Compiled) -> None:
-    """But for a number that a chunk needs after its tiles, for sm_80: loops that go to local memory fail below."""
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", binary.report)
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", binary.report)]
     print(f"registers {registers}")
     assert len(frames) == len(registers) == len(binary.kernels) == KERNELS, binary.report
-    assert all(int(size) <= 8 for frame in frames for size in frame), binary.report
+    assert not any(int(size) for frame in frames for size in frame), binary.report
     assert max(registers) <= 80, "more than 80 registers do not fit the launch bounds"
 
 
@@ -155,6 +155,31 @@ def test_unaligned_chunks_have_their_loads_in_flight_before_the_first_use(
         else:
             assert first[BYTES[shadow]] >= 8 <= first[BYTES[live]], (shadow, live, first)
         assert loop.spaces == {"global"} and loop.store_stride == BYTES[shadow]
+
+
+# Instructions of a loop an element, without and with skip_nonfinite, at most. Those of 16-bit averages are shares of what
+# they were when arithmetic, not the memory, was their bound (bench/NOTES.md).
+INSTRUCTIONS = {
+    ("float", "float"): (8.2, 11.6),
+    ("float", "BFloat16"): (8.6, 11.6),
+    ("BFloat16", "BFloat16"): (0.65 * 16.84, 0.65 * 23.56),
+    ("BFloat16", "float"): (0.65 * 16.72, 0.65 * 21.72),
+    ("Planes", "BFloat16"): (0.75 * 23.33, 0.75 * 29.67),
+}
+
+
+@pytest.mark.parametrize("skip_nonfinite", [False, True], ids=["plain", "skip_nonfinite"])
+def test_arithmetic_leaves_the_memory_the_bound(binary: Compiled, skip_nonfinite: bool) -> None:
+    if binary.architecture == "sm_75":
+        pytest.skip("no conversion to bfloat16 in the chip")
+    loops = binary.update_loops(skip_nonfinite)
+    found = {}
+    for (shadow, live), limits in INSTRUCTIONS.items():
+        loop = loops[shadow, live]["vectors"]
+        stored = sum(width * count for width, count in loop.widths(is_load=False).items())
+        elements = stored / (2 * BYTES[shadow] if shadow == "Planes" else BYTES[shadow])
+        found[shadow, live] = round(len(loop.instructions) / elements, 2), round(limits[skip_nonfinite], 2)
+    assert all(count <= limit for count, limit in found.values()), found
 
 
 def test_an_exchange_loads_four_pairs_before_the_first_store(binary: Compiled) -> None:
@@ -194,7 +219,7 @@ def test_what_is_sound_has_no_complaint(tmp_path: Path) -> None:
          "before the first use"),
         ([("(at) + n * kThreads", "(at) + n / 2 * (2 * kThreads) + n % 2")], "stores of {16: 4} bytes, 32 apart"),
         ([("st.global.", "st.")], "accesses to ['generic', 'global'] memory"),
-        ([("kShadowBytes == sizeof(Live) ? 4 : 8", "2")], "64 bytes in flight"),
+        ([("kShadowBytes == sizeof(Live) ? 4", "kShadowBytes == sizeof(Live) ? 2")], "64 bytes in flight"),
         ([("constexpr uint32_t kCount = 16 /", "constexpr uint32_t kCount = 8 /")], "where [16] bytes are due"),
     ],
     ids=["skip_nonfinite is hoisted", "a stride of 32 bytes", "generic stores", "two packs", "8-byte accesses"],
