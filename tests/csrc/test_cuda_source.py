@@ -157,8 +157,8 @@ def test_unaligned_chunks_have_their_loads_in_flight_before_the_first_use(
         assert loop.spaces == {"global"} and loop.store_stride == BYTES[shadow]
 
 
-# Instructions of a loop an element, without and with skip_nonfinite, at most. Those of 16-bit averages are shares of what
-# they were when arithmetic, not the memory, was their bound (bench/NOTES.md).
+# Instructions of a loop an element, without and with skip_nonfinite, at most. Those of 16-bit averages are shares of
+# what they were when arithmetic, not the memory, was their bound (bench/NOTES.md).
 INSTRUCTIONS = {
     ("float", "float"): (8.2, 11.6),
     ("float", "BFloat16"): (8.6, 11.6),
