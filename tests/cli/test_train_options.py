@@ -207,3 +207,24 @@ def test_a_flag_of_an_ema_that_there_is_not(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--ema-decay without an EMA would do nothing: add --use-ema"):
         train_command.run(arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_several_decays_after_the_flag_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--dataset-path", "x", "--checkpoint-dir", "y", "--ema-decay", "0.9", "0.99"])
+    assert "unrecognized arguments: 0.99; several averages are --ema-decays 0.9,0.99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "give --dataset-path DIR, or else --images DIR --masks DIR"),
+        (["--images", "a"], "--images DIR needs --masks DIR too"),
+        (["--dataset-path", "x", "--images", "a", "--masks", "b"], "or else --images"),
+        (["--dataset-path", "x", "--foreground", "red"], "--foreground must be numbers"),
+        (["--dataset-path", "x", "--ignore-index", "a"], "--ignore-index must be numbers"),
+    ],
+)
+def test_what_the_data_are(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--checkpoint-dir", "y", *given]) == 2
+    assert said in capsys.readouterr().err

@@ -95,8 +95,10 @@ def decode(image: Image.Image) -> Content:
         alpha = np.array(whole.getchannel("A"))
         if alpha.min() != alpha.max():
             colours, counts = np.unique(_packed(np.array(whole)[alpha > 0]), return_counts=True)
-            seen = dict(enumerate(colours.tolist()))
-            return Content("alpha", _counts(alpha), seen, drawn=_is_drawn(colours, counts))
+            drawn = _is_drawn(colours, counts)
+            # Those of a photo are not kept: they are many, and a set has many photos.
+            seen = dict(enumerate(colours.tolist())) if drawn else {}
+            return Content("alpha", _counts(alpha), seen, drawn=drawn)
         content = decode(image.convert("LA").getchannel(0) if image.mode in ("LA", "La") else whole.convert("RGB"))
         content.alpha = int(alpha.flat[0]) if len(content.counts) == 1 else None
         return content

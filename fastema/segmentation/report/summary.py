@@ -105,7 +105,7 @@ def print_summary(
 
 def _over_the_run(history: Sequence[EpochRecord]) -> str:
     leads = [(record.ema_iou - record.iou, record.epoch) for record in history if record.ema_iou is not None]
-    parts = [f"the EMA was ahead in {sum(lead > 0 for lead, _ in leads)} of {len(leads)} epochs"]
+    parts = [f"the EMA was ahead in {sum(lead > 0 for lead, _ in leads)} of {counted(len(leads), 'epoch')}"]
     most, least = max(leads), min(leads)
     if most[0] > 0:
         parts.append(f"at most by {most[0]:.4f} (epoch {most[1]})")

@@ -146,7 +146,8 @@ def describe_window(
     last = max(decays.at(step)[0] for step in (1, max(1, total_steps)))
     epochs = lag(last, updates_per_epoch)
     wait = max(settle, epochs)
-    if wait * updates_per_epoch > max(total_steps, updates_per_epoch):
+    # The threshold schedule's window grows with the run, and so fits it.
+    if decay_type != "threshold" and wait * updates_per_epoch > max(total_steps, updates_per_epoch):
         # With this constant decay, 5 % of the average are starting weights at the end.
         fitting = math.floor(1000 * 0.05 ** (1 / max(1, total_steps))) / 1000
         run = counted(math.ceil(total_steps / updates_per_epoch), "epoch")
@@ -156,7 +157,7 @@ def describe_window(
         )
     else:
         judge = f"judge it after {counted(math.ceil(wait), 'epoch')}"
-    return f"looks back over up to {window(last):,.0f} updates, {epochs:.3g} epochs; {judge}"
+    return f"looks back over up to {counted(round(window(last)), 'update')}, {epochs:.3g} epochs; {judge}"
 
 
 def latest_finding(

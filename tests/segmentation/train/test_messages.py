@@ -22,6 +22,9 @@ def test_the_outlook() -> None:
     short = describe_window(0.999, "threshold", 100, 500)  # which never gets to its target
     assert short == "looks back over up to 57 updates, 0.567 epochs; judge it after 1 epoch"
     assert describe_window(0.9, "linear", 400, 40_000).endswith("judge it after 1 epoch")
+    never = describe_window(0.9999, "exp", 1, 30, beta=15)
+    assert "that never settles in the 30 epochs it runs for: --ema-decay 0.904 or less would" in never
+    assert "judge it" in describe_window(0.999, "threshold", 2, 2)
     assert "never moves" in describe_window(1.0, "constant", 400, 40_000)
     assert describe_window(0.0, "constant", 400, 40_000).endswith("judge it after 1 epoch")
 
@@ -82,7 +85,7 @@ def test_a_run_says_the_outlook_and_each_change_once(train: Callable[..., tuple[
 def test_the_outlook_is_that_of_the_schedule_with_its_arguments(train: Callable[..., tuple[Any, str]]) -> None:
     schedule = {"ema_decay": 0.9999, "ema_decay_type": "exp", "ema_decay_args": {"beta": 0.1}}
     _, text = train([0.60, 0.62, 0.64], [0.31, 0.33, 0.36], **schedule)
-    assert "EMA: looks back over up to 1 updates" in text  # at the end, 0.9999 * (1 - exp(-0.1))
+    assert "EMA: looks back over up to 1 update" in text  # at the end, 0.9999 * (1 - exp(-0.1))
     assert "Too early" not in text
 
 
