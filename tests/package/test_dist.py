@@ -22,7 +22,7 @@ def test_a_wheel_is_held_to_the_package(tmp_path: Path) -> None:
     root = DIST["ROOT"]
     files = [str(path.relative_to(root)) for path in (root / "fastema").rglob("*.py")]
     files += [f"fastema/{path.relative_to(root)}" for path in (root / "triton_kernels").rglob("*.py")]
-    files += [f"fastema/csrc/{path.name}" for suffix in ("h", "cpp") for path in (root / "csrc").glob(f"*.{suffix}")]
+    files += [f"fastema/{path.relative_to(root)}" for path in (root / "csrc").rglob("*") if path.is_file()]
     path = tmp_path / "fastema.whl"
 
     def faults(*names: str) -> list[str]:
