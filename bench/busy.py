@@ -8,7 +8,9 @@ time slice of several ms, rarely or always. Implementations take turns in blocks
 from __future__ import annotations
 
 import gc
+import json
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -20,7 +22,7 @@ import torch
 from bench.contenders.libraries import LIBRARIES
 from bench.contenders.peers import FOREACH, MULTI_FN, OURS
 from bench.harness import cases
-from bench.harness.cases import Case
+from bench.harness.cases import Case, build_model
 from bench.harness.console import duration, print_table
 from bench.harness.contender import Peer
 from bench.harness.measure import Budget, timing_of
@@ -32,6 +34,13 @@ ONE_THREAD = f"{OURS.name}, one thread"
 LOADS = (0, 1, 4)
 _BLOCK_SECONDS = 0.05
 _SETTLE_SECONDS = 0.2
+
+FRESH_UPDATES = 150
+_FRESH = """
+import json, sys
+from bench import busy
+print(json.dumps(busy.first_means(*sys.argv[1:])))
+"""
 
 # Ends with its parent, however that ends.
 _SPIN = """
@@ -124,12 +133,51 @@ def measure(session: Session, case: Case, entrants: Sequence[Peer], seconds: flo
         print(f"  not measured: {one.impl}: {one.reason}")
 
 
+def first_means(maker: str, order: str) -> dict[str, float]:
+    """Return mean microseconds of this process's first updates on all threads and on one.
+
+    Args:
+        maker: a function of bench.harness.cases.
+        order: "all first" or "one first".
+    """
+    case: Case = getattr(cases, maker)()
+    run = OURS.build(build_model(case, torch.device("cpu")), case).run
+    everything = torch.get_num_threads()
+    means = {}
+    for name in ("all", "one") if order == "all first" else ("one", "all"):
+        torch.set_num_threads(everything if name == "all" else 1)
+        begin = time.perf_counter()
+        for _ in range(FRESH_UPDATES):
+            run()
+        means[name] = (time.perf_counter() - begin) / FRESH_UPDATES * 1e6
+    return means
+
+
+def measure_fresh(session: Session, maker: str, processes: int) -> None:
+    """Print one table: ratios of all threads to one, in fresh processes, under every load."""
+    rows = []
+    for spinning in (0, 4) if session.quick else LOADS:
+        ratios, means = [], []
+        with load(spinning):
+            for index in range(processes):
+                order = ("all first", "one first")[index % 2]
+                command = [sys.executable, "-c", _FRESH, maker, order]
+                found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                ratios.append(found["all"] / found["one"])
+                means.append(found["all"])
+        figures = [f"{statistics.median(ratios):.2f} x", f"{max(ratios):.2f} x"]
+        rows.append([f"{spinning} busy", duration(statistics.median(means)), *figures])
+    title = f"first {FRESH_UPDATES} updates of {processes} fresh processes: {maker.replace('_', ' ')}"
+    print_table(title, ["", "mean, all threads", "of one thread: median", "worst"], rows)
+
+
 def run(session: Session) -> None:
     """All tables."""
     entrants = (OURS, FOREACH, MULTI_FN) if session.quick else (OURS, FOREACH, *LIBRARIES)
     makers = (cases.small_tensors, cases.segmentation_list, cases.one_large_tensor)
     for make_case in makers[:1] if session.quick else makers:
         measure(session, make_case(), entrants, 8)
+        measure_fresh(session, make_case.__name__, 2 if session.quick else 12)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

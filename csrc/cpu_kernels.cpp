@@ -344,7 +344,7 @@ int64_t share_out(const CpuChunks& work, int threads, Run run) {
   const int64_t grains = static_cast<int64_t>(work.grains.size()) - 1;
   if (threads <= 1 || grains < kSerialGrains) return run(int64_t{0}, work.count);
   const auto run_grain = [&](int64_t grain) { return run(work.grains[grain], work.grains[grain + 1]); };
-  return work.sharing.sum(grains, threads, run_grain);
+  return work.sharing.sum(grains, threads, free_cores(), run_grain);
 }
 
 }  // namespace

@@ -3,6 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <ctime>
+#include <mutex>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -10,13 +14,24 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <unistd.h>
+#endif
 
 namespace fastema {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
+double seconds(Clock::duration time) { return std::chrono::duration<double>(time).count(); }
+
 // The largest mean loss of regions, as a fraction of a serial call: one that waits 12 ms for its threads, where a
-// serial call takes 50 us, is followed by 480 serial calls.
-constexpr double kMaxLoss = 0.5;
+// serial call takes 50 us, is followed by 960 serial calls.
+constexpr double kMaxLoss = 0.25;
+// A region that loses is followed by so many times its loss in which every computation of the process works alone.
+constexpr double kPausePerLoss = 10.0;
+// A call of more than a time slice shares its work out whatever the machine does: a late thread costs it little.
+constexpr double kTimeSlice = 4e-3;
 constexpr double kMinChange = 0.8, kMaxChange = 1.25;  // by which one region may change the estimate of a serial call
 constexpr double kMaxSavedCalls = 8.0;                 // the cap of saved_seconds_, in serial calls
 
@@ -70,51 +85,132 @@ bool forked = false;
 [[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
+#if defined(__linux__)
+double clock_seconds(clockid_t clock) {
+  timespec time{};
+  clock_gettime(clock, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+double thread_seconds() { return clock_seconds(CLOCK_THREAD_CPUTIME_ID); }
+
+// What the machine and this process have worked since they started, at one moment.
+struct Sample {
+  Clock::time_point time = Clock::now();
+  double idle = -1.0;  // seconds, of all cores together; negative: unknown
+  double own = clock_seconds(CLOCK_PROCESS_CPUTIME_ID);
+};
+
+Sample sample() {
+  Sample now;
+  if (std::FILE* file = std::fopen("/proc/stat", "re")) {
+    unsigned long long user, nice, system, idle, waiting;
+    if (std::fscanf(file, "cpu %llu %llu %llu %llu %llu", &user, &nice, &system, &idle, &waiting) == 5) {
+      now.idle = static_cast<double>(idle + waiting) / static_cast<double>(sysconf(_SC_CLK_TCK));
+    }
+    std::fclose(file);
+  }
+  return now;
+}
+
+// The last look at the machine. The first is at the import, so that the first update knows how busy it has been since.
+struct Machine {
+  std::mutex mutex;
+  Sample last = sample();
+  int cores = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
+  std::atomic<int> free{cores};
+  std::atomic<int64_t> next_look{(last.time + kBetweenLooks).time_since_epoch().count()};
+
+  static constexpr Clock::duration kBetweenLooks = std::chrono::milliseconds(100);  // ten ticks of /proc/stat
+
+  void look() {
+    const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+    if (!lock.owns_lock()) return;
+    const Sample now = sample();
+    if (now.idle >= 0.0 && last.idle >= 0.0) {
+      const double elapsed = seconds(now.time - last.time);
+      // Half a core that others use does not count: no machine is quite idle.
+      const double left = (now.idle - last.idle + now.own - last.own) / elapsed;
+      free = std::clamp(static_cast<int>(std::lround(left)), 1, std::max(cores, 1));
+    }
+    last = now;
+    next_look = (now.time + kBetweenLooks).time_since_epoch().count();
+  }
+};
+
+Machine machine;
+#else
+double thread_seconds() { return seconds(Clock::now().time_since_epoch()); }
+#endif
+
+// Until then every computation works alone: a region has just waited for its threads.
+std::atomic<int64_t> alone_until{0};
+
 }  // namespace
 
 void use_parallel_for(ParallelFor* parallel_for) { torch_parallel_for = parallel_for; }
 
-int64_t Sharing::sum(int64_t count, int threads, const std::function<int64_t(int64_t)>& work) {
-  if (threads <= 1 || forked || serial_calls_left_ > 0) {
+int free_cores() {
+#if defined(__linux__)
+  if (Clock::now().time_since_epoch().count() >= machine.next_look) machine.look();
+  return machine.free;
+#else
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+#endif
+}
+
+int64_t Sharing::alone(int64_t count, const std::function<int64_t(int64_t)>& work) {
+  const double begin = serial_seconds_ == 0.0 ? thread_seconds() : 0.0;
+  int64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += work(i);
+  if (serial_seconds_ == 0.0) serial_seconds_ = thread_seconds() - begin;
+  return sum;
+}
+
+int64_t Sharing::sum(int64_t count, int threads, int free, const std::function<int64_t(int64_t)>& work) {
+  if (serial_seconds_ < kTimeSlice) threads = std::min(threads, free);
+  if (threads <= 1 || forked || serial_calls_left_ > 0 || Clock::now().time_since_epoch().count() < alone_until) {
     serial_calls_left_ = std::max(serial_calls_left_ - 1, 0);
-    int64_t sum = 0;
-    for (int64_t i = 0; i < count; ++i) sum += work(i);
-    return sum;
+    return alone(count, work);
   }
-  using Clock = std::chrono::steady_clock;
   std::vector<Share> shares(threads);
   for (int i = 0; i < threads; ++i) shares[i].set(count * i / threads, count * (i + 1) / threads);
   int64_t taken_by_caller = 0;
-  Clock::time_point caller_end;
+  double worked = 0.0;
   const Clock::time_point begin = Clock::now();
   // Every thread begins with its own share, so that from one update to the next a core finds the same tensors in its
   // cache; then it takes from the ends of the others', so that a late thread does not hold up the work.
   const int64_t sum = in_parallel(threads, [&](int thread) {
     int64_t sum = 0, taken = 0;
+    const double started = thread == 0 ? thread_seconds() : 0.0;
     for (int i = 0; i < threads; ++i) {
       Share& share = shares[(thread + i) % threads];
       for (int64_t index; (index = share.take(i == 0)) >= 0; ++taken) sum += work(index);
     }
     if (thread == 0) {
       taken_by_caller = taken;
-      caller_end = Clock::now();
+      worked = seconds(Clock::now() - begin);
+      // The processor's time is asked, which takes half a microsecond, where the caller may have waited.
+      if (worked * count > kMaxChange * serial_seconds_ * taken) worked = std::min(worked, thread_seconds() - started);
     }
     return sum;
   });
-  const double elapsed = std::chrono::duration<double>(Clock::now() - begin).count();
-  const double worked = std::chrono::duration<double>(caller_end - begin).count();
+  const double elapsed = seconds(Clock::now() - begin);
   if (taken_by_caller > 0) record(elapsed, worked * count / taken_by_caller);
   return sum;
 }
 
 void Sharing::record(double elapsed, double serial) {
-  // A bounded change tracks the median: where the caller itself was preempted, `serial` is many times too long.
+  // A bounded change tracks the median: what is cold in the caches once is not slow for ever.
   serial_seconds_ =
       serial_seconds_ == 0.0 ? serial : std::clamp(serial, kMinChange * serial_seconds_, kMaxChange * serial_seconds_);
   // Savings count too: a large update gains from its second thread even if a time slice is lost now and then.
   saved_seconds_ = std::min(saved_seconds_ + serial_seconds_ - elapsed, kMaxSavedCalls * serial_seconds_);
   if (saved_seconds_ < -serial_seconds_) {
     serial_calls_left_ = static_cast<int>(std::min(-saved_seconds_ / (kMaxLoss * serial_seconds_), 1e6));
+    const auto pause = std::chrono::duration_cast<Clock::duration>(
+        std::chrono::duration<double>(std::min(-saved_seconds_ * kPausePerLoss, 1.0)));
+    alone_until = (Clock::now() + pause).time_since_epoch().count();
     saved_seconds_ = 0.0;
   }
 }

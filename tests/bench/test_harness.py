@@ -7,6 +7,7 @@ import doctest
 import importlib
 import math
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -315,8 +316,11 @@ def test_beside_busy_processes_ours_is_measured_on_one_thread_and_on_all(
     monkeypatch.setattr(busy, "_BLOCK_SECONDS", 0.0)
     monkeypatch.setattr(busy, "_SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(cases, "small_tensors", tiny)
+    monkeypatch.setattr(busy, "measure_fresh", lambda session, maker, processes: fresh.append((maker, processes)))
+    fresh: list[tuple[str, int]] = []
     one = tiny_session()
     busy.run(one)
+    assert fresh == [("tiny", 2)]
     assert [(record.bench, record.impl) for record in one.run.records] == [
         (f"busy: {processes}", impl)
         for processes in (0, 4)
@@ -326,6 +330,17 @@ def test_beside_busy_processes_ours_is_measured_on_one_thread_and_on_all(
         assert record.mean_us is not None and record.p95_us is not None and record.samples >= 2
         assert record.time <= record.p95_us
     assert "4 busy: median" in capsys.readouterr().out
+
+
+def test_the_first_updates_of_fresh_processes_are_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(busy, "LOADS", (0,))
+    monkeypatch.setattr(busy, "_SETTLE_SECONDS", 0.0)
+    busy.measure_fresh(dataclasses.replace(tiny_session(), quick=False), "one_element_tensors", 2)
+    shown = capsys.readouterr().out
+    assert "first 150 updates of 2 fresh processes: one element tensors" in shown
+    assert re.search(r"0 busy +\S+ \w+ +\d\.\d+ x +\d", shown)
 
 
 def test_the_load_spins_until_it_is_over() -> None:
