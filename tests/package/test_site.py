@@ -16,7 +16,9 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-PAGES = ["", "quickstart/", "install/", "average-is-worse/", "recipes/loops/"]
+DOCS = ROOT / "docs"
+#: Addresses: "" is the front page.
+PAGES = [f"{page.relative_to(DOCS).with_suffix('')}/".removesuffix("index/") for page in sorted(DOCS.rglob("*.md"))]
 #: Headless, as root, and without a word to hosts outside.
 OPTIONS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
