@@ -204,11 +204,11 @@ def _unlike(name: str, own: Tensor, given: Tensor, live: Tensor | None) -> str |
         return f"{name!r} is no ordinary tensor in the file, but {given.layout} on {given.device}"
     if _is_inexact(own) != _is_inexact(given):
         return f"{name!r} is {given.dtype} in the file, {own.dtype} here"
-    # What is NaN or infinite in an average stays so. Where the weight is too, as in a mask, it is meant.
+    # A broken file should not go by as an average. Where the weight is not finite either, as in a mask, it is meant.
     if _is_inexact(given) and not bool(given.isfinite().all()):
         bad = int((~given.isfinite()).sum())
         if live is None or int((~live.detach().isfinite()).sum()) < bad:
-            return f"{name!r} has {bad} elements in the file that are NaN or infinite, and would stay so"
+            return f"{name!r} has {bad} elements in the file that are NaN or infinite"
     return None
 
 
