@@ -106,7 +106,7 @@ def compile_all(sources: Sequence[Path], flags: Sequence[str], work: Path) -> li
     objects = [work / f"{source.name}.o" for source in sources]
     with ThreadPoolExecutor(len(sources)) as pool:
         commands = [
-            [*_compiler(), *CPP_FLAGS, *flags, *_size(source), *_sanitizers(), "-c", str(source), "-o", str(target)]
+            [*_compiler(), *CPP_FLAGS, *flags, *_sanitizers(), "-c", str(source), "-o", str(target)]
             for source, target in zip(sources, objects, strict=True)
         ]
         list(pool.map(run, commands))
@@ -136,10 +136,6 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
 
 def _version(version: str) -> list[str]:
     return [f'-DFASTEMA_VERSION="{version}"']
-
-
-def _size(source: Path) -> list[str]:
-    return ["-Os"] if source.name == "bindings.cpp" else []  # pybind11's templates: a fifth smaller, no slower
 
 
 def _compiler() -> list[str]:

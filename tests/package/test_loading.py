@@ -32,7 +32,9 @@ def test_the_layout_of_this_torch_is_accepted() -> None:
 @pytest.mark.parametrize("field", [name for name in NAMES if name != "version"])
 @pytest.mark.parametrize("value", [0, 8, 32, 96, 168, -8, 1 << 40])
 def test_another_layout_is_refused(field: str, value: int) -> None:
-    assert loading.layout_fault(moved(loading.extension_file().read_bytes(), field, value)) is not None
+    right = loading.extension_file().read_bytes()
+    if moved(right, field, value) != right:
+        assert loading.layout_fault(moved(right, field, value)) is not None
 
 
 @pytest.mark.parametrize("content", [b"", b"not an extension", loading._MARK, loading._MARK + b"short"])
