@@ -46,12 +46,14 @@ _LESS_TOGETHER = (
 # Too short, or words of other meanings as well: they count as the last word only.
 _LESS_AT_THE_END = frozenset({"ce", "kl", "der", "per", "ter", "hd", "cd", "asd"})
 _MORE_TOGETHER = (("coco", "eval"), ("success", "rate"), ("win", "rate"))
+# Names of metrics, although one of their words is that of a setting elsewhere.
+_SCORES_TOGETHER = (("dice", "coef"), ("jaccard", "coef"), ("s", "alpha"), ("e", "phi"), ("f", "beta"))
 # Metrics of which more is better; those that are usually the main one stand first.
 _RANKS = _ranks(
-    "map ap miou iou jaccard mdice dice dsc pq nds hota mota f1 fscore fmeasure fbeta auroc auc auprc top accuracy acc "
-    "macc aacc bleu rouge chrf meteor cider psnr ssim ndcg mrr kappa mcc r2 pearson spearman correlation corr reward "
-    "rew return returns success exact score scores elbo ar pck oks idf1 amota em smeasure emeasure measure similarity "
-    "cosine hit hits precision recall sensitivity specificity roc rank"
+    "map ap miou iou jaccard mdice dice dsc pq nds hota mota f1 fscore fmeasure fbeta sm em fm wfm auroc auc auprc "
+    "top accuracy acc macc aacc bleu rouge chrf meteor cider psnr ssim ndcg mrr kappa mcc r2 pearson spearman "
+    "correlation corr reward rew return returns success exact score scores elbo ar pck oks idf1 amota smeasure "
+    "emeasure measure similarity cosine hit hits precision recall sensitivity specificity roc rank"
 )
 
 _EPOCHS = (("epoch",), ("epochs",), ("current", "epoch"), ("ep",))
@@ -73,6 +75,7 @@ _PLAIN = _set("mean avg average macro total loss error overall all coco bbox")
 _CAMEL_PREFIX = re.compile(r"^(train|valid|val|test|eval|ema|swa|dev|model)(?=[A-Z])")
 _CAMEL_SUFFIX = re.compile(r"(?<=[a-z\d])(EMA|Ema|IoU|Loss|Acc|Accuracy|Error|Score|Dice)$")
 _CAMEL = re.compile(r"(?:[A-Z][a-z]+){2,}")
+_KERAS_IOU = re.compile(r"(?<![A-Za-z])io_u(?![A-Za-z])")  # its snake case of MeanIoU is mean_io_u
 _CHART = re.compile(r"__(MIN|MAX)$")  # of W&B's charts: the range that a point stands for
 
 
@@ -83,6 +86,7 @@ def words_of(name: str) -> tuple[str, ...]:
         >>> words_of("val/mAP_50-95(B)"), words_of("valEmaLoss"), words_of("MeanIoU")
         (('val', 'map', '50', '95', 'b'), ('val', 'ema', 'loss'), ('mean', 'iou'))
     """
+    name = _KERAS_IOU.sub("iou", name)
     return tuple(word for piece in re.split(r"[\W_]+", name) if piece for word in _words_of_piece(piece))
 
 
@@ -132,7 +136,8 @@ def is_averaged(name: str) -> bool:
 
 def key_of(name: str) -> tuple[str, ...]:
     """Return what a metric of the model and the same one of its average have in common."""
-    return tuple(sorted(word for word in words_of(name) if word not in _AVERAGED and word not in _LIVE))
+    left_out = _AVERAGED | _LIVE | {"epoch"}
+    return tuple(sorted(word for word in words_of(name) if word not in left_out))
 
 
 def twin_of(name: str) -> tuple[str, ...]:
@@ -147,7 +152,8 @@ def known_mode_of(name: str) -> str | None:
         return "max"
     if _is_less(words):
         return "min"
-    known = any(word in _RANKS for word in words) or any(_together(words, pair) for pair in _MORE_TOGETHER)
+    together = (*_MORE_TOGETHER, *_SCORES_TOGETHER)
+    known = any(word in _RANKS for word in words) or any(_together(words, pair) for pair in together)
     return "max" if known else None
 
 
@@ -179,6 +185,11 @@ def looks_numeric(name: str) -> bool:
     words = words_of(name)
     if not words or _CHART.search(name) or all(word.isdigit() or word in _SPLITS for word in words):
         return False
+    if any(_together(words, pair) for pair in _SCORES_TOGETHER):
+        words = tuple(word for word in words if word not in ("coef", "alpha", "beta"))
+    if known_mode_of(name) is not None:
+        # Lightning's "val_dice_epoch" and Keras's "epoch_loss" are the metric over an epoch.
+        words = tuple(word for word in words if word != "epoch")
     return not (_NO_METRIC & set(words) or any(_together(words, pair) for pair in _NO_METRIC_TOGETHER))
 
 
@@ -203,6 +214,8 @@ def importance_of(name: str) -> tuple[int, int, int]:
         rank = min((_RANKS[word] for word in words if word in _RANKS), default=500)
         if _together(words, ("coco", "eval")):
             rank = 0
+        elif any(_together(words, pair) for pair in _SCORES_TOGETHER):
+            rank = min(rank, _RANKS["sm"])
     # Of mAP50 and mAP50-95 the second is the stricter; "AP" alone is that over all thresholds.
     strict = 0 if "95" in words or not any(word in ("5", "50", "75") for word in words) else 1
     # A class or a part is named by a word that no metric has.

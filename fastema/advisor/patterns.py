@@ -97,7 +97,8 @@ def find_pattern(history: Sequence[float], mode: str = "max", clock: Clock | Non
         return StartAdvice(
             "fix first",
             "collapse",
-            f"it went from {sign * values[at - 1]:.4g} to {sign * values[at]:.4g} in {when.at(at)} and stayed there",
+            f"it went from {sign * values[at - 1]:.4g} to {sign * values[at]:.4g} in {when.at(at)}"
+            + (" and stayed there" if at + 1 < len(values) else ""),
             "Go back to the last good checkpoint; lower the learning rate, clip gradients, look for bad samples. "
             "An average would only take the broken weights in.",
             {"epoch": at + 1, "fall": size},
@@ -208,7 +209,8 @@ def _held(values: Sequence[float], shape: Shape) -> int:
     """Return for how many evaluations the metric has kept its level."""
     steady = smoothed(values)
     band = max(2 * shape.noise, 0.01 * shape.scale)
-    return next((i for i, value in enumerate(reversed(steady)) if abs(value - shape.level) > band), len(steady))
+    held = next((i for i, value in enumerate(reversed(steady)) if abs(value - shape.level) > band), len(steady))
+    return max(held, shape.epochs if shape.flat else 0)  # one swing at the end does not end a plateau
 
 
 def _smooth(shape: Shape) -> bool:

@@ -77,7 +77,7 @@ def verdict_on(
         kind, why, step = start.pattern, start.reason, start.next_step
         if finding is not None and finding.kind == "unstable":
             return Verdict(_FIX, kind, (finding.text,), finding.next_step)
-        return Verdict(_FIX, kind, _sentences(why), step)
+        return Verdict(_FIX, kind, _sentences(why, best if kind == "declining" else ""), step)
     past = _past_best(start, finding, loss)
     if past is not None and not series.over:
         return Verdict(_USE["overfitted"], "overfitted", _sentences(*past[0]), past[1])

@@ -153,6 +153,23 @@ def test_a_long_plateau_is_no_oscillation(capsys: pytest.CaptureFixture[str], tm
     assert verdict["kind"] == "plateau"
 
 
+def test_a_run_that_was_best_early_is_told_when(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    losses = [0.52, 0.5, 0.55, 0.62, 0.7, 0.78, 0.85, 0.92, 1.0, 1.05]
+    rows = [f"{epoch},{loss}" for epoch, loss in enumerate(losses, 1)]
+    verdict = advise(capsys, tmp_path, "\n".join(["epoch,val_loss", *rows]))["verdict"]
+    assert verdict["kind"] == "declining"
+    assert verdict["why"][1] == "It was best in epoch 2, at 0.5; now it is at 1.05."
+
+
+def test_what_is_said_of_the_last_value_and_of_a_plateau() -> None:
+    fallen = [0.6, 0.65, 0.66, 0.67, 0.67, 0.67, 0.2]
+    assert should_start(fallen).reason == "it went from 0.67 to 0.2 in epoch 7"
+    assert should_start([*fallen, 0.2]).reason.endswith("in epoch 7 and stayed there")
+    # Of a plateau whose last two values are a little off it is not said that it has lasted for none.
+    still = should_start([*(0.85 - 0.5 * 0.8**e for e in range(30)), *[0.85] * 8, 0.862, 0.862])
+    assert (still.pattern, still.evidence["held"]) == ("plateau", 10)
+
+
 def test_a_run_that_is_over_is_told_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = [f"{e},{0.8 - 0.5 * 0.9**e + 0.002 * (-1) ** e:.4f},{0.01 * (1 - e / 60):.6f}" for e in range(1, 61)]
     text = "\n".join(["epoch,iou,lr", *rows])

@@ -163,6 +163,13 @@ def test_what_holds_no_metric_is_refused_in_one_line(text: str, message: str, tm
         ("ema_fg_dice,mean_fg_dice", "mean_fg_dice"),
         ("val_ema_iou", "val_ema_iou"),
         ("train_acc,train_loss", "train_acc"),
+        ("loss,dice_coef,val_loss,val_dice_coef", "val_dice_coef"),
+        ("train_loss_step,train_loss_epoch,val_loss_epoch,val_dice_epoch", "val_dice_epoch"),
+        ("train/epoch_loss,validation/epoch_loss,validation/epoch_learning_rate", "validation/epoch_loss"),
+        ("val_loss,val_mean_io_u", "val_mean_io_u"),
+        ("val_Sm,val_wFm,val_mae", "val_Sm"),
+        ("val/mae,val/S_alpha,val/E_phi,val/beta", "val/S_alpha"),
+        ("val_loss,val_kl_coef,val_epoch,best_epoch", "val_loss"),
     ],
 )
 def test_of_several_metrics_the_main_one_is_taken(names: str, metric: str, tmp_path: Path) -> None:
@@ -186,6 +193,7 @@ def test_of_several_metrics_the_main_one_is_taken(names: str, metric: str, tmp_p
         ("val/model_acc", "val/ema_model_acc"),
         ("run-7 - val/iou", "run-7 - val_ema/iou"),
         ("Base IoU", "EMA IoU"),
+        ("val_dice_epoch", "val_ema_dice_epoch"),
     ],
 )
 def test_the_averages_column(base: str, average: str, tmp_path: Path) -> None:
@@ -217,6 +225,22 @@ def test_which_way_is_better() -> None:
         assert known_mode_of(name) is None, name
         with pytest.raises(ValueError, match="--mode max or --mode min"):
             mode_of(name)
+
+
+def test_detectron2s_printed_scores(tmp_path: Path) -> None:
+    d2 = "[12/01 10:00:00 d2.evaluation.testing]: copypaste: "
+    text = "".join(
+        f"[12/01 10:00:00 d2.utils.events]: eta: 1:02:03  iter: {500 * at}  total_loss: 0.8{at}  lr: 0.00025\n"
+        f"{d2}Task: bbox\n{d2}AP,AP50,APl\n{d2}{30 + at}.5,{50 + at}.5,nan\n"
+        f"{d2}Task: segm\n{d2}AP,AP50,APl\n{d2}{20 + at}.5,{40 + at}.5,nan\n"
+        for at in range(1, 4)
+    )
+    seen = read(tmp_path, text)
+    assert metric_of(seen, None) == "bbox/AP"
+    found = series_of(seen, "segm/AP50")
+    assert found.base == [41.5, 42.5, 43.5]
+    assert found.clock.labels == [500, 1000, 1500]
+    assert series_of(seen, "total_loss").of_training
 
 
 def test_thousands_of_rows(tmp_path: Path) -> None:

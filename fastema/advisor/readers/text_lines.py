@@ -46,6 +46,8 @@ _PAIR = re.compile(
 )
 _LIST = re.compile(r"(?P<name>[A-Za-z_][\w@/.\- ]*?)\s*[:=]?\s*\[(?P<cells>\s*[-+.\dnan, eE]+)\]")
 _COCO = re.compile(r"Average Precision\s.*IoU=0\.50:0\.95\s*\|\s*area=\s*all.*\]\s*=\s*(?P<number>[-.\d]+)")
+# Detectron2's log.txt: a line with the task, one with the names, one with the numbers.
+_COPYPASTE = re.compile(r"\bcopypaste:\s*(?:Task:\s*(?P<task>\S+)|(?P<cells>.*))")
 _METER = re.compile(r"\[\s*\d+/\d+")
 _PROGRESS = re.compile(r"\bit/s\b|\bs/it\b|\d%\||\b(?:test|val\w*|eval\w*)(?: \(ema\))?:\s*\[\s*\d+/\d+\]", re.I)
 _NO_NAME = re.compile(
@@ -88,6 +90,8 @@ class _Rows:
         self.totals: dict[str, float] = {}
         self._clock: Row = {}
         self._names: dict[tuple[str, ...], str] = {}
+        self._task = ""
+        self._pasted: list[str] = []
 
     def add(self, line: str) -> None:
         line = _WRAPPED.sub(r"\1", _NOISE.sub(" ", line))
@@ -97,6 +101,9 @@ class _Rows:
             return
         if match := _COCO.search(line):
             self._put({"val/AP": float(match["number"])}, overwrite=False)
+            return
+        if match := _COPYPASTE.search(line):
+            self._paste(match)
             return
         line, clock, split = self._clock_of(line)
         self._new_clock(clock)
@@ -109,6 +116,18 @@ class _Rows:
             found, overwrite=bool(_METER.search(line)) and any(split_of(name) in ("val", "test") for name in found)
         )
         self._remember(line, found)
+
+    def _paste(self, match: re.Match[str]) -> None:
+        if match["task"]:
+            self._task = match["task"]
+            return
+        cells = match["cells"].split(",")
+        numbers = [number_of(cell) for cell in cells]
+        if None in numbers:
+            self._pasted = cells
+        elif len(cells) == len(self._pasted):
+            names = (f"{self._task}/{name}" for name in self._pasted)
+            self._put(row_of(dict(zip(names, cells, strict=True))), overwrite=False)
 
     def _clock_of(self, line: str) -> tuple[str, Row, str | None]:
         """Return the line without its epoch and step, these, and whose numbers the line has."""

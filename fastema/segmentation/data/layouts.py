@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +61,8 @@ _MASK_WORDS = frozenset(
 )
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
+# Of `imagesTr` and `DUTS-TR`: only after another word, since a folder `tr` may be anything.
+_SHORT_SPLITS = {"tr": "train", "te": "test", "ts": "test"}
 _FILLERS = frozenset(["jpeg", "jpg", "png", "object", "class", "binary"])
 # Where several folders have a mask for an image, the first of these is taken.
 _PREFERRED = ("gt_object", "gt", "segmentationclass", "segmentationobject")
@@ -204,6 +206,9 @@ def _by_role(files: Sequence[File]) -> tuple[list[File], list[File], dict[str, l
     unused: dict[str, list[Path]] = defaultdict(list)
     masks = [file for file in files if file.role == "mask"]
     rest = [file for file in files if file.role != "mask"]
+    if not rest and len({bool(_MASK_NAME.fullmatch(file.path.stem)) for file in masks}) > 1:
+        # A folder such as `BUSI_with_GT` around everything says nothing; the files' names do.
+        masks, rest = [], [replace(file, role="") for file in files]
     if not masks:
         masks, rest = _split(rest, lambda file: bool(_MASK_NAME.fullmatch(file.path.stem)))
     if not masks:  # a.jpg and a.png
@@ -233,13 +238,14 @@ def _meaning(parts: Sequence[str]) -> tuple[Role, str, int, list[str]]:
     """Return what a path of folders says: role, split, the place of the folder with the role, what else is in it."""
     words = [[token.lower() for token in _TOKENS.findall(part)] for part in parts]
     roles = [_role(each) for each in words]
-    known = _IMAGE_WORDS | _MASK_WORDS | _FILLERS | _SPLITS.keys() | {"ground", "truth"}
+    known = _IMAGE_WORDS | _MASK_WORDS | _FILLERS | _SPLITS.keys() | _SHORT_SPLITS.keys() | {"ground", "truth"}
     exact = [place for place, each in enumerate(words) if roles[place] and known.issuperset(each)]
     partial = [place for place, role in enumerate(roles) if role]
     place = exact[0] if exact else partial[-1] if partial else -1
     split, key = "", []
     for index, (part, each) in enumerate(zip(parts, words, strict=True)):
         own = next((_SPLITS[word] for word in each if word in _SPLITS), "")
+        own = own or next((_SHORT_SPLITS[word] for word in each[1:] if word in _SHORT_SPLITS), "")
         split = split or own
         if index == place:
             left = [word for word in each if word not in known]

@@ -71,6 +71,10 @@ LAYOUTS = {
         ("segmentation_set/x", "segmentation_set/images/x.jpg", "segmentation_set/masks/x.png"),
         ("segmentation_set/y", "segmentation_set/images/y.jpg", "segmentation_set/masks/y.png"),
     ],
+    "a folder around all that is called GT": [
+        ("set_with/cat/x (1)", "Set_with_GT/cat/x (1).png", "Set_with_GT/cat/x (1)_mask.png"),
+        ("set_with/dog/y (1)", "Set_with_GT/dog/y (1).png", "Set_with_GT/dog/y (1)_mask.png"),
+    ],
     "an image that is called mask": [("gas_mask", "Imgs/gas_mask.jpg", "GT/gas_mask.png"), PLAIN[1]],
     "another case": [("IMG_1", "Imgs/IMG_1.jpg", "GT/img_1.png"), PLAIN[1]],
 }
@@ -128,6 +132,18 @@ def test_test_images_are_never_trained_on(tmp_path: Path) -> None:
     assert [pair.stem for pair in list_pairs(tmp_path, "Test").pairs] == ["test"]
     made(tmp_path / "b", ["images/x.png", "masks/x.png", "images/test/y.png", "masks/test/y.png"])
     assert [pair.stem for pair in list_pairs(tmp_path / "b").pairs] == ["x"]
+
+
+def test_splits_that_are_shortened(tmp_path: Path) -> None:
+    """DUTS has DUTS-TR and DUTS-TE, others imagesTr and imagesTs; a folder that is called `tr` alone is no split."""
+    kinds = ("Image", "Mask")
+    made(tmp_path / "a", [f"{s}/{s}-{kind}/{s}.png" for s in ("DUTS-TR", "DUTS-TE") for kind in kinds])
+    made(tmp_path / "b", [f"{kind}{s}/{s}.png" for s in ("Tr", "Ts") for kind in ("images", "labels")])
+    for root, train, test in (("a", "DUTS-TR", "DUTS-TE"), ("b", "Tr", "Ts")):
+        assert [pair.image.stem for pair in list_pairs(tmp_path / root).pairs] == [train]
+        assert [pair.image.stem for pair in list_pairs(tmp_path / root, "Test").pairs] == [test]
+    made(tmp_path / "c", [f"{kind}/{s}/{s}.png" for s in ("tr", "te") for kind in ("images", "masks")])
+    assert len(list_pairs(tmp_path / "c").pairs) == 2
 
 
 def test_the_object_masks_of_cod10k_are_taken_and_the_others_named(tmp_path: Path) -> None:
