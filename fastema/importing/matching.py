@@ -55,7 +55,8 @@ def match(
         names = [name for name in model if name in parameters]
         named = _respelled_for(given, names, spelled, lambda name: model[name].requires_grad)
     else:
-        named, outside = _renamed(given, {**model, **own})
+        trained = [name for name in own if name in parameters and model[name].requires_grad]
+        named, outside = _renamed(given, {**model, **own}, trained)
     siblings: dict[int, list[str]] = {}
     for name, tensor in own.items():
         siblings.setdefault(id(tensor), []).append(name)
@@ -157,21 +158,25 @@ def _in_order(given: list[Tensor], model: Mapping[str, Tensor], parameters: set[
     return dict(zip(names, given, strict=True))
 
 
-def _renamed(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def _renamed(
+    given: Mapping[str, Tensor], own: Mapping[str, Tensor], trained: list[str]
+) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors by the model's names, and the file's names outside of its part for the model."""
     given = without_wrappers(given)
     if set(given) <= set(own):
         return given, []
-    ours, theirs = _prefixes(list(own), list(given))
+    first_names = {id(own[name]): name for name in reversed(trained)}  # a list of parameters has tied ones once
+    ours, theirs = _prefixes(list(own), list(given), set(first_names.values()))
     inside = {f"{ours}{name[len(theirs) :]}": tensor for name, tensor in given.items() if name.startswith(theirs)}
     return inside, [name for name in given if not name.startswith(theirs)]
 
 
-def _prefixes(own: list[str], given: list[str]) -> tuple[str, str]:
+def _prefixes(own: list[str], given: list[str], trained: set[str]) -> tuple[str, str]:
     """Return what the model's names and the file's begin with, beyond each other's, by the most names that agree.
 
     Raises:
-        ValueError: two parts of the file fit alike.
+        ValueError: two parts of the file fit alike, or both have what is trained: the weights with their buffers beside
+            an average without them.
     """
     candidates = {("", "")}
     for probe in {own[0], own[len(own) // 2], own[-1]}:
@@ -181,12 +186,12 @@ def _prefixes(own: list[str], given: list[str]) -> tuple[str, str]:
             elif probe.endswith(f".{name}"):
                 candidates.add((probe[: -len(name)], ""))
     held = set(given)
-    scores = {
-        (ours, theirs): sum(name.startswith(ours) and f"{theirs}{name[len(ours) :]}" in held for name in own)
+    agree = {
+        (ours, theirs): {name for name in own if name.startswith(ours) and f"{theirs}{name[len(ours) :]}" in held}
         for ours, theirs in candidates
     }
-    best = max(scores.values())
-    winners = sorted(pair for pair, score in scores.items() if score == best)
+    best = max(map(len, agree.values()))
+    winners = sorted(pair for pair, names in agree.items() if len(names) == best or (trained and trained <= names))
     if ("", "") in winners:
         return "", ""
     if len(winners) > 1:
@@ -202,7 +207,7 @@ def _unlike(name: str, own: Tensor, given: Tensor, live: Tensor | None) -> str |
         return wrong
     if given.layout != torch.strided or given.is_quantized or given.is_meta:
         return f"{name!r} is no ordinary tensor in the file, but {given.layout} on {given.device}"
-    if _is_inexact(own) != _is_inexact(given):
+    if _is_inexact(own) != _is_inexact(given) or own.is_complex() != given.is_complex():
         return f"{name!r} is {given.dtype} in the file, {own.dtype} here"
     # A broken file should not go by as an average. Where the weight is not finite either, as in a mask, it is meant.
     if _is_inexact(given) and not bool(given.isfinite().all()):

@@ -150,6 +150,7 @@ _KEYS: dict[str, tuple[str, str]] = {
     "ema_state_dict": ("callback", 'as the callback\'s: mostly decay_type="constant"'),
 }
 _NAMED = re.compile(r"(?:^|_)(?:ema|averaged?|shadow)(?:_|$)", re.IGNORECASE)
+_NOT_NAMED = re.compile(r"(?:^|_)(?:no|non|not|wo|without|before|pre)_(?:ema|averaged?|shadow)", re.IGNORECASE)
 _COUNTS = ("global_step", "num_updates", "optimization_step")
 
 
@@ -168,7 +169,7 @@ def by_key(content: Mapping[str, Any]) -> Iterator[Found]:
                 step=number(content["updates"]),
                 notes=("its checkpoints hold the average in 16 bits: half the precision of the run is gone",),
             )
-        elif key in _KEYS or _NAMED.search(key):
+        elif key in _KEYS or (_NAMED.search(key) and not _NOT_NAMED.search(key)):
             source, goes_on = _KEYS.get(key, ("state_dict", "as its writer's"))
             yield Found(source, [_plain(value)], goes_on, key, step=step, whole=source in ("timm", "super-gradients"))
 

@@ -92,6 +92,29 @@ def test_two_parts_that_fit_alike_are_refused() -> None:
     assert snapshot(ema) == before
 
 
+def test_weights_with_buffers_do_not_go_before_an_average_without_them() -> None:
+    model = Net()
+    model.head.register_parameter("tied", model.head.weight)
+    average = {f"shadow.{name}": tensor + 1 for name, tensor in model.named_parameters()}
+    weights = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+    ema = FastEMA(model)
+    before = snapshot(ema)
+    with pytest.raises(ValueError, match=r"'net\.' and 'shadow\.' fit the model alike"):
+        fastema.import_average(ema, {**weights, **average}, step=1)
+    assert snapshot(ema) == before
+
+
+@pytest.mark.parametrize("key", ["model_without_ema", "non_ema", "unet_no_ema", "state_dict_non_averaged"])
+def test_a_key_that_says_no_average_is_none(key: str) -> None:
+    model = Net()
+    content = {key: model.state_dict(), "model": an_average(model)}
+    with pytest.raises(ValueError, match="no average of a known library"):
+        fastema.import_average(FastEMA(model), content, step=1)
+    content["model_ema"] = an_average(model)
+    ema = FastEMA(model)
+    assert fastema.import_average(ema, content, step=1).where == "model_ema" and loaded(ema, an_average(model))
+
+
 def test_tied_tensors_need_one_name_and_must_agree() -> None:
     model = Net()
     model.tied = model.head
@@ -145,6 +168,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "NaN": (lambda s: s["head.bias"].fill_(torch.nan), "'head.bias' has 2 elements in the file that are NaN"),
     "overflow of 16 bits": (lambda s: s.update({"head.bias": torch.tensor([7e4, 1.0]).half()}), "1 elements"),
     "integers for numbers": (lambda s: s.update({"head.bias": torch.ones(2, dtype=torch.int64)}), "is torch.int64"),
+    "complex numbers": (lambda s: s.update({"head.bias": torch.ones(2) + 1j}), "is torch.complex64"),
     "no tensor memory": (lambda s: s.update({"head.bias": torch.ones(2, device="meta")}), "no ordinary tensor"),
 }
 
