@@ -30,7 +30,8 @@ class BackgroundWriter:
     def memory(self, nbytes: int) -> Tensor:
         """Return host memory for what the next write writes, [nbytes] uint8. The caller has called `wait()`."""
         free = self._free.get(nbytes)
-        own = free.pop() if free else torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        with torch.inference_mode(False):  # a later write, outside of inference mode, uses it again
+            own = free.pop() if free else torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         self._taken.append(own)
         return own
 
@@ -49,8 +50,13 @@ class BackgroundWriter:
 
         self._free = {}  # of other sizes than what is written now
         executor = ThreadPoolExecutor(1, thread_name_prefix="fastema-write")
-        self._future, self._process = executor.submit(run), os.getpid()
+        try:
+            self._future, self._process = executor.submit(run), os.getpid()
+        except RuntimeError:  # no thread starts any more while the process ends, in functions of atexit
+            self._future = None
         executor.shutdown(wait=False)  # the thread ends after the write
+        if self._future is None:
+            write()
 
     def raise_error(self) -> None:
         """Raise the error of a write that is done; do not wait for one that is not."""

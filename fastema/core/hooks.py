@@ -19,8 +19,8 @@ _WRAPPERS = (
     ("accelerate.optimizer", "AcceleratedOptimizer", "optimizer"),
     ("opacus.optimizers", "DPOptimizer", "original_optimizer"),
 )
-#: So many writes to one weight are no single load, clamp or copy between a step and a swap.
-_CHANGES_OF_A_TRAINING = 2
+#: Fewer writes to one weight between a step and a swap may be a clamp and a normalisation, or another tool's swap.
+_CHANGES_OF_A_TRAINING = 5
 
 
 class AveragedWeights(Protocol):
@@ -134,6 +134,8 @@ class AttachedHandle:
         for hook in [hook for hooks in self._hooks.values() for hook in hooks]:
             hook.remove()
         self._hooks.clear()
+        if not self._attached.parameters():  # what trains from now on is not to be averaged, or by update()
+            self._attached.at_add = self._attached.at_last_step = None
         _call(self._attached.changed)
 
     def discard(self, optimizer: torch.optim.Optimizer) -> None:

@@ -117,6 +117,15 @@ def test_a_second_save_waits_and_uses_the_memory_of_the_first(tmp_path: Path, mo
     assert load_checkpoint(tmp_path / "a.pth").keys() == load_checkpoint(tmp_path / "b.pth").keys()
 
 
+def test_the_memory_of_a_save_in_inference_mode_is_used_outside_of_it(tmp_path: Path) -> None:
+    model, ema, _ = trained()
+    with torch.inference_mode():
+        save_checkpoint(tmp_path / "a.pth", net=model, ema=ema, background=True)
+    save_checkpoint(tmp_path / "b.pth", net=model, ema=ema, background=True)
+    synchronize()
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+
+
 @pytest.mark.parametrize("following", ["save", "save in the background", "load", "synchronize"])
 def test_the_next_call_raises_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, following: str) -> None:
     model, ema, _ = trained()
@@ -161,18 +170,21 @@ def test_where_warnings_are_errors_the_next_call_still_has_the_first(
 
 
 CODE = """
-import sys, threading, torch, fastema.checkpoint as c
+import atexit, sys, threading, torch, fastema.checkpoint as c
 write = c._write
 c._write = lambda *args: (threading.Event().wait(0.5), write(*args))
-c.save_checkpoint(sys.argv[1], net=torch.nn.Linear(2, 2), background=True)
+save = lambda path: c.save_checkpoint(path, net=torch.nn.Linear(2, 2), background=True)
+save(sys.argv[1])
+atexit.register(save, sys.argv[2])
 print("at the end", flush=True)
 """
 
 
 def test_the_process_ends_when_the_file_is_written(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", CODE, tmp_path / "a.pth"], capture_output=True, text=True, check=True)
-    assert done.stdout == "at the end\n"
-    assert set(load_checkpoint(tmp_path / "a.pth")) == {"net"}
+    paths = [tmp_path / "a.pth", tmp_path / "b.pth"]  # the second is saved when no thread starts any more
+    done = subprocess.run([sys.executable, "-c", CODE, *paths], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("at the end\n", "")
+    assert all(set(load_checkpoint(path)) == {"net"} for path in paths)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 import weakref
@@ -223,6 +224,12 @@ def test_a_swap_warns_where_another_optimizer_took_over(
     assert ema.num_updates == steps + 4, "the first one is attached still"
 
 
+def clamp_and_normalise(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.clamp_(-1, 1).div_(parameter.norm())
+
+
 def test_no_warning_where_weights_are_loaded_clamped_or_updated_by_hand(recwarn: pytest.WarningsRecorder) -> None:
     model = nn.Linear(3, 2)
     ema, optimizer = FastEMA(model), sgd(model.parameters())
@@ -230,6 +237,8 @@ def test_no_warning_where_weights_are_loaded_clamped_or_updated_by_hand(recwarn:
     for change in (
         lambda: model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}),
         lambda: [parameter.data.clamp_(-1, 1) for parameter in model.parameters()],
+        lambda: clamp_and_normalise(model),
+        lambda: [model.load_state_dict(copy.deepcopy(model.state_dict())) for _ in range(2)],  # there and back
         lambda: ema.copy_to(),
         lambda: [(train(model, sgd(model.parameters())), ema.update()) for _ in range(3)],
         lambda: model.double().float(),
@@ -238,6 +247,22 @@ def test_no_warning_where_weights_are_loaded_clamped_or_updated_by_hand(recwarn:
         change()
         with ema.swapped():
             pass
+    assert not recwarn.list
+
+
+def test_no_warning_where_the_user_ended_the_updates(recwarn: pytest.WarningsRecorder) -> None:
+    model = nn.Linear(3, 2)
+    ema, optimizer = FastEMA(model), sgd(model.parameters())
+    handle = ema.attach(optimizer)
+    for steps in (0, 1):
+        for _ in range(steps):
+            train(model, optimizer)
+        handle.remove()
+        for _ in range(10):
+            train(model, optimizer)
+        with ema.swapped():
+            pass
+        handle = ema.attach(optimizer)
     assert not recwarn.list
 
 
