@@ -72,7 +72,7 @@ _NO_METRIC_TOGETHER = (("learning", "rate"), ("per", "second"), ("weight", "deca
 
 _PLAIN = _set("mean avg average macro total loss error overall all coco bbox")
 
-_CAMEL_PREFIX = re.compile(r"^(train|valid|val|test|eval|ema|swa|dev|model)(?=[A-Z])")
+_CAMEL_PREFIX = re.compile(r"^(train|valid|val|test|eval|ema|swa|dev|model|best)(?=[A-Z])")
 _CAMEL_SUFFIX = re.compile(r"(?<=[a-z\d])(EMA|Ema|IoU|Loss|Acc|Accuracy|Error|Score|Dice)$")
 _CAMEL = re.compile(r"(?:[A-Z][a-z]+){2,}")
 _KERAS_IOU = re.compile(r"(?<![A-Za-z])io_u(?![A-Za-z])")  # its snake case of MeanIoU is mean_io_u

@@ -170,6 +170,7 @@ def test_what_holds_no_metric_is_refused_in_one_line(text: str, message: str, tm
         ("val_Sm,val_wFm,val_mae", "val_Sm"),
         ("val/mae,val/S_alpha,val/E_phi,val/beta", "val/S_alpha"),
         ("val_loss,val_kl_coef,val_epoch,best_epoch", "val_loss"),
+        ("val/bestEpoch,val/bestIoU,val/MAE", "val/MAE"),
     ],
 )
 def test_of_several_metrics_the_main_one_is_taken(names: str, metric: str, tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ _OF_MASK = "mask|masks|gt|groundtruth|label|labels|segmentation|seg|annotation|m
 _OF_IMAGE = "image|img|sat|photo"
 _CAMEL = "Mask|GT|Label|Segmentation|Seg"
 _MASK_NAME = re.compile(rf"(?:(?i:{_OF_MASK})[ _.-]+(.+)|(.+?)(?:[ _.-]+(?i:{_OF_MASK})|(?<=[a-z0-9])(?:{_CAMEL})))")
-_IMAGE_NAME = re.compile(rf"(?:(?i:{_OF_IMAGE})[ _.-]+(.+)|(.+?)[ _.-]+(?i:{_OF_IMAGE}))")
+# nnU-Net numbers an image's channels: the only one is 0000.
+_IMAGE_NAME = re.compile(rf"(?:(?i:{_OF_IMAGE})[ _.-]+(.+)|(.+?)(?:[ _.-]+(?i:{_OF_IMAGE})|_0000))")
 _TOKENS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+")
 _NO_FOLDERS = ("__MACOSX",)
 _NO_FILES = ("thumbs.db", "desktop.ini")

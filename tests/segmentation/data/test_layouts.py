@@ -75,6 +75,10 @@ LAYOUTS = {
         ("set_with/cat/x (1)", "Set_with_GT/cat/x (1).png", "Set_with_GT/cat/x (1)_mask.png"),
         ("set_with/dog/y (1)", "Set_with_GT/dog/y (1).png", "Set_with_GT/dog/y (1)_mask.png"),
     ],
+    "nnU-Net": [
+        ("x_001_0000", "imagesTr/x_001_0000.png", "labelsTr/x_001.png"),
+        ("x_002_0000", "imagesTr/x_002_0000.png", "labelsTr/x_002.png"),
+    ],
     "an image that is called mask": [("gas_mask", "Imgs/gas_mask.jpg", "GT/gas_mask.png"), PLAIN[1]],
     "another case": [("IMG_1", "Imgs/IMG_1.jpg", "GT/img_1.png"), PLAIN[1]],
 }
@@ -132,6 +136,11 @@ def test_test_images_are_never_trained_on(tmp_path: Path) -> None:
     assert [pair.stem for pair in list_pairs(tmp_path, "Test").pairs] == ["test"]
     made(tmp_path / "b", ["images/x.png", "masks/x.png", "images/test/y.png", "masks/test/y.png"])
     assert [pair.stem for pair in list_pairs(tmp_path / "b").pairs] == ["x"]
+
+
+def test_channels_in_files_of_their_own_are_not_left_out_silently(tmp_path: Path) -> None:
+    listing = list_pairs(made(tmp_path, ["imagesTr/x_0000.png", "imagesTr/x_0001.png", "labelsTr/x.png"]))
+    assert listing.problems["image without a mask"] == ["x_0001.png"]
 
 
 def test_splits_that_are_shortened(tmp_path: Path) -> None:
