@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -71,11 +72,13 @@ def is_state(value: Any) -> bool:
 
 
 def number(value: Any) -> int | None:
-    """Return a count, a plain number or a tensor of one element, as an int; None where it is neither."""
+    """Return a count, a number or a tensor of one element, as an int; None where it is neither."""
     if isinstance(value, Tensor):
         value = value.item() if value.numel() == 1 else None
     return (
-        int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1 else None
+        int(value)
+        if isinstance(value, (Integral, float)) and not isinstance(value, bool) and value == value // 1
+        else None
     )
 
 

@@ -25,8 +25,8 @@ def fastema(content: Mapping[str, Any]) -> Iterator[Found]:
         "fastema",
         [tensors_in(shadow) for shadow in shadows],
         "the schedule of the state goes on",
-        step=int(content["step"]),
-        num_updates=int(content["num_updates"]),
+        step=number(content["step"]),
+        num_updates=number(content["num_updates"]),
         whole=False,
         state=state,
     )

@@ -202,6 +202,20 @@ def test_a_file_without_a_count_asks_for_it() -> None:
         fastema.import_average(FastEMA(model), {"state_dict_ema": an_average(model)}, step=-1)
 
 
+def test_a_count_may_be_numpys() -> None:
+    model = Net()
+    ema = FastEMA(model)
+    count = pytest.importorskip("numpy").int64(12)
+    assert fastema.import_average(ema, {"ema": an_average(model), "updates": count}).step == 12 == ema.num_updates
+
+
+def test_a_state_of_fastema_whose_count_is_none_asks_for_it() -> None:
+    model = Net()
+    state = {**FastEMA(model).state_dict(), "step": "many"}
+    with pytest.raises(ValueError, match="pass step="):
+        fastema.import_average(FastEMA(model), state)
+
+
 def test_an_average_that_has_not_begun_is_refused() -> None:
     model = Net()
     with pytest.raises(ValueError, match="nothing was averaged yet"):
