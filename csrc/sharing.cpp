@@ -28,6 +28,7 @@ double seconds(Clock::duration time) { return std::chrono::duration<double>(time
 // The largest mean loss of regions, as a fraction of a serial call: one that waits 12 ms for its threads, where a
 // serial call takes 50 us, is followed by 960 serial calls.
 constexpr double kMaxLoss = 0.25;
+constexpr double kMaxSerialCalls = 1e4;  // then the machine is tried again, whatever was lost
 // A region that loses is followed by so many times its loss in which every computation of the process works alone.
 constexpr double kPausePerLoss = 10.0;
 // A call of more than a time slice shares its work out whatever the machine does: a late thread costs it little.
@@ -207,7 +208,7 @@ void Sharing::record(double elapsed, double serial) {
   // Savings count too: a large update gains from its second thread even if a time slice is lost now and then.
   saved_seconds_ = std::min(saved_seconds_ + serial_seconds_ - elapsed, kMaxSavedCalls * serial_seconds_);
   if (saved_seconds_ < -serial_seconds_) {
-    serial_calls_left_ = static_cast<int>(std::min(-saved_seconds_ / (kMaxLoss * serial_seconds_), 1e6));
+    serial_calls_left_ = static_cast<int>(std::min(-saved_seconds_ / (kMaxLoss * serial_seconds_), kMaxSerialCalls));
     const auto pause = std::chrono::duration_cast<Clock::duration>(
         std::chrono::duration<double>(std::min(-saved_seconds_ * kPausePerLoss, 1.0)));
     alone_until = (Clock::now() + pause).time_since_epoch().count();

@@ -70,8 +70,7 @@ void call_with_a_late_thread(Sharing& sharing) {
       while (Clock::now() < until) std::this_thread::yield();
     } else {
       // A call that is served alone, after a loss of the one before, has no other thread to wait for.
-      const Clock::time_point until = Clock::now() + std::chrono::milliseconds(200);
-      while (others == 0 && Clock::now() < until) {  // processor time counts
+      while (others == 0 && Clock::now() < begin + std::chrono::milliseconds(200)) {  // processor time counts
       }
       done.fetch_add(1);
     }
@@ -82,13 +81,15 @@ void call_with_a_late_thread(Sharing& sharing) {
 void after_a_late_thread_the_caller_works_alone_for_a_while() {
   Sharing sharing;
   bool alone = false;
-  for (int attempt = 0; attempt < 20 && !alone; ++attempt) {  // the caller itself may have been put aside
+  for (int attempt = 0; attempt < 20 && !alone; ++attempt) {       // the caller itself may have been put aside
+    std::this_thread::sleep_for(std::chrono::milliseconds(1100));  // what others lost is over: at most a second
+    sharing = Sharing();
     call_with_a_late_thread(sharing);
     alone = threads_of_a_call(sharing) == 1;
   }
   check(alone, "alone after a late thread");
   bool again = false;
-  for (int call = 0; call < 20000 && !again; ++call) again = threads_of_a_call(sharing) == 2;
+  for (int call = 0; call < 20000 && !again; ++call) again = threads_of_a_call(sharing, 2, 50) == 2;
   check(again, "not alone for ever");
 }
 
