@@ -49,7 +49,7 @@ def _pytest(name: str, arguments: Sequence[str], seconds: float, before: Sequenc
 
 
 def _prepared(device: str) -> list[Step]:
-    """What every call begins with: the machine, a build of this checkout for its GPU, and whether that can run."""
+    """Run what every call begins with: the machine, a build of this checkout for its GPU, and whether that can run."""
     # Installed, not built in place: only an install gives fastema.triton_kernels its place in the package.
     built = {"FASTEMA_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "native"}
     if device != "cuda":  # for one architecture where it can be compiled for any

@@ -46,7 +46,7 @@ class Clock:
 
     @cached_property
     def _several(self) -> bool:
-        """Whether an epoch, counted in whole numbers, has several evaluations."""
+        """Return whether an epoch, counted in whole numbers, has several evaluations."""
         return sum(b > a for a, b in pairwise(self.labels)) < 0.7 * (len(self.labels) - 1)
 
     @property

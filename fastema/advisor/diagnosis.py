@@ -125,7 +125,7 @@ def _started(when: Clock, without: int, started_at: int | None) -> float:
 
 @dataclass(frozen=True)
 class _Age:
-    """What the schedule says of the average now.
+    """State what the schedule says of the average now.
 
     Attributes:
         updates: since it was built.

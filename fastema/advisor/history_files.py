@@ -34,7 +34,7 @@ _SOME = 12  # columns that a message names
 
 @dataclass(frozen=True)
 class History:
-    """What a file holds.
+    """Hold what was read from a file.
 
     Attributes:
         rows: what was logged at once, in the order of the file.

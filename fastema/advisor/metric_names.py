@@ -1,4 +1,4 @@
-"""What the name of a column says: which way is better, of which data and weights it is, or that it is no metric.
+"""Read what the name of a column says: which way is better, of which data and weights it is, or that it is no metric.
 
 Every list of spellings is here, so that a name which is read wrongly is mended in one place.
 """

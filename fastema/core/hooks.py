@@ -24,7 +24,7 @@ _CHANGES_OF_A_TRAINING = 5
 
 
 class AveragedWeights(Protocol):
-    """What the warnings ask of `fastema.core.shadow.shadow.Shadow`."""
+    """State what the warnings ask of `fastema.core.shadow.shadow.Shadow`."""
 
     def versions(self) -> int: ...
     def versions_of_few(self) -> list[int]: ...

@@ -1,4 +1,4 @@
-"""What a tensor is: whether it has elements in memory of its own, and whether values can be copied into it.
+"""Tell what a tensor is: whether it has elements in memory of its own, and whether values can be copied into it.
 
 Found out from the tensor and its class, not from a list of libraries; but for those that take the elements away and
 leave the tensor looking like any other.
