@@ -600,7 +600,7 @@ __global__ void FASTEMA_LAUNCH_BOUNDS exchange_kernel(const Chunk* chunks) {
   }
 }
 
-// What fastema/core/decay/device_schedule.py computes in a dozen small operations: the step, its weights, and whether
+// What fastema/core/counters.py computes in a dozen small operations: the step, its weights, and whether
 // anything is averaged.
 __global__ void clock_kernel(const ClockArgs args) {
   const bool skipped = args.found_inf != nullptr && *args.found_inf != 0.0f;

@@ -70,7 +70,7 @@ class Plan {
   std::vector<c10::Stream> streams_;             // GPU only: that use this memory; the allocator knows of them
 };
 
-// One optimizer step of fastema/core/decay/device_schedule.py in one launch: see ClockArgs in cuda_kernels.h. All
+// One optimizer step of fastema/core/counters.py in one launch: see ClockArgs in cuda_kernels.h. All
 // tensors on one CUDA device.
 void advance_clock(const at::Tensor& table, int64_t update_every, const std::optional<at::Tensor>& found_inf,
                    const at::Tensor& step, const at::Tensor& num_updates, const at::Tensor& weights,

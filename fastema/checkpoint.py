@@ -19,11 +19,10 @@ from typing import IO, Any, Protocol, TypeAlias
 import torch
 from torch import nn
 
-from fastema.core.atomic_files import replacing
-from fastema.core.background import BackgroundWriter, copied
-from fastema.core.model import dtensor
-from fastema.core.model.policy import clean_name, unwrapped
-from fastema.core.text import first_few
+from fastema.core import sharded
+from fastema.core.checks import first_few
+from fastema.core.policy import clean_name, unwrapped
+from fastema.core.writing import BackgroundWriter, copied, replacing
 from fastema.ema import FastEMA
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -94,7 +93,7 @@ def save_checkpoint(
     content: dict[str, Any] = {
         "net": ema.live_state_dict(net) if isinstance(ema, FastEMA) else _state_of(unwrapped(net))
     }
-    if any(map(dtensor.is_dtensor, content["net"].values())):
+    if any(map(sharded.is_dtensor, content["net"].values())):
         raise ValueError(
             "the model is sharded, and each process would write its own part to one file: save its state_dict() and "
             "the EMA's with torch.distributed.checkpoint, or gather both on one process first"

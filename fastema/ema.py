@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fastema import backends
-from fastema.backends.atomic import Step, run_atomically
-from fastema.backends.streams import is_capturing
-from fastema.core.checks import checked_count, checked_device, checked_shadow_dtype
-from fastema.core.decay.decays import Decays
-from fastema.core.decay.device_schedule import DeviceSchedule
-from fastema.core.decay.schedules import takes_argument
+from fastema.core import compiled, state, swap
+from fastema.core.averages import Shadow
+from fastema.core.caches import clear_caches
+from fastema.core.checks import OneThread, checked_count, checked_device, checked_shadow_dtype, first_few, one_thread
+from fastema.core.counters import DeviceSchedule
+from fastema.core.decays import Decays
 from fastema.core.hooks import AttachedHandle, AttachedOptimizers
-from fastema.core.model import compiled
-from fastema.core.model.policy import (
+from fastema.core.policy import (
     Buffers,
     Managed,
     Policy,
@@ -36,12 +35,9 @@ from fastema.core.model.policy import (
     frozen_parameters,
     named_tensors,
 )
-from fastema.core.shadow import state
-from fastema.core.shadow.shadow import Shadow
-from fastema.core.swap import swap
-from fastema.core.swap.caches import clear_caches
-from fastema.core.text import first_few
-from fastema.core.threads import OneThread, one_thread
+from fastema.memory.atomic_steps import Step, run_atomically
+from fastema.memory.streams import is_capturing
+from fastema.schedules import takes_argument
 
 # Attributes that a pickle or a copy rebuilds.
 _REBUILT = frozenset(("_shadow", "_device_schedule", "_decays", "_one_thread", "_attached", "_captured"))
@@ -217,7 +213,7 @@ class FastEMA:
     def _update_operands(
         self, shadows: list[Tensor], lives: list[Tensor], step: int | None, found_inf: Tensor | None
     ) -> None:
-        """Update the tensors that a compiled graph has for shadows and weights; see `fastema.core.model.compiled`."""
+        """Update the tensors that a compiled graph has for shadows and weights; see `fastema.core.compiled`."""
         self._refuse_while_applied("update()")
         self._update(partial(self._shadow.update_operands, shadows, lives), step, found_inf, None)
 
@@ -631,12 +627,8 @@ class FastEMA:
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         config = dict(pickled["config"])
-        if "_guard" in config:  # pickled by 0.1.0, whose config also has `_decays`
-            config["_skip_nonfinite"] = config.pop("_guard")
-        self._replaced = set()
         self.__dict__.update(config)
-        if "decays" in pickled:
-            self._decays = Decays(**pickled["decays"])
+        self._decays = Decays(**pickled["decays"])
         self._one_thread = OneThread()
         self._attached = AttachedOptimizers(self._before_step, self._after_step, self._defer_copies)
         self._captured = []
@@ -654,9 +646,7 @@ class FastEMA:
     def _build_from_pickle(self) -> None:
         pickled = self.__dict__["_pickled"]
         counters = pickled["counters"]
-        if len(counters) == 2:  # pickled by 0.1.0
-            counters = (*counters, counters[0] // self._update_every * self._update_every)
-        self._shadow = self._build_shadow(dict.fromkeys(pickled.get("averaged", ()), "average"))
+        self._shadow = self._build_shadow(dict.fromkeys(pickled["averaged"], "average"))
         self._device_schedule = self._build_device_schedule()
         run_atomically(self._counting(*counters))
         for which, averages in enumerate(pickled["averages"]):

@@ -46,15 +46,15 @@ from torch import Tensor, nn
 from torch.optim import swa_utils as _torch_swa_utils
 from torch.optim.swa_utils import SWALR
 
-from fastema.backends.streams import is_capturing
-from fastema.core.averaged_model.counter import Counter
-from fastema.core.averaged_model.functions import DEFAULT, AveragingFunction, recognise
-from fastema.core.averaged_model.paired_modules import PairedModules, tensors_by_name
-from fastema.core.averaged_model.pairs import UseTorchFallback
-from fastema.core.averaged_model.update import Update
-from fastema.core.model.compiled import refuse_freezing
-from fastema.core.model.tensors import refuse_elsewhere
-from fastema.core.swap.swap import Swap
+from fastema.core.averaging_functions import DEFAULT, AveragingFunction, recognise
+from fastema.core.compiled import refuse_freezing
+from fastema.core.counters import Counter
+from fastema.core.given import PairedModules, tensors_by_name
+from fastema.core.given_pairs import UseTorchFallback
+from fastema.core.given_update import Update
+from fastema.core.swap import Swap
+from fastema.core.tensors import refuse_elsewhere
+from fastema.memory.streams import is_capturing
 
 __all__ = [
     "SWALR",
@@ -71,7 +71,6 @@ __all__ = [
 # Torch's own, whatever patch() puts in their places later.
 _TorchAveragedModel = _torch_swa_utils.AveragedModel
 _torch_update_bn = _torch_swa_utils.update_bn
-_AveragingFunction = AveragingFunction  # its name in pickles of 0.1.0
 # ---- the averaging functions ----
 
 

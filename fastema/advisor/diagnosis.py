@@ -13,7 +13,7 @@ from fastema.advisor.patterns import find_pattern
 from fastema.advisor.statistics import Shape, noise_of, oriented, shape_of, slope_of
 from fastema.advisor.windows import SETTLED, checked_rate, initial_share, settle_epochs, window
 from fastema.core.checks import checked_count, checked_decay
-from fastema.core.decay.decays import Decays
+from fastema.core.decays import Decays
 
 Kind = Literal["too early", "lags", "unstable", "marginal", "fine", "behind", "unexplained"]
 

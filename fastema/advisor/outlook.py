@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastema.core.checks import checked_count
-from fastema.core.decay.decays import Decays
+from fastema.core.decays import Decays
 
 Case = Literal["much", "some", "little"]
 

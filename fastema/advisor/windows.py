@@ -13,7 +13,7 @@ from numbers import Real
 from typing import Any
 
 from fastema.core.checks import checked_count, checked_decays
-from fastema.core.decay.decays import Decays, updates_back
+from fastema.core.decays import Decays, updates_back
 
 #: Below this share of starting weights an average has settled: three windows of a constant decay (exp(-3) = 0.05).
 SETTLED = 0.05

@@ -24,7 +24,7 @@ from torch import device as Device  # not `import torch`: the submodule of that 
 
 from fastema.backends import native, triton
 from fastema.backends import torch as plain_torch
-from fastema.backends.streams import with_index
+from fastema.memory.streams import with_index
 
 BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "torch": plain_torch}
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastema.backends import loading
-from fastema.backends.streams import is_available
+from fastema.memory.streams import is_available
 
 NAME = "native"
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastema.backends import contract, planes
-from fastema.backends.atomic import Step, run_atomically
-from fastema.backends.streams import Streams, has_streams, is_available
+from fastema.backends import contract
+from fastema.memory import planes
+from fastema.memory.atomic_steps import Step, run_atomically
+from fastema.memory.streams import Streams, has_streams, is_available
 
 NAME = "torch"
 

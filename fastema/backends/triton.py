@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastema.backends.streams import Streams
+from fastema.memory.streams import Streams
 
 NAME = "triton"
 

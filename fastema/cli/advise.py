@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastema.core.extras import missing_packages
+from fastema.extras import missing_packages
 from fastema.segmentation.errors import UserError
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _window(
     """Return how far the average looks back: at the last epoch of the history, or at most."""
     from fastema.advisor import lag, settle_epochs, window
     from fastema.advisor.page import Window
-    from fastema.core.decay.decays import Decays
+    from fastema.core.decays import Decays
 
     if decay is None:
         return None

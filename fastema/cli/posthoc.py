@@ -196,7 +196,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _write(result: Averaged, path: Path) -> None:
     """Write a safetensors file atomically; tied weights are written under each of their names."""
-    from fastema.core.atomic_files import replacing
+    from fastema.core.writing import replacing
     from fastema.posthoc.files import require_safetensors
 
     seen: set[int] = set()

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastema.core.text import first_few
+from fastema.core.checks import first_few
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import option_flag
 

@@ -1,8 +1,11 @@
-"""The parts of FastEMA and AveragedModel.
+"""The parts of FastEMA and AveragedModel, a file an idea. Read in this order:
 
-decay/           the decay of each update
-model/           the tensors of a model, with the rule of each
-swap/            the swap of averages and live weights
-shadow/          FastEMA's averages: storages, updates, states
-averaged_model/  AveragedModel's averages: pairs of tensors of two modules
+tensors, sharded, policy         which tensors a model has, the parts of sharded ones, and the rule of each
+pairs, storages, averages        FastEMA's averages: a tensor and its average, their memory, and the engine
+given                            averages in memory that another module owns: AveragedModel's
+plans, offload                   one launch a device; averages in host memory
+swap                             averages and live weights change places
+decays, counters                 the decay of each update; the steps, counted on the host or on the device
+state, writing                   averages by name: saved, loaded, carried over; files
+hooks, compiled, checks          optimizers' steps; what a compiler keeps; arguments
 """

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from numbers import Real
+from threading import get_ident
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-
-from fastema.core.text import first_few
 
 _SHOWN = 5  # differences that an error lists
 _SHADOW_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -92,3 +93,64 @@ def refuse_differences(what: str, differences: Iterable[str | None], error: type
     found = [text for text in differences if text is not None]
     if found:
         raise error(f"{what}: {first_few(found, _SHOWN, '; ')}")
+
+
+# ---- wording that several messages share ----
+
+
+def first_few(items: Sequence[object], shown: int = 3, separator: str = ", ") -> str:
+    """Join the first items, and say how many more there are.
+
+    Examples:
+        >>> first_few("abcde", 2)
+        'a, b, and 3 more'
+    """
+    more = len(items) - shown
+    return separator.join(map(str, items[:shown])) + (f"{separator}and {more} more" if more > 0 else "")
+
+
+def counted(count: int, thing: str) -> str:
+    """Return a count and what is counted, in the plural if there are several or none.
+
+    Examples:
+        >>> counted(1, "mask"), counted(1200, "mask")
+        ('1 mask', '1,200 masks')
+    """
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
+# ---- one thread at a time: a second one gets an error at once, since waiting would hide the mistake ----
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class OneThread:
+    """A block that only one thread may be in.
+
+    It is no lock: Ctrl-C on the way in or out must not block this thread, nor a fork its child.
+    """
+
+    def __init__(self) -> None:
+        self._holder: dict[str, int] = {}
+
+    def __enter__(self) -> None:
+        me = get_ident()
+        if self._holder.setdefault("thread", me) != me:  # tests and sets in one step
+            raise RuntimeError(
+                "another thread is in update(), apply_shadow(), restore(), copy_to() or load_state_dict() of this "
+                "FastEMA right now: call them from one thread, or hold a lock of your own around them"
+            )
+
+    def __exit__(self, *exception: object) -> None:
+        self._holder.pop("thread", None)
+
+
+def one_thread(method: Method) -> Method:
+    """Decorate a method so that `self._one_thread` keeps other threads out while it runs."""
+
+    @wraps(method)
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._one_thread:
+            return method(self, *args, **kwargs)
+
+    return cast(Method, alone)

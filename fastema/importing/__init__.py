@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fastema.checkpoint import StrPath
-from fastema.core.checks import checked_count
-from fastema.core.text import first_few
+from fastema.core.checks import checked_count, first_few
 from fastema.ema import FastEMA
 from fastema.importing.files import read
 from fastema.importing.found import Found, Tensors

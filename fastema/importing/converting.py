@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastema.checkpoint import CheckpointError, StrPath
-from fastema.core.atomic_files import replacing
-from fastema.core.extras import require
+from fastema.core.writing import replacing
+from fastema.extras import require
 from fastema.importing.files import read
 from fastema.importing.found import Found
 from fastema.importing.matching import below_each_part, respell, without_wrappers

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from fastema.checkpoint import CheckpointError, StrPath, load_checkpoint
-from fastema.core.extras import require
-from fastema.core.text import first_few
+from fastema.core.checks import first_few
+from fastema.extras import require
 
 _OWN_WEIGHTS, _OWN_STATE = "ema.safetensors", "ema.json"
 #: For files of class objects: what takes the average out of them, by the package of those objects.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema.core.checks import difference, refuse_differences
-from fastema.core.model.policy import Source, clean_name, named_tensors
+from fastema.core.policy import Source, clean_name, named_tensors
 from fastema.importing.found import Tensors
 
 _DATA_PARALLEL = "module."

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from fastema.core.checks import difference, refuse_differences
-from fastema.core.model.policy import AVERAGED_DTYPES, Rule
-from fastema.core.model.tensors import refuse_elsewhere
-from fastema.core.shadow.storages import shadow_dtype
-from fastema.core.swap.swap import SwapError
+from fastema.core.policy import AVERAGED_DTYPES, Rule
+from fastema.core.storages import shadow_dtype
+from fastema.core.swap import SwapError
+from fastema.core.tensors import refuse_elsewhere
 from fastema.integrations.external_average import ExternalAverage, shadow_like
 
 __all__ = ["EMAModel"]

@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from fastema.core.model.policy import Policy, Source, named_tensors
-from fastema.core.model.tensors import refuse_elsewhere
-from fastema.core.shadow import state
-from fastema.core.shadow.storages import shadow_dtype
+from fastema.core import state
+from fastema.core.policy import Policy, Source, named_tensors
+from fastema.core.storages import shadow_dtype
+from fastema.core.tensors import refuse_elsewhere
 from fastema.ema import FastEMA
 
 

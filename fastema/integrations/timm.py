@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 
 from fastema import backends
-from fastema.backends import contract, planes
+from fastema.backends import contract
 from fastema.core.checks import difference, refuse_differences
-from fastema.core.model.policy import AVERAGED_DTYPES, Policy, Rule, Source, named_tensors
-from fastema.core.shadow.storages import shadow_dtype
+from fastema.core.policy import AVERAGED_DTYPES, Policy, Rule, Source, named_tensors
+from fastema.core.storages import shadow_dtype
 from fastema.integrations.external_average import ExternalAverage, shadow_like
+from fastema.memory import planes
 
 __all__ = ["ModelEmaV3"]
 
@@ -165,7 +166,7 @@ class ModelEmaV3(nn.Module):
         return {**self.__dict__, "_external": None, "_watch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_rounded": [], "_loaded": {}, **state})  # a pickle of 0.1.0 has none
+        super().__setstate__(state)
         for each in self._rounded:  # so that the next update notices what is written to the copy
             each.address = each.tensor.data_ptr()
         self._noted = self._versions()

@@ -30,8 +30,8 @@ import torch
 from torch import nn
 
 from fastema.core.checks import checked_count
-from fastema.core.extras import require
 from fastema.ema import AttachedHandle, FastEMA
+from fastema.extras import require
 from fastema.integrations.callbacks import AXES, HoldsAverage, checked_choice, ema_arguments, replaced
 from fastema.integrations.transformers_checkpoint import EMA_STATE, is_peft, read_average, what_trains, write_average
 

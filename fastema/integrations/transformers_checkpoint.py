@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastema.core.extras import require
-from fastema.core.model.policy import Rule
-from fastema.core.shadow.state import by_name
-from fastema.core.text import first_few
+from fastema.core.checks import first_few
+from fastema.core.policy import Rule
+from fastema.core.state import by_name
 from fastema.ema import FastEMA
+from fastema.extras import require
 
 if TYPE_CHECKING:
     import safetensors

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastema.core.atomic_files import flush, replacing, sync_folder
+from fastema.core.writing import flush, replacing, sync_folder
 from fastema.posthoc.profiles import Profile
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastema.core.checks import checked_count, checked_decay
-from fastema.core.decay.decays import Decays
+from fastema.core.decays import Decays
 from fastema.schedules import ConstantDecay, HalfLifeDecay, PowerDecay, gamma_of, sigma_rel_of
 
 _FINEST = 1 << 13  # bins of a long run, besides those at the steps that matter

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastema.core.background import BackgroundWriter
+from fastema.core import sharded, state
 from fastema.core.checks import checked_count
-from fastema.core.model import dtensor
-from fastema.core.shadow import state
+from fastema.core.writing import BackgroundWriter
 from fastema.posthoc import files
 from fastema.posthoc.files import COPY, Manifest, SnapshotError, tensor_key
 from fastema.posthoc.profiles import profiles_of
@@ -270,7 +269,7 @@ class Snapshots:
             value = given()
             stored = self._stored(key, value)
             if stored.dtype != value.dtype:
-                was, now = (dtensor.local_part(each).to("cpu", torch.float64) for each in (value, stored))
+                was, now = (sharded.local_part(each).to("cpu", torch.float64) for each in (value, stored))
                 finite = was.isfinite()
                 beyond = beyond or (key if bool((now.isinf() & finite).any()) else None)
                 squares += torch.stack([(now - was)[finite].square().sum(), was[finite].square().sum()])
@@ -342,7 +341,7 @@ class _Contents:
 
 
 def _place(tensor: Any) -> tuple[int, torch.Size, tuple[int, ...]]:
-    local = dtensor.local_part(tensor)
+    local = sharded.local_part(tensor)
     return local.data_ptr(), local.shape, local.stride()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastema.backends.streams import has_streams
+from fastema.memory.streams import has_streams
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import TrainOptions
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastema.core import extras
+from fastema import extras
 from fastema.segmentation.errors import UserError
 
 _NEEDED = {name: name for name in ("numpy", "scipy", "timm", "rich", "matplotlib")} | {"PIL": "pillow"}

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from cases import small_model, tensors_of
 from cases.gpu import DEVICE, gpu, on
 from fastema import FastEMA, backends
-from fastema.backends import native, streams
+from fastema.backends import native
 from fastema.checkpoint import load_checkpoint, save_checkpoint
-from fastema.core.shadow import offload
+from fastema.core import offload
+from fastema.memory import streams
 
 pytestmark = pytest.mark.gpu
 HAS_KERNELS = native.why_unusable(DEVICE) is None

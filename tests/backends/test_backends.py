@@ -18,7 +18,7 @@ from cases import as_applied, bits, raw, small_model, train, values
 from fastema import FastEMA, backends
 from fastema.backends import native
 from fastema.backends import torch as plain_torch
-from fastema.backends.streams import Streams
+from fastema.memory.streams import Streams
 
 needs_native = pytest.mark.skipif(native.why_unusable("cpu") is not None, reason="fastema._C is not built")
 

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from cases import COPIED_DTYPES, DTYPE_PAIRS, bits, raw, small_model, train, values, with_offset
 from fastema import FastEMA
-from fastema.backends import native, planes
+from fastema.backends import native
 from fastema.backends import torch as plain_torch
 from fastema.backends import triton as backend
+from fastema.memory import planes
 
 CANNOT_RUN = 77
 SIZES = (1, 15, 1023, 1025)

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 import fastema
 from fastema import FastEMA
-from fastema.core.model import compiled
-from fastema.core.swap import swap
+from fastema.core import compiled, swap
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

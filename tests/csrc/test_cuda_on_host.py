@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastema.core.decay.decays import Decays
-from fastema.core.decay.device_schedule import DeviceSchedule
+from fastema.core.counters import DeviceSchedule
+from fastema.core.decays import Decays
 
 ROOT = Path(__file__).parents[2]
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

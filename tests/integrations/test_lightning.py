@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cases.callbacks import CONSTANT, DECAY, assert_average, assert_same, average
-from fastema import FastEMA
-from fastema.core import extras
+from fastema import FastEMA, extras
 from fastema.integrations.lightning import (
     FastEMACallback,
     carry_over,

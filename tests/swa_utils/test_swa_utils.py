@@ -22,8 +22,8 @@ from torch.optim import swa_utils as theirs
 from cases import Recorder, bits, raw, small_model, tensors_of, train, values
 from fastema import swa_utils as ours
 from fastema.backends import native
-from fastema.core.averaged_model import functions
-from fastema.core.averaged_model.counter import Counter
+from fastema.core import averaging_functions as functions
+from fastema.core.counters import Counter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

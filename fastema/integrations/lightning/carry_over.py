@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastema.core.model.policy import named_tensors
+from fastema.core.policy import named_tensors
 from fastema.ema import FastEMA
 
 _ORIGINAL = "_orig"  # torch.nn.utils.prune: weight -> weight_orig

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from fastema.core.extras import require
+from fastema.extras import require
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer, callbacks

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastema.core.text import counted, first_few
+from fastema.core.checks import counted, first_few
 from fastema.segmentation.asked import NOTHING_ASKED, Asked
 from fastema.segmentation.data.files import (
     OWN_WHITES,

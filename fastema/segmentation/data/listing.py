@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastema.core.text import counted, first_few
+from fastema.core.checks import counted, first_few
 from fastema.segmentation.data.files import OWN_WHITES, Whites
 from fastema.segmentation.data.layouts import File, Found, is_image, pair_files, read_tree, read_two
 from fastema.segmentation.data.masks import MaskRule

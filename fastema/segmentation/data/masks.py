@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from fastema.core.text import first_few
+from fastema.core.checks import first_few
 from fastema.segmentation.asked import NOTHING_ASKED, Asked
 
 Form = Literal["numbers", "palette", "colours", "alpha", "probabilities"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from fastema.core.model.dtensor import is_dtensor, local_part
+from fastema.core.sharded import is_dtensor, local_part
 from fastema.segmentation.devices import CPU
 from fastema.segmentation.distributed.process_group import Processes
 from fastema.segmentation.model.network import Decoded

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 import fastema
-from fastema.core.text import counted
+from fastema.core.checks import counted
 from fastema.segmentation.asked import parse_asked
 from fastema.segmentation.console import progress, say
 from fastema.segmentation.data import synthetic

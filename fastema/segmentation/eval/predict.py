@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 
-from fastema.core.text import first_few
+from fastema.core.checks import first_few
 from fastema.segmentation.console import progress, say
 from fastema.segmentation.data.files import Whites, reason
 from fastema.segmentation.data.images import read_image

@@ -15,7 +15,7 @@ import torch
 
 from fastema import FastEMA
 from fastema.checkpoint import CheckpointError, load_checkpoint, load_weights
-from fastema.core.text import first_few
+from fastema.core.checks import first_few
 from fastema.segmentation.errors import UserError
 from fastema.segmentation.model.network import Architecture, SegmentationNet, check_input_size, create_net
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastema.core.atomic_files import replacing
+from fastema.core.writing import replacing
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Column, Table
 
-from fastema.core.text import counted
+from fastema.core.checks import counted
 from fastema.segmentation.console import say
 from fastema.segmentation.eval.scores import paired_error
 from fastema.segmentation.report.history import EpochRecord

@@ -19,7 +19,7 @@ import torch
 from rich.filesize import decimal
 
 from fastema.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from fastema.core.atomic_files import replacing
+from fastema.core.writing import replacing
 from fastema.segmentation.devices import accelerator
 from fastema.segmentation.distributed.parallel import ParallelModel
 from fastema.segmentation.errors import UserError

@@ -12,8 +12,8 @@ from rich.console import Console
 from torch import nn
 
 from fastema.advisor import Finding, diagnose, expect, lag, settle_epochs, window
-from fastema.core.decay.decays import Decays
-from fastema.core.text import counted
+from fastema.core.checks import counted
+from fastema.core.decays import Decays
 from fastema.schedules import gamma_of
 from fastema.segmentation.console import say
 from fastema.segmentation.distributed.process_group import Processes

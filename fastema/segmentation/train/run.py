@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastema.checkpoint import CheckpointError
-from fastema.core.text import counted
+from fastema.core.checks import counted
 from fastema.segmentation.asked import parse_asked
 from fastema.segmentation.console import progress, say
 from fastema.segmentation.data import synthetic

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastema import EMA_DECAY_FUNCTIONS, FastEMA, IDecayFunction
-from fastema.core.decay.decays import Decays
-from fastema.core.decay.device_schedule import DeviceSchedule
+from fastema.core.counters import DeviceSchedule
+from fastema.core.decays import Decays
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {},
@@ -149,7 +149,7 @@ def test_a_schedule_of_ones_own_needs_an_end(backend: str, monkeypatch: pytest.M
 
 
 def test_a_schedule_that_takes_too_long_to_settle_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastema.core.decay.device_schedule._MAX_ROWS", 50)
+    monkeypatch.setattr("fastema.core.counters._MAX_ROWS", 50)
     with pytest.raises(ValueError, match="has not reached its decay after 50 updates"):
         FastEMA(make_model(), decay=0.999, decay_type="threshold", capturable=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from fastema import EMA_DECAY_FUNCTIONS, FastEMA, IDecayFunction
-from fastema.core.decay.decays import Decays
 from fastema.schedules import PowerDecay, gamma_of, sigma_rel_of
 
 
@@ -414,16 +412,6 @@ def test_a_state_of_0_1_0_loads() -> None:
     twin = made(0.9, decay_type="threshold", update_every=4)[1]
     twin.load_state_dict(of_0_1_0(ema))
     assert twin.state_dict()["last_update"] == ema.state_dict()["last_update"] == 8
-
-
-def test_decays_pickled_by_0_1_0_go_on() -> None:
-    new = Decays(0.9, "exp", 40, 3, {"beta": 5.0})
-    old = Decays.__new__(Decays)
-    vars(old).update(targets=(0.9,), several=False, type="exp", total_steps=40, schedule=new.schedules[0])
-    vars(old).update(_update_after_step=3)
-    loaded = pickle.loads(pickle.dumps(old))
-    assert [loaded.at(step) for step in (3, 4, 90)] == [new.at(step) for step in (3, 4, 90)]
-    assert loaded.config() == new.config() and loaded.type == "exp"
 
 
 @pytest.mark.parametrize(

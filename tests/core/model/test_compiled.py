@@ -13,7 +13,7 @@ import torch._inductor.config as inductor_config
 from torch import Tensor, nn
 
 from fastema import FastEMA
-from fastema.core.model import compiled
+from fastema.core import compiled
 
 
 @pytest.fixture(autouse=True)

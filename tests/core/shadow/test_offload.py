@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cases import bits, raw, small_model, train, values
 from fastema import FastEMA
-from fastema.core.shadow import offload
+from fastema.core import offload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from fastema import FastEMA
-from fastema.core.model import compiled
-from fastema.core.swap import swap
+from fastema.core import compiled, swap
 
 CYCLES = 4_000
 STATM = Path("/proc/self/statm")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cases import WEIGHTS, as_applied, bits, move, raw, small_model, train, values
 from fastema import FastEMA, backends
-from fastema.backends import planes
-from fastema.backends.atomic import run_atomically
+from fastema.memory import planes
+from fastema.memory.atomic_steps import run_atomically
 
 SIZES = (0, 1, 7, 255, 257, 4097, 40_000)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cases import as_applied, raw, values
 from fastema import FastEMA, backends
-from fastema.core.memory import Run, element_runs, gaps, merged, without
+from fastema.memory.bytes import Run, element_runs, gaps, merged, without
 
 BYTES = 48
 quick = settings(max_examples=60, deadline=None)

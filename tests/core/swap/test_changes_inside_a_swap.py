@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema import FastEMA
-from fastema.core.swap.swap import SwapError
+from fastema.core.swap import SwapError
 from fastema.swa_utils import AveragedModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastema.backends.atomic import Step
+from fastema.memory.atomic_steps import Step
 
 _INFINITY, _MAGNITUDE, _SIGN = 0x7F800000, 0x7FFFFFFF, -0x80000000
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from fastema.backends.atomic import run_atomically
-from fastema.core.model import dtensor, zero3
-from fastema.core.model.tensors import why_no_storage
+from fastema.core import sharded
+from fastema.core.tensors import why_no_storage
+from fastema.memory.atomic_steps import run_atomically
 
 Rule = Literal["average", "copy", "skip"]
 Buffers = Literal["auto", "average", "copy", "skip"]
@@ -50,10 +50,10 @@ class Managed:
     layout: str = field(init=False)  # description at the time of building, for errors: `tensor.data = ...` changes it
 
     def __post_init__(self) -> None:
-        self.tensor = dtensor.local_part(self.whole)
+        self.tensor = sharded.local_part(self.whole)
         lazy = nn.parameter.is_lazy(self.whole)  # a lazy parameter has no shape
-        shape = "?" if lazy else tuple(zero3.shape_of(self.whole))
-        self.layout = f"{shape} {self.tensor.dtype} on {self.tensor.device}{dtensor.placement(self.whole)}"
+        shape = "?" if lazy else tuple(sharded.shape_of(self.whole))
+        self.layout = f"{shape} {self.tensor.dtype} on {self.tensor.device}{sharded.placement(self.whole)}"
 
     @property
     def name(self) -> str:
@@ -133,7 +133,7 @@ def _slots(source: Source) -> list[_Slot]:
     """Return every named tensor; a tensor with several names is returned once for each name."""
     if not isinstance(source, nn.Module):
         return [_Slot(name, tensor, None, False, True) for name, tensor in source]
-    with dtensor.GatheredParameters(source.modules()).set_aside():
+    with sharded.GatheredParameters(source.modules()).set_aside():
         return list(_slots_of(unwrapped(source)))
 
 
@@ -174,14 +174,14 @@ def _rule_for(slot: _Slot, buffers: Buffers, policy: Policy | None) -> Rule:
 
 
 def _refuse_unmanageable(slot: _Slot) -> None:
-    tensor = dtensor.local_part(slot.tensor)
+    tensor = sharded.local_part(slot.tensor)
     reason: str | None
-    if zero3.is_partitioned(slot.tensor):
+    if sharded.is_partitioned(slot.tensor):
         alone = "is partitioned by DeepSpeed's ZeRO-3: give FastEMA the engine, or its module, not tensors alone"
-        reason = alone if slot.module is None else zero3.why_not(slot.tensor) or why_no_storage(tensor)
+        reason = alone if slot.module is None else sharded.why_no_part(slot.tensor) or why_no_storage(tensor)
     elif tensor is not slot.tensor and slot.module is None:
         reason = "is a DTensor without its module, in which FSDP may keep copies of it: give FastEMA the model itself"
-    elif dtensor.has_partial_sums(slot.tensor):
+    elif sharded.has_partial_sums(slot.tensor):
         reason = f"holds sums that are not reduced yet, {slot.tensor.placements}: redistribute() it"  # type: ignore[attr-defined]
     else:
         reason = why_no_storage(tensor)

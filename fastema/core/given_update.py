@@ -11,9 +11,9 @@ from torch import Tensor
 from fastema import backends
 from fastema.backends import contract
 from fastema.backends import torch as plain_torch
-from fastema.core.averaged_model.pairs import Pair, UseTorchFallback, span, strides
-from fastema.core.memory import element_runs, whole
-from fastema.core.model.policy import AVERAGED_DTYPES
+from fastema.core.given_pairs import Pair, UseTorchFallback, span, strides
+from fastema.core.policy import AVERAGED_DTYPES
+from fastema.memory.bytes import element_runs, whole
 
 _PLAIN_FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 

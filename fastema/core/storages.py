@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastema.core.memory import Run, allocate, element_runs, flat, gaps, merged, view_in, whole, without
-from fastema.core.model.policy import Managed
-from fastema.core.swap.buffers import SwapBuffer
+from fastema.core.buffers import SwapBuffer
+from fastema.core.policy import Managed
+from fastema.memory.bytes import Run, allocate, element_runs, flat, gaps, merged, view_in, whole, without
 
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 _COMPLEX = {torch.float64: torch.complex128}
@@ -38,7 +38,7 @@ def _real(dtype: torch.dtype) -> torch.dtype:
 class ShadowStorage:
     """A live storage and its shadows, all of the same layout.
 
-    The float32 average of a bfloat16 storage on the same device is kept in two planes (`fastema.backends.planes`): the
+    The float32 average of a bfloat16 storage on the same device is kept in two planes (`fastema.memory.planes`): the
     shadow is the high one, a bfloat16 that can take the place of the weights, and the low one lies beside it.
 
     A shadow is two storages over one memory: `memory`, for the kernels alone, and the one whose views users get and

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastema.backends import contract, streams
+from fastema.backends import contract
+from fastema.memory import streams
 
 _ALIGNMENT = 64  # bytes: a cache line, and a multiple of every element's size
 _BLOCK = 64 << 20  # bytes: torch rounds pinned memory up to a power of two, up to twice the size of one large block

@@ -17,16 +17,14 @@ from torch import Tensor, nn
 from fastema import backends
 from fastema.backends import contract
 from fastema.backends import torch as plain_torch
-from fastema.core.model import dtensor, zero3
-from fastema.core.model.policy import Managed, Source, named_tensors
-from fastema.core.model.tensors import why_no_storage
-from fastema.core.shadow import offload
-from fastema.core.shadow.averages import Average
-from fastema.core.shadow.plans import Plans
-from fastema.core.shadow.storages import ShadowStorage, refuse_two_storages_over_one_memory
-from fastema.core.shadow.swap import swap_of
-from fastema.core.swap import swap
-from fastema.core.swap.swap import Swap
+from fastema.core import offload, sharded, swap
+from fastema.core.pairs import Average
+from fastema.core.plans import Plans
+from fastema.core.policy import Managed, Source, named_tensors
+from fastema.core.shadow_swap import swap_of
+from fastema.core.storages import ShadowStorage, refuse_two_storages_over_one_memory
+from fastema.core.swap import Swap
+from fastema.core.tensors import why_no_storage
 
 _FEW = 8  # so many tensors show whether the weights were written to
 _needs_gradient = attrgetter("requires_grad")
@@ -72,12 +70,12 @@ class Shadow:
         self._frozen = frozen
         self._modules = modules = list(source.modules()) if isinstance(source, nn.Module) else []
         self._dicts = [slots for module in modules for slots in (module._parameters, module._buffers, module._modules)]
-        self._gathered = dtensor.GatheredParameters(modules)
+        self._gathered = sharded.GatheredParameters(modules)
         self._parts: list[tuple[Any, Tensor]] = [
-            (entry.whole, entry.tensor) for entry in managed if dtensor.is_dtensor(entry.whole)
+            (entry.whole, entry.tensor) for entry in managed if sharded.is_dtensor(entry.whole)
         ]  # DTensors and their local tensors
         self._zero3_parts: list[tuple[Any, Tensor]] = [
-            (entry.whole, entry.tensor) for entry in managed if zero3.is_partitioned(entry.whole)
+            (entry.whole, entry.tensor) for entry in managed if sharded.is_partitioned(entry.whole)
         ]
         self._swap: Swap | None = None  # the one that is entered, or was last
         self._which = 0  # the shadow that it exchanges
@@ -165,8 +163,8 @@ class Shadow:
         """Return the model's tensors by name; the sharded ones where an FSDP module has gathered them."""
         now = dict(named_tensors(self._source))
         for entry in self._mirrored:
-            if dtensor.is_dtensor(entry.whole):
-                now.update({name: entry.whole for name in entry.names if not dtensor.is_dtensor(now.get(name))})
+            if sharded.is_dtensor(entry.whole):
+                now.update({name: entry.whole for name in entry.names if not sharded.is_dtensor(now.get(name))})
         return now
 
     def _holds(self, watch: Callable[[], bool]) -> bool:
@@ -322,7 +320,7 @@ class Shadow:
         """Return whether `tensor` has memory of a managed one, or is in its place."""
         if any(tensor is entry.whole for entry in self.managed):
             return True
-        local = dtensor.local_part(tensor)
+        local = sharded.local_part(tensor)
         return why_no_storage(local) is None and local.untyped_storage()._cdata in self.live_storage_ids
 
     def refuse_foreign(self, what: str) -> None:

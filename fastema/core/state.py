@@ -14,16 +14,15 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastema.backends.atomic import Step, run_atomically
 from fastema.backends.torch import place_of
-from fastema.core.checks import difference, refuse_differences
-from fastema.core.model import dtensor, zero3
-from fastema.core.model.policy import Managed, Source, clean_name, named_tensors, unwrapped
-from fastema.core.model.tensors import why_no_storage, why_not_writable
-from fastema.core.shadow.averages import Average
-from fastema.core.shadow.shadow import Shadow
-from fastema.core.swap.swap import SwapError
-from fastema.core.text import first_few
+from fastema.core import sharded
+from fastema.core.averages import Shadow
+from fastema.core.checks import difference, first_few, refuse_differences
+from fastema.core.pairs import Average
+from fastema.core.policy import Managed, Source, clean_name, named_tensors, unwrapped
+from fastema.core.swap import SwapError
+from fastema.core.tensors import why_no_storage, why_not_writable
+from fastema.memory.atomic_steps import Step, run_atomically
 
 Place: TypeAlias = tuple[Any, ...]
 _IMPORT = "fastema.import_average(ema, file) goes on with the average of another library, or under other names"
@@ -83,7 +82,7 @@ def live_state(model: Source, shadow: Shadow, restored: Callable[[], AbstractCon
         restored: open a block in which they are not.
     """
     live = shadow.live_values()
-    tensors = [(entry, dtensor.as_dtensor_like(entry.whole, live[entry.name].detach())) for entry in shadow.managed]
+    tensors = [(entry, sharded.as_dtensor_like(entry.whole, live[entry.name].detach())) for entry in shadow.managed]
     return _state_of_side(model, shadow, tensors, False, restored, "trained")
 
 
@@ -92,12 +91,14 @@ def gathered(state: dict[str, Any], source: Source) -> dict[str, Any]:
 
     Every process must call it; one tensor at a time is gathered.
     """
-    shapes = {name: zero3.shape_of(tensor) for name, tensor in named_tensors(source) if zero3.is_partitioned(tensor)}
+    shapes = {
+        name: sharded.shape_of(tensor) for name, tensor in named_tensors(source) if sharded.is_partitioned(tensor)
+    }
     is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     whole: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, Tensor):
-            if dtensor.is_dtensor(value):
+            if sharded.is_dtensor(value):
                 value = value.to(value.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
             value = value.view(shapes[key]) if key in shapes else value
             value = value.detach().to("cpu", copy=True) if is_first else None
@@ -130,18 +131,18 @@ def _state_of_side(
     values = {_place_of_entry(entry): tensor for entry, tensor in tensors}
     named = by_name(tensors)
     managed = {place[0] for place in values} | shadow.live_storage_ids
-    unmanaged = {_place(tensor)[0] for _, tensor in named_tensors(source) if dtensor.has_storage(tensor)} - managed
+    unmanaged = {_place(tensor)[0] for _, tensor in named_tensors(source) if sharded.has_storage(tensor)} - managed
     result = dict(state)
-    partitioned = {name: tensor for name, tensor in named_tensors(source) if zero3.is_partitioned(tensor)}
+    partitioned = {name: tensor for name, tensor in named_tensors(source) if sharded.is_partitioned(tensor)}
     made_anew: list[str] = []
     for key, value in state.items():
         if not isinstance(value, Tensor):
             continue
         name = clean_name(key)
         if name in partitioned:  # empty in the model's own state
-            result[key] = named[name] if name in named else dtensor.as_dtensor(partitioned[name]).detach()
+            result[key] = named[name] if name in named else sharded.as_dtensor(partitioned[name]).detach()
             continue
-        if not dtensor.has_storage(value):
+        if not sharded.has_storage(value):
             # A wrapper has no place. Put into the model inside a swap, it has the other side's value, if any.
             result[key] = named.get(name, value)
             continue
@@ -166,7 +167,7 @@ def _state_of_side(
 
 
 def _place(tensor: Tensor) -> Place:
-    return place_of(dtensor.local_part(tensor))
+    return place_of(sharded.local_part(tensor))
 
 
 def _place_of_entry(entry: Managed) -> Place:
@@ -184,7 +185,7 @@ def is_complete(source: Source) -> bool:
 def refuse_averages_as_weights(source: Source, shadow: Shadow) -> None:
     """Raise RuntimeError where tensors of the model are the averages' own memory."""
     own = shadow.storage_ids - shadow.live_storage_ids
-    names = [name for name, tensor in named_tensors(source) if dtensor.has_storage(tensor) and _place(tensor)[0] in own]
+    names = [name for name, tensor in named_tensors(source) if sharded.has_storage(tensor) and _place(tensor)[0] in own]
     if names:
         raise RuntimeError(
             f"{first_few([repr(name) for name in names], 5)} of the model are the memory of their own averages, as "
@@ -214,7 +215,7 @@ def copy_averages(shadow: Shadow, which: int, target: Source) -> None:
     Raises:
         ValueError: a name is missing there, or a shape differs.
     """
-    targets = {name: dtensor.as_dtensor(tensor) for name, tensor in named_tensors(target)}
+    targets = {name: sharded.as_dtensor(tensor) for name, tensor in named_tensors(target)}
     averages = by_name(shadow.weights(which))
     others = [name for name in averages if name in targets and targets[name].dtype != averages[name].dtype]
     if others:
@@ -226,12 +227,12 @@ def copy_averages(shadow: Shadow, which: int, target: Source) -> None:
             difference(name, average, targets[name], dtypes=False) if name in targets else f"{name!r} is missing"
             for name, average in averages.items()
         ]
-        + [dtensor.difference(name, targets[name], averages[name]) for name in averages if name in targets]
+        + [sharded.difference(name, targets[name], averages[name]) for name in averages if name in targets]
         + [_unwritable(name, averages[name], targets[name]) for name in averages if name in targets],
     )
     if isinstance(target, nn.Module):
-        dtensor.GatheredParameters(target.modules()).drop()
-    copies = [dtensor.assignment(targets[name], average) for name, average in averages.items()]
+        sharded.GatheredParameters(target.modules()).drop()
+    copies = [sharded.assignment(targets[name], average) for name, average in averages.items()]
     run_atomically([partial(Tensor.copy_, *copy) for copy in copies])
 
 
@@ -270,14 +271,14 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
         averages = stored_by_name(shadow, which, saved_only=True)
         own = {name: average.shown() for name, average in averages.items()}
         values = {
-            name: dtensor.in_shape_of(averages[name].entry.whole, value) if name in averages else value
+            name: sharded.in_shape_of(averages[name].entry.whole, value) if name in averages else value
             for name, value in values.items()
         }
         missing = [name for name in own if name not in values]
         unexpected = [name for name in values if name not in own]
         found = [name for name in own if name in values]
         differences += [difference(name, own[name], values[name], dtypes=strict) for name in found]
-        differences += [dtensor.difference(name, own[name], values[name]) for name in found]
+        differences += [sharded.difference(name, own[name], values[name]) for name in found]
         differences += [_unreadable(name, values[name]) for name in found]
         targets += [(averages[name], values[name]) for name in found]
         loaded = {id(averages[name].entry) for name in found if averages[name].entry.rule == "average"}
@@ -338,13 +339,13 @@ def carry_over(old: Shadow, new: Shadow, may_begin: bool = False) -> list[str]:
 
 def _unreadable(name: str, value: Any) -> str | None:
     """Return why nothing can be copied from a tensor; None where it can."""
-    reason = why_no_storage(dtensor.local_part(value)) if isinstance(value, Tensor) else None
+    reason = why_no_storage(sharded.local_part(value)) if isinstance(value, Tensor) else None
     return None if reason is None else f"{name!r} {reason}; an ordinary tensor is expected"
 
 
 def _unwritable(name: str, value: Tensor, target: Tensor) -> str | None:
     """Return why nothing can be copied into a tensor of a model; None where it can."""
-    local = dtensor.local_part(target)
+    local = sharded.local_part(target)
     reason = why_not_writable(local, value.dtype, type(local))
     return None if reason is None else f"{name!r} {reason}"
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fastema.backends import contract
 from fastema.backends.torch import ContentsExchange
-from fastema.core.model.policy import Managed
-from fastema.core.shadow.plans import Plans
-from fastema.core.shadow.storages import ShadowStorage
-from fastema.core.swap.swap import Swap, exchange_of
+from fastema.core.plans import Plans
+from fastema.core.policy import Managed
+from fastema.core.storages import ShadowStorage
+from fastema.core.swap import Swap, exchange_of
 
 _OWNER = "another FastEMA is applied to the same model: the live weights are its average now; restore() that one first"
 _DROPPED = (

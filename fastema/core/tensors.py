@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastema.core.memory import element_runs
+from fastema.memory.bytes import element_runs
 
 FSDP1 = (
     "FullyShardedDataParallel keeps parameters in flat copies that FastEMA cannot follow: shard with "

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastema.backends.streams import current_stream, has_streams
-from fastema.core.memory import view_in
+from fastema.memory.bytes import view_in
+from fastema.memory.streams import current_stream, has_streams
 
 
 @dataclass

@@ -7,15 +7,18 @@ operations where the CUDA kernels cannot run.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastema.backends import native
-from fastema.backends.atomic import Step
-from fastema.backends.streams import Streams
-from fastema.core.decay.decays import Decays
+from fastema.core.decays import Decays
+from fastema.memory.atomic_steps import Step
+from fastema.memory.streams import Streams
 
 _MAX_ROWS = 1 << 22  # 32 MiB for one decay
 
@@ -109,3 +112,34 @@ class DeviceSchedule:
                 raise ValueError(f"capturable=True: the schedule has not reached its decay after {most} updates")
         with torch.inference_mode(False):
             return 1.0 - torch.tensor(rows, dtype=torch.float64)
+
+
+# ---- the number of updates of an AveragedModel, whose tensor may be on a GPU ----
+
+
+class Counter:
+    """Caches the value of a counter tensor; reads it again only if others wrote to it."""
+
+    def __init__(self) -> None:
+        self._tensor: Callable[[], Tensor | None] = lambda: None  # a weak reference to what was read
+        self._mark = (0, 0)
+        self._value: Any = None
+
+    def read(self, tensor: Tensor) -> Any:
+        """Return the value; on a GPU this waits only if it was written to since the last call."""
+        if tensor.device.type == "cpu" or tensor.is_inference():  # no wait; inference tensors have no version
+            return tensor.item()
+        return self.remembered(tensor)
+
+    def remembered(self, tensor: Tensor) -> Any:
+        """Return the value as last read, unless the tensor is another one or was written to."""
+        mark = (tensor.data_ptr(), tensor._version)
+        if self._tensor() is not tensor or mark != self._mark:
+            self._tensor, self._mark, self._value = weakref.ref(tensor), mark, tensor.item()
+        return self._value
+
+    def increase(self, tensor: Tensor) -> None:
+        """Add one to the tensor, which was just read."""
+        tensor.add_(1)
+        if self._tensor() is tensor:
+            self._mark, self._value = (tensor.data_ptr(), tensor._version), self._value + 1

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastema.core.averaged_model.pairs import Pair, span, strides
-from fastema.core.memory import Run, allocate, element_runs, flat, gaps, merged, view_in
-from fastema.core.model.tensors import why_no_storage
-from fastema.core.swap.buffers import SwapBuffer
-from fastema.core.swap.swap import Swap, exchange_of
+from fastema.core.buffers import SwapBuffer
+from fastema.core.given_pairs import Pair, span, strides
+from fastema.core.swap import Swap, exchange_of
+from fastema.core.tensors import why_no_storage
+from fastema.memory.bytes import Run, allocate, element_runs, flat, gaps, merged, view_in
 
 _OWNER = "another AveragedModel is swapped into the same model: leave that block first"
 _DROPPED = (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastema.core.model.tensors import why_no_storage
+from fastema.core.tensors import why_no_storage
 
 
 class UseTorchFallback(Exception):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from fastema import backends
 from fastema.backends import contract
-from fastema.core.averaged_model.pairs import UseTorchFallback, pairs_of
-from fastema.core.averaged_model.swap import swap_of
-from fastema.core.averaged_model.update import Update
-from fastema.core.model.tensors import refuse_elsewhere, why_no_storage
-from fastema.core.swap.swap import Swap, entered, refuse_foreign
+from fastema.core.given_pairs import UseTorchFallback, pairs_of
+from fastema.core.given_swap import swap_of
+from fastema.core.given_update import Update
+from fastema.core.swap import Swap, entered, refuse_foreign
+from fastema.core.tensors import refuse_elsewhere, why_no_storage
 
 _TRAVERSALS = ("parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "_named_members")
 

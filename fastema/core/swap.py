@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from fastema.backends.contract import StorageExchange
 from fastema.backends.torch import ContentsExchange, place_of
-from fastema.core.memory import element_runs, view_in, whole
-from fastema.core.model import dtensor
-from fastema.core.model.tensors import has_own_operations, why_not_writable
-from fastema.core.swap.buffers import SwapBuffer
-from fastema.core.swap.caches import Merges, clear_caches
-from fastema.core.text import first_few
+from fastema.core import sharded
+from fastema.core.buffers import SwapBuffer
+from fastema.core.caches import Merges, clear_caches
+from fastema.core.checks import first_few
+from fastema.core.tensors import has_own_operations, why_not_writable
+from fastema.memory.bytes import element_runs, view_in, whole
 
 #: The swaps that are entered now, by id; empty: no model has averages in it.
 entered: dict[int, weakref.ref[Swap]] = {}
@@ -70,7 +70,7 @@ class SwapEntry:
 
     def is_in_place(self, now: Tensor) -> bool:
         """Return True if `now` is at the same place of the same storage."""
-        return dtensor.has_storage(now) and place_of(now) == self.place
+        return sharded.has_storage(now) and place_of(now) == self.place
 
     def why_not_copied_to(self, now: Tensor | None, taken: frozenset[int]) -> str | None:
         """Return why the live value cannot be copied into `now`; None: it can. `taken`: storages not to write to."""
@@ -236,7 +236,7 @@ class Swap:
         for entry in self._entries:
             storage = entry.place[0]  # the live one that it was in
             for name in entry.names:
-                tensor = dtensor.local_part(now[name]) if name in now else None
+                tensor = sharded.local_part(now[name]) if name in now else None
                 if tensor is not None and entry.is_in_place(tensor):
                     reason = damage[storage]
                     if reason is None:
@@ -275,8 +275,8 @@ class Swap:
     def _unmanaged(self, now: dict[str, Tensor]) -> frozenset[int]:
         """Return the storages (`_cdata`) of the model's tensors that are not of the swap."""
         managed = {name for entry in self._entries for name in entry.names}
-        others = (dtensor.local_part(tensor) for name, tensor in now.items() if name not in managed)
-        return frozenset(other.untyped_storage()._cdata for other in others if dtensor.has_storage(other))
+        others = (sharded.local_part(tensor) for name, tensor in now.items() if name not in managed)
+        return frozenset(other.untyped_storage()._cdata for other in others if sharded.has_storage(other))
 
     def _error(self, errors: list[str]) -> SwapError:
         return SwapError(

@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastema.backends import planes
-from fastema.backends.atomic import Step
-from fastema.core.model import dtensor, zero3
-from fastema.core.model.policy import Managed
-from fastema.core.shadow.storages import ShadowStorage
+from fastema.core import sharded
+from fastema.core.policy import Managed
+from fastema.core.storages import ShadowStorage
+from fastema.memory import planes
+from fastema.memory.atomic_steps import Step
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Average:
 
     def like_model(self, local: Tensor) -> Tensor:
         """Return `local` as the model has the tensor: as a DTensor if that is one."""
-        return dtensor.as_dtensor_like(self.entry.whole, local.detach())
+        return sharded.as_dtensor_like(self.entry.whole, local.detach())
 
     def in_model(self) -> Average:
         """Return the average as it is while a swap has put it into the model; itself if its memory stays."""
@@ -63,10 +63,10 @@ class Average:
                 high, low = (self.view.detach(), value.view.detach()), (self.low, value.low)
                 return [partial(Tensor.copy_, *high), partial(Tensor.copy_, *low)]
             value = value.value()
-        target, part = dtensor.assignment(self.shown(), value)
+        target, part = sharded.assignment(self.shown(), value)
         if self.low is None:
             return [partial(Tensor.copy_, target, part)]
-        own = slice(target.numel()) if zero3.is_partitioned(self.entry.whole) else ...  # without its padding
+        own = slice(target.numel()) if sharded.is_partitioned(self.entry.whole) else ...  # without its padding
         return planes.filling(self.view.detach()[own], self.low[own], part.detach())
 
     def value(self) -> Tensor:

@@ -1,10 +1,14 @@
-"""Sharded models: the DTensors of tensor parallelism and of FSDP2's `fully_shard`.
+"""Sharded models: the DTensors of tensor parallelism and of FSDP2's `fully_shard`, and the parts of DeepSpeed's ZeRO-3.
 
 Only a DTensor's local tensor has memory. FastEMA averages and swaps local tensors, each process its own, without
 communication, and wraps them into DTensors again when it returns them.
 
 FSDP2 computes with gathered copies, which may stay in the modules' slots after a forward. The sharded parameters are
 looked up behind them, and the copies are dropped at a swap, which would make them stale.
+
+A parameter that ZeRO-3 has partitioned is empty outside of a forward; its part r of n is elements [r * k, (r + 1) * k)
+of the flat parameter with k = ceil(numel / n), which is how a DTensor is sharded too. As such its average goes into a
+state, so that torch.distributed.checkpoint loads it on any number of processes.
 """
 
 from __future__ import annotations
@@ -13,13 +17,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastema.core.model import zero3
-from fastema.core.model.tensors import FSDP1, is_wrapper
+from fastema.core.tensors import FSDP1, is_wrapper
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -32,7 +36,7 @@ def local_part(tensor: Any) -> Tensor:
     """Return the part in this process's memory: of a sharded tensor its local one, else the tensor itself."""
     if is_dtensor(tensor):
         return tensor._local_tensor
-    return tensor.ds_tensor if zero3.is_partitioned(tensor) else tensor
+    return tensor.ds_tensor if is_partitioned(tensor) else tensor
 
 
 def has_storage(tensor: Any) -> bool:
@@ -48,8 +52,8 @@ def has_storage(tensor: Any) -> bool:
 
 def as_dtensor_like(whole: Any, local: Tensor) -> Tensor:
     """Return `local` as a DTensor like `whole`, or itself if `whole` is not sharded; it shares memory."""
-    if zero3.is_partitioned(whole):
-        return zero3.as_dtensor(whole, local)
+    if is_partitioned(whole):
+        return part_as_dtensor(whole, local)
     if not is_dtensor(whole):
         return local
     spec = whole._spec  # from_local() would move an offloaded average to the mesh's device
@@ -60,7 +64,7 @@ def as_dtensor_like(whole: Any, local: Tensor) -> Tensor:
 
 def placement(tensor: Any) -> str:
     """Describe how a tensor is sharded, for error messages; empty for those that are not."""
-    if zero3.is_partitioned(tensor):
+    if is_partitioned(tensor):
         return " partitioned by ZeRO-3"
     return f" as {tensor.placements} on {tensor.device_mesh}" if is_dtensor(tensor) else ""
 
@@ -88,12 +92,12 @@ def difference(name: str, target: Any, value: Any) -> str | None:
 
 def as_dtensor(tensor: Any) -> Any:
     """Return a tensor that ZeRO-3 has partitioned as a flat DTensor, and others as they are."""
-    return zero3.as_dtensor(tensor, tensor.ds_tensor) if zero3.is_partitioned(tensor) else tensor
+    return part_as_dtensor(tensor, tensor.ds_tensor) if is_partitioned(tensor) else tensor
 
 
 def in_shape_of(whole: Any, value: Any) -> Any:
     """Return `value` in the shape that the state has of `whole`: flat, where ZeRO-3 has partitioned that."""
-    if isinstance(value, Tensor) and zero3.is_partitioned(whole) and value.shape == whole.ds_shape:
+    if isinstance(value, Tensor) and is_partitioned(whole) and value.shape == whole.ds_shape:
         return value.flatten()
     return value
 
@@ -121,7 +125,7 @@ class GatheredParameters:
         if "deepspeed" in sys.modules:
             modules = list(modules)
             parameters = [parameter for module in modules for parameter in module._parameters.values()]
-            self._partitioned = [parameter for parameter in parameters if zero3.is_partitioned(parameter)]  # type: ignore[misc]
+            self._partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]  # type: ignore[misc]
         package: Any = sys.modules.get("torch.distributed.fsdp")
         if package is None:
             return
@@ -157,7 +161,7 @@ class GatheredParameters:
             group.wait_for_unshard()  # a prefetch may be running
             group._to_sharded()  # as reshard(), but also after a forward that raised
         if self._partitioned:
-            zero3.drop_gathered(self._partitioned)
+            drop_gathered(self._partitioned)
 
     def tensors(self) -> list[Tensor]:
         """Return the gathered parameters, to which recorded graphs refer."""
@@ -172,3 +176,60 @@ class GatheredParameters:
 def _in_slot(parameter: Any) -> Any:
     module = parameter._module_info
     return module.module._parameters.get(module.param_name)
+
+
+# ---- what DeepSpeed's ZeRO-3 has partitioned: each process has a flat part, `ds_tensor`, of every parameter ----
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Return True for a parameter with parts that an engine trains; before `deepspeed.initialize()` there is none."""
+    return isinstance(getattr(tensor, "ds_tensor", None), Tensor) and hasattr(tensor, "_z3_optimizer")
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """Return the shape of the whole tensor."""
+    return tensor.ds_shape if is_partitioned(tensor) else tensor.shape  # type: ignore[attr-defined]
+
+
+def why_no_part(parameter: Any) -> str | None:
+    """Return why the part of a partitioned parameter cannot be averaged; None: it can."""
+    if getattr(parameter.ds_tensor, "final_location", None) == "nvme":
+        return "is offloaded to NVMe by DeepSpeed, where its part has no memory: offload parameters to the CPU instead"
+    if getattr(parameter, "ds_secondary_tensor", None) is not None:
+        return "has a second partition (zero_hpz_partition_size), which a swap would not reach: set it to 1"
+    if hasattr(parameter.ds_tensor, "ds_quant_scale"):
+        return "is quantised by DeepSpeed (zero_quantized_nontrainable_weights)"
+    return None
+
+
+def without_padding(parameter: Any, part: Tensor) -> Tensor:
+    """Return what of a part, or of the average of one, is of the parameter: the last parts have elements beyond it."""
+    begin = parameter.ds_tensor.numel() * parameter.ds_zero_partition_rank
+    return part[: max(0, min(part.numel(), parameter.ds_numel - begin))]
+
+
+def part_as_dtensor(parameter: Any, part: Tensor) -> Tensor:
+    """Return a part, or the average of one, as a flat DTensor; it shares memory."""
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    mesh = _mesh(parameter.ds_process_group, parameter.device.type)
+    meta = TensorMeta(torch.Size((parameter.ds_numel,)), (1,), part.dtype)
+    # from_local() would move the average of parameters that are offloaded to the mesh's device.
+    return DTensor(
+        without_padding(parameter, part), DTensorSpec(mesh, (Shard(0),), tensor_meta=meta), requires_grad=False
+    )
+
+
+@lru_cache(maxsize=8)
+def _mesh(group: Any, device_type: str) -> Any:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(group, device_type)
+
+
+def drop_gathered(parameters: Iterable[Any]) -> None:
+    """Free the parameters that DeepSpeed has gathered, or gathers now: the next forward gathers them again."""
+    gathered = [parameter for parameter in parameters if parameter.ds_status.name != "NOT_AVAILABLE"]
+    for optimizer in {id(parameter._z3_optimizer): parameter._z3_optimizer for parameter in gathered}.values():
+        optimizer.empty_partition_cache()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastema import backends
-from fastema.core.shadow import offload
-from fastema.core.shadow.averages import Average
-from fastema.core.shadow.storages import ShadowStorage
+from fastema.core import offload
+from fastema.core.pairs import Average
+from fastema.core.storages import ShadowStorage
 
 
 class Plans:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastema.core.checks import checked_count, checked_decays
-from fastema.core.decay.schedules import make_schedule, schedule_class, takes_argument
+from fastema.schedules import make_schedule, schedule_class, takes_argument
 
 
 def updates_back(decay: float) -> float:
@@ -188,13 +188,6 @@ class Decays:
             raise ValueError(
                 f"the state was averaged with decay={decay!r}, decay_type={decay_type!r}: {error}"
             ) from error
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "schedule" in state:  # pickled by fastema 0.1.0
-            schedule, count = state.pop("schedule"), len(state["targets"])
-            state |= {"_types": (state["type"],) * count, "_args": dict(vars(schedule))}
-            state |= {"schedules": (schedule,) * count, "update_after_step": state.pop("_update_after_step")}
-        self.__dict__.update(state)
 
 
 def _is_sequence(value: object) -> bool:

@@ -1,1 +1,0 @@
-"""The decay of each update: schedules, and their values on the host and on the device."""

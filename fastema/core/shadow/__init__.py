@@ -1,1 +1,0 @@
-"""The averages of a model: their storages, their updates and their states."""

@@ -1,1 +1,0 @@
-"""The swap of averaged and live weights."""
