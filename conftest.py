@@ -36,6 +36,15 @@ OPTIONAL = {
 }
 
 
+def pytest_sessionstart() -> None:
+    """Make torchvision work beside a CPU torch: timm, lightning and transformers import it.
+
+    In every process: the one that collects the workers' warnings imports what they come from.
+    """
+    with contextlib.suppress(ImportError):
+        import fastema.segmentation.torchvision_shim  # noqa: F401
+
+
 def run(example: Example) -> None:
     """Run a block of Python, or compile it where it needs a GPU that is not there."""
     import torch
@@ -56,10 +65,6 @@ def new_names() -> dict[str, Any]:
     import torch
     from torch import nn
 
-    from fastema.segmentation.torchvision_shim import import_torchvision
-
-    with contextlib.suppress(ImportError):
-        import_torchvision()  # lightning and timm import it, and a CUDA build of it needs help on a CPU torch
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 from collections.abc import Iterator
@@ -15,17 +14,10 @@ import torch
 
 from fastema import backends
 from fastema.backends import torch as plain_torch
-from fastema.segmentation.torchvision_shim import import_torchvision
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Let the process that collects the workers' warnings import what they come from: lightning needs torchvision."""
-    if getattr(session.config.option, "numprocesses", None) and importlib.util.find_spec("torchvision") is not None:
-        import_torchvision()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

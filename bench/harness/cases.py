@@ -282,10 +282,8 @@ def make_torchvision_work() -> None:
     Raises:
         Unavailable: torchvision is broken in another way.
     """
-    from fastema.segmentation.torchvision_shim import import_torchvision
-
     try:
-        import_torchvision()
+        import fastema.segmentation.torchvision_shim  # noqa: F401
     except ImportError:
         pass  # not installed: then nobody imports it
     except RuntimeError as error:

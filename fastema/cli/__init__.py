@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from fastema.checkpoint import CheckpointError
 from fastema.cli import advise, build, convert, distill, evaluate, info, posthoc, predict, train
-from fastema.segmentation.errors import Terminated, UserError
+from fastema.errors import Terminated, UserError
 
 _COMMANDS = {
     "train": train,

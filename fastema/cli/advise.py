@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastema.errors import UserError
 from fastema.extras import missing_packages
-from fastema.segmentation.errors import UserError
 
 if TYPE_CHECKING:
     from fastema.advisor import Recommendation

@@ -10,7 +10,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from fastema.segmentation.errors import UserError
+from fastema.errors import UserError
 
 HELP = "compile the extension for this torch and this Python, where there is none"
 DESCRIPTION = "Compiles the extension for the torch and the Python at hand into fastema's folder. Needs a C++ compiler."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastema.segmentation.errors import UserError
+from fastema.errors import UserError
 
 HELP = "read the average in another library's checkpoint"
 DESCRIPTION = (

@@ -50,6 +50,6 @@ def run(arguments: argparse.Namespace) -> None:
     options = EvaluateOptions(**{field.name: getattr(arguments, field.name) for field in fields(EvaluateOptions)})
     options.check()
     require_train_extra()
-    from fastema.segmentation.eval.evaluate import evaluate_checkpoint
+    from fastema.segmentation.eval.compare import evaluate_checkpoint
 
     evaluate_checkpoint(options)

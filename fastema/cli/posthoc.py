@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastema.segmentation.errors import UserError
+from fastema.errors import UserError
 
 if TYPE_CHECKING:
     from fastema.posthoc import Averaged
@@ -197,7 +197,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _write(result: Averaged, path: Path) -> None:
     """Write a safetensors file atomically; tied weights are written under each of their names."""
     from fastema.core.writing import replacing
-    from fastema.posthoc.files import require_safetensors
+    from fastema.posthoc.snapshot_files import require_safetensors
 
     seen: set[int] = set()
     tensors = {}

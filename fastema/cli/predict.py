@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastema.segmentation.errors import UserError
+from fastema.errors import UserError
 from fastema.segmentation.train_extra import require_train_extra
 
 HELP = "write the masks of images"
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     if threshold is not None and not 0 < threshold < 1:
         raise UserError(f"--threshold must be a probability between 0 and 1, got {threshold:g}")
     require_train_extra()
-    from fastema.segmentation.eval.predict import write_masks
+    from fastema.segmentation.eval.write_masks import write_masks
 
     weights = None if arguments.weights is None else _WEIGHTS[arguments.weights]
     write_masks(arguments.checkpoint, arguments.images, arguments.out, weights, threshold, arguments.device)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastema.cli.training_params import read_training_params, refuse_conflicts
+from fastema.errors import UserError
 from fastema.schedules import EMA_DECAY_FUNCTIONS, make_schedule
 from fastema.segmentation.distributed.process_group import process_group
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import GROUPS, NOT_FOR_ARGPARSE, TrainOptions, option_flag
 from fastema.segmentation.train_extra import require_train_extra
 
@@ -134,7 +134,7 @@ def runnable_options(arguments: argparse.Namespace, kind: type[Options]) -> Opti
 
 def _require_safetensors() -> None:
     from fastema.posthoc import SnapshotError
-    from fastema.posthoc.files import require_safetensors
+    from fastema.posthoc.snapshot_files import require_safetensors
 
     try:
         require_safetensors()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastema.core.checks import first_few
-from fastema.segmentation.errors import UserError
+from fastema.errors import UserError
 from fastema.segmentation.options import option_flag
 
 _EXAMPLE = '{"ema": true, "ema_params": {"decay": 0.9999, "decay_type": "exp", "beta": 15}}'

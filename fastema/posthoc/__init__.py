@@ -10,8 +10,8 @@ average is a weighted sum of the weights at all steps, and so is every linear co
 whose weights are closest to those wanted is found by least squares.
 """
 
-from fastema.posthoc.files import SnapshotError
 from fastema.posthoc.profiles import Profile, constant_decay, power, uniform, weighted
+from fastema.posthoc.snapshot_files import SnapshotError
 from fastema.posthoc.snapshots import Snapshots
 from fastema.posthoc.synthesis import Averaged, errors_of, snapshots_in, synthesize, synthesize_all
 

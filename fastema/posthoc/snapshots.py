@@ -17,9 +17,9 @@ from torch import Tensor
 from fastema.core import sharded, state
 from fastema.core.checks import checked_count
 from fastema.core.writing import BackgroundWriter
-from fastema.posthoc import files
-from fastema.posthoc.files import COPY, Manifest, SnapshotError, tensor_key
+from fastema.posthoc import snapshot_files as files
 from fastema.posthoc.profiles import profiles_of
+from fastema.posthoc.snapshot_files import COPY, Manifest, SnapshotError, tensor_key
 
 if TYPE_CHECKING:
     from fastema.ema import FastEMA

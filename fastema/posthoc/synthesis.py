@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastema.posthoc import files
-from fastema.posthoc.files import COPY, Manifest, Reader, SnapshotError, tensor_key
+from fastema.posthoc import snapshot_files as files
 from fastema.posthoc.profiles import Fit, Profile, constant_decay, fit, power, reachable, uniform, weighted
+from fastema.posthoc.snapshot_files import COPY, Manifest, Reader, SnapshotError, tensor_key
 
 _AT_ONCE = 1 << 26  # elements read from a snapshot before they are added up
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastema.errors import UserError
 from fastema.memory.streams import has_streams
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import TrainOptions
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fastema.errors import UserError
 from fastema.segmentation.asked import parse_asked
-from fastema.segmentation.errors import UserError
 
 # The coarsest level of the usual pyramids has a 32nd of the size; smaller images leave it a single pixel.
 SMALLEST_IMAGE = 64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastema import extras
-from fastema.segmentation.errors import UserError
+from fastema.errors import UserError
 
 _NEEDED = {name: name for name in ("numpy", "scipy", "timm", "rich", "matplotlib")} | {"PIL": "pillow"}
 

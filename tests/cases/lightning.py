@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from fastema.segmentation.torchvision_shim import import_torchvision
-
-with contextlib.suppress(ImportError):
-    import_torchvision()  # torchmetrics imports it where it is installed, and next to a CPU torch that needs help
 
 pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 torchmetrics = pytest.importorskip("torchmetrics", reason="torchmetrics comes with lightning")

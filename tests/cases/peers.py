@@ -6,7 +6,6 @@ and writes its file, after its source.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import math
@@ -18,13 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastema.segmentation.torchvision_shim import import_torchvision
-
 
 def package(name: str) -> Any:
     """Import a module of a peer, or skip."""
-    with contextlib.suppress(ImportError):
-        import_torchvision()
     return pytest.importorskip(name, reason=f"{name.partition('.')[0]} is not installed")
 
 

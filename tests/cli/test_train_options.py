@@ -12,7 +12,7 @@ import pytest
 from fastema import cli
 from fastema.cli import train as train_command
 from fastema.cli.train import options_of
-from fastema.segmentation.errors import UserError
+from fastema.errors import UserError
 from fastema.segmentation.options import TrainOptions
 from fastema.segmentation.train_extra import missing_packages
 from segmentation.phases import PHASE_1, PHASE_2

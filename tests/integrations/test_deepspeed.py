@@ -408,9 +408,6 @@ def part_of_two(value: Tensor, mesh: Any) -> DTensor:
 
 
 def test_the_callbacks_for_lightning_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastema.segmentation.torchvision_shim import import_torchvision
-
-    import_torchvision()
     lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
     from fastema.integrations.lightning import EMAWeightAveraging, FastEMACallback
 

@@ -28,12 +28,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def original() -> Any:
     """Return diffusers' class."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
-    try:
-        from fastema.segmentation.torchvision_shim import import_torchvision
-
-        import_torchvision()  # transformers imports it, where it is installed
-    except ImportError:
-        pass
     from diffusers.training_utils import EMAModel as Original
 
     return Original

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import doctest
 import json
 import subprocess
@@ -17,10 +16,6 @@ from torch import Tensor, nn
 from cases import AliveBytes
 from cases.callbacks import CONSTANT, assert_average, assert_same, average
 from fastema import FastEMA, SwapError
-from fastema.segmentation.torchvision_shim import import_torchvision
-
-with contextlib.suppress(ImportError):
-    import_torchvision()  # transformers imports it where it is installed, and next to a CPU torch that needs help
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")

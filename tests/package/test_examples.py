@@ -23,9 +23,8 @@ EXPECTED = {
 # ends at once: where a gloo thread drops its last tensor while the interpreter ends, torch 2.13 aborts.
 RUN = """
 import contextlib, os, runpy, sys
-from fastema.segmentation.torchvision_shim import import_torchvision
 with contextlib.suppress(ImportError):
-    import_torchvision()
+    import fastema.segmentation.torchvision_shim
 runpy.run_path(sys.argv[1], run_name="__main__")
 sys.stdout.flush()
 os._exit(0)

@@ -20,13 +20,15 @@ from fastema.posthoc import (
     Snapshots,
     constant_decay,
     errors_of,
-    files,
     power,
     snapshots_in,
     synthesize,
     synthesize_all,
     uniform,
     weighted,
+)
+from fastema.posthoc import (
+    snapshot_files as files,
 )
 from fastema.posthoc.profiles import fit, profiles_of
 

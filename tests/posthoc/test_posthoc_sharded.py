@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from cases.distributed import Rank, on_ranks
 from fastema import FastEMA
-from fastema.posthoc import SnapshotError, Snapshots, files, synthesize
+from fastema.posthoc import SnapshotError, Snapshots, synthesize
+from fastema.posthoc import snapshot_files as files
 
 pytest.importorskip("safetensors")
 

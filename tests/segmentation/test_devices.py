@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastema.errors import UserError
 from fastema.segmentation.devices import Precision, accelerator, select_device
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.train_extra import missing_packages
 
 

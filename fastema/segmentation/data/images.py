@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fastema.core.checks import counted, first_few
+from fastema.errors import UserError
 from fastema.segmentation.asked import NOTHING_ASKED, Asked
-from fastema.segmentation.data.files import (
+from fastema.segmentation.data.image_files import (
     OWN_WHITES,
     Range,
     Whites,
@@ -44,7 +45,6 @@ from fastema.segmentation.data.masks import (
     extract,
     kinds,
 )
-from fastema.segmentation.errors import UserError
 
 # EXIF orientations from this one on exchange width and height.
 _FIRST_QUARTER_TURN = 5

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastema.core.checks import counted, first_few
-from fastema.segmentation.data.files import OWN_WHITES, Whites
+from fastema.errors import UserError
+from fastema.segmentation.data.image_files import OWN_WHITES, Whites
 from fastema.segmentation.data.layouts import File, Found, is_image, pair_files, read_tree, read_two
 from fastema.segmentation.data.masks import MaskRule
-from fastema.segmentation.errors import UserError
 
 # COD10K's images without a camouflaged animal: 2,960 of its 6,000 training images, with all-black masks.
 NON_CAM = "cod10k-noncam-"

@@ -11,22 +11,23 @@ import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+# In a worker process too, which imports this module again.
+import fastema.segmentation.torchvision_shim  # noqa: F401
+
+# isort: split
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
+from fastema.errors import UserError
 from fastema.segmentation.data.images import read_pair
 from fastema.segmentation.data.listing import Pair
 from fastema.segmentation.data.masks import IGNORED
 from fastema.segmentation.devices import accelerator
-from fastema.segmentation.errors import UserError
-from fastema.segmentation.torchvision_shim import import_torchvision
-
-import_torchvision()  # in a worker process too, which imports this module again
-
-from torchvision import tv_tensors  # noqa: E402
-from torchvision.transforms import v2  # noqa: E402
 
 
 class Draw(NamedTuple):

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fastema.errors import UserError
 from fastema.segmentation.devices import accelerator, select_device
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import TrainOptions
 
 T = TypeVar("T")

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import fastema.segmentation.torchvision_shim  # noqa: F401
+
+# isort: split
+
+import timm
 import torch
 from torch import nn
 
-from fastema.segmentation.errors import UserError
-from fastema.segmentation.torchvision_shim import import_torchvision
-
-import_torchvision()
-
-import timm  # noqa: E402
+from fastema.errors import UserError
 
 # By timm model: a package on the index with a file of ImageNet weights, for machines that reach no hub; its module, and
 # the file. The weights have the order and the shapes of timm's.

@@ -16,7 +16,7 @@ import torch
 from fastema import FastEMA
 from fastema.checkpoint import CheckpointError, load_checkpoint, load_weights
 from fastema.core.checks import first_few
-from fastema.segmentation.errors import UserError
+from fastema.errors import UserError
 from fastema.segmentation.model.network import Architecture, SegmentationNet, check_input_size, create_net
 
 BASE, AVERAGED = "net", "ema_net"

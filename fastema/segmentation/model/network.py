@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastema.segmentation.errors import UserError
+from fastema.errors import UserError
 from fastema.segmentation.model.backbones import create_backbone
 from fastema.segmentation.model.experts import Mixture, conv_norm_act, create_experts
 

@@ -20,13 +20,13 @@ from rich.filesize import decimal
 
 from fastema.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fastema.core.writing import replacing
+from fastema.errors import UserError
 from fastema.segmentation.devices import accelerator
 from fastema.segmentation.distributed.parallel import ParallelModel
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.model.network import SegmentationNet
 from fastema.segmentation.options import TrainOptions, option_flag
 from fastema.segmentation.report.history import EpochRecord
-from fastema.segmentation.train.averages import Averages
+from fastema.segmentation.train.averaging import Averages
 from fastema.segmentation.train.epoch import TrainOptimizer
 
 LAST, BEST, BEST_EMA, BEST_POSTHOC = "last.pth", "best_model.pth", "best_ema.pth", "best_posthoc.pth"

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from fastema.errors import UserError
 from fastema.segmentation.console import say
 from fastema.segmentation.data.listing import Pair
 from fastema.segmentation.data.loaders import ValidationSet, validation_loader
 from fastema.segmentation.devices import CPU, Precision
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.load import load_net, read_checkpoint
 from fastema.segmentation.model.network import Output, SegmentationNet

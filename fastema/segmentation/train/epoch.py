@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fastema.errors import UserError
 from fastema.segmentation.devices import Precision
 from fastema.segmentation.distributed.parallel import ALONE, ParallelModel, clip_gradients
 from fastema.segmentation.distributed.process_group import pad_batches
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.model.network import SegmentationNet
 from fastema.segmentation.report.timers import timed_items
 from fastema.segmentation.train.losses import Objective

@@ -20,7 +20,7 @@ from fastema.segmentation.distributed.process_group import Processes
 from fastema.segmentation.model.experts import expert_names
 from fastema.segmentation.options import TrainOptions
 from fastema.segmentation.report.history import EpochRecord
-from fastema.segmentation.train.averages import Averages
+from fastema.segmentation.train.averaging import Averages
 from fastema.segmentation.train.stages import Stage
 
 # With fewer epochs, a finding could be chance.

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fastema.checkpoint import CheckpointError
 from fastema.core.checks import counted
+from fastema.errors import UserError
 from fastema.segmentation.asked import parse_asked
 from fastema.segmentation.console import progress, say
 from fastema.segmentation.data import synthetic
@@ -16,7 +17,6 @@ from fastema.segmentation.data.images import verify_pairs
 from fastema.segmentation.data.listing import Pair, hold_out, list_pairs
 from fastema.segmentation.devices import explain_out_of_memory
 from fastema.segmentation.distributed.process_group import Processes
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import SYNTHETIC, DistillOptions, TrainOptions
 from fastema.segmentation.report.summary import FEW_IMAGES
 from fastema.segmentation.train.checkpoints import LAST, ensure_writable, move_previous_run, read_resumable

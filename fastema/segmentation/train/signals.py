@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fastema.segmentation.errors import Terminated
+from fastema.errors import Terminated
 
 
 @contextmanager

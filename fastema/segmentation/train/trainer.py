@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from fastema import FastEMA
 from fastema.advisor import should_start, window
 from fastema.checkpoint import CheckpointError, load_weights
+from fastema.errors import UserError
 from fastema.posthoc import SnapshotError
 from fastema.segmentation.console import progress
 from fastema.segmentation.data.images import ignored_of
@@ -36,7 +37,6 @@ from fastema.segmentation.data.loaders import (
 from fastema.segmentation.devices import Precision, explain_out_of_memory
 from fastema.segmentation.distributed.parallel import ParallelModel
 from fastema.segmentation.distributed.process_group import Processes
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import evaluate, paired_error, predict
 from fastema.segmentation.model.network import Architecture, SegmentationNet, check_input_size, create_net
 from fastema.segmentation.options import TrainOptions
@@ -44,7 +44,8 @@ from fastema.segmentation.report.history import EpochRecord, TensorBoardLog, app
 from fastema.segmentation.report.pictures import Example, write_curves, write_predictions
 from fastema.segmentation.report.summary import Comparison, print_summary
 from fastema.segmentation.report.timers import Timers
-from fastema.segmentation.train.averages import Averages, forgets_start
+from fastema.segmentation.train.averaging import Averages, forgets_start
+from fastema.segmentation.train.best_snapshot import write_best_posthoc
 from fastema.segmentation.train.checkpoints import (
     BEST,
     BEST_EMA,
@@ -61,7 +62,6 @@ from fastema.segmentation.train.checkpoints import (
 from fastema.segmentation.train.epoch import EpochResult, NotFiniteError, TrainOptimizer, train_epoch
 from fastema.segmentation.train.losses import MakeObjective, supervised
 from fastema.segmentation.train.messages import Messages
-from fastema.segmentation.train.posthoc import write_best_posthoc
 from fastema.segmentation.train.signals import defer_signals
 from fastema.segmentation.train.stages import Stage, freeze, open_levels, plan_stages
 

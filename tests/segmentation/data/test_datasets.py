@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastema.errors import UserError
 from fastema.segmentation.data.images import read_mask, read_pair, verify_pairs
 from fastema.segmentation.data.listing import hold_out, list_pairs
 from fastema.segmentation.data.loaders import (
@@ -31,7 +32,6 @@ from fastema.segmentation.data.loaders import (
     validation_loader,
 )
 from fastema.segmentation.data.synthetic import camouflaged_pair, ensure_dataset
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.report.timers import timed_items
 
 NUCLEI = Path(__file__).resolve().parents[3] / ".." / "shared" / "data" / "nuclei-dsb2018"

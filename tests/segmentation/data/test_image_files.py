@@ -14,10 +14,10 @@ if missing_packages():
 import numpy as np
 from PIL import Image, ImageOps
 
-from fastema.segmentation.data.files import Whites
+from fastema.errors import UserError
+from fastema.segmentation.data.image_files import Whites
 from fastema.segmentation.data.images import read_image, read_mask, read_pair, verify_pairs
 from fastema.segmentation.data.listing import list_pairs
-from fastema.segmentation.errors import UserError
 
 RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
 # How viewers show what is stored, turned back: EXIF 2.32, tag 0x0112.

@@ -14,9 +14,9 @@ if missing_packages():
 
 from PIL import Image
 
+from fastema.errors import UserError
 from fastema.segmentation.data.images import verify_pairs
 from fastema.segmentation.data.listing import hold_out, list_pairs
-from fastema.segmentation.errors import UserError
 
 PLAIN = [("x", "Imgs/x.jpg", "GT/x.png"), ("y", "Imgs/y.jpg", "GT/y.png")]
 LAYOUTS = {

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
+from fastema.errors import UserError
 from fastema.segmentation.asked import parse_asked
 from fastema.segmentation.data.images import ignored_of, read_mask, read_pair, verify_pairs
 from fastema.segmentation.data.listing import Listing, list_pairs
 from fastema.segmentation.data.loaders import Draw, TrainingSet, ValidationSet, validation_loader
 from fastema.segmentation.data.masks import MaskValuesError
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import Scores, score
 from fastema.segmentation.train.losses import structure_loss
 

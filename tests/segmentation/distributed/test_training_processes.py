@@ -32,11 +32,11 @@ import torch.distributed as dist
 from cases.distributed import Rank, on_ranks
 from fastema import cli
 from fastema.checkpoint import load_checkpoint
+from fastema.errors import UserError
 from fastema.segmentation.data.loaders import ValidationSet, validation_loader
 from fastema.segmentation.data.synthetic import ensure_dataset
 from fastema.segmentation.distributed.parallel import ParallelModel
 from fastema.segmentation.distributed.process_group import Processes, pad_batches, process_group
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.load import load_net, read_checkpoint
 from fastema.segmentation.train import trainer as trainer_module

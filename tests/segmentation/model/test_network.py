@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema import FastEMA
-from fastema.segmentation.errors import UserError
+from fastema.errors import UserError
 from fastema.segmentation.model import backbones
 from fastema.segmentation.model.backbones import create_backbone, packaged_weights
 from fastema.segmentation.model.network import (
@@ -51,8 +51,7 @@ def test_torchvision_and_timm_work_next_to_this_torch() -> None:
     """In a new process, since the import can only be tried once."""
     code = (
         "import warnings; warnings.simplefilter('error', UserWarning)\n"
-        "from fastema.segmentation.torchvision_shim import import_torchvision\n"
-        "import_torchvision(); import_torchvision()\n"
+        "import fastema.segmentation.torchvision_shim\n"
         "import timm, torchvision.ops\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

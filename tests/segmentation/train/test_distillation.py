@@ -19,11 +19,11 @@ import torch
 from fastema import cli
 from fastema.checkpoint import load_checkpoint
 from fastema.cli.train import options_of
+from fastema.errors import UserError
 from fastema.segmentation.data.listing import hold_out, list_pairs
 from fastema.segmentation.data.loaders import ValidationSet, validation_loader
 from fastema.segmentation.data.synthetic import ensure_dataset
 from fastema.segmentation.devices import Precision
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.load import load_net, read_checkpoint
 from fastema.segmentation.model.network import Architecture, Output, create_net

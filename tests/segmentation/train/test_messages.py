@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastema.segmentation.errors import UserError
+from fastema.errors import UserError
 from fastema.segmentation.train.messages import describe_window, latest_finding
 from fastema.segmentation.train_extra import missing_packages
 

@@ -15,9 +15,9 @@ pytest.importorskip("safetensors")
 
 from fastema.checkpoint import load_checkpoint
 from fastema.cli import main
+from fastema.errors import UserError
 from fastema.posthoc import snapshots_in, synthesize
 from fastema.segmentation.data.loaders import ValidationSet, validation_loader
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.load import load_net, read_checkpoint
 from fastema.segmentation.train.checkpoints import move_previous_run

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastema.checkpoint import load_checkpoint
-from fastema.segmentation.errors import Terminated
+from fastema.errors import Terminated
 from fastema.segmentation.train.signals import defer_signals, sigterm_raises
 from fastema.segmentation.train_extra import missing_packages
 from segmentation.commands import Command

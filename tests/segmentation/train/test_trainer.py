@@ -19,8 +19,8 @@ import torch
 
 from fastema import FastEMA, cli
 from fastema.checkpoint import CheckpointError, load_checkpoint, load_weights
-from fastema.segmentation.errors import UserError
-from fastema.segmentation.train import averages, checkpoints
+from fastema.errors import UserError
+from fastema.segmentation.train import averaging, checkpoints
 from fastema.segmentation.train import trainer as trainer_module
 from fastema.segmentation.train.checkpoints import ensure_writable, move_previous_run, require_space
 from fastema.segmentation.train.trainer import Trainer
@@ -516,7 +516,7 @@ def test_out_of_memory_for_averages_that_start_in_mid_run_says_so(
     def too_large(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(averages, "FastEMA", too_large)
+    monkeypatch.setattr(averaging, "FastEMA", too_large)
     run = trainer(pairs, options(tmp_path / "run", use_ema=True, ema_start_epoch=2))
     with pytest.raises(UserError, match=r"out of memory in epoch 2; the last good .* is .*last\.pth \(epoch 1\)"):
         run.fit()

@@ -1,4 +1,4 @@
-"""The errors that a command prints as one line, without a traceback. Anything in the trainer may raise `UserError`."""
+"""The errors that a command prints as one line, without a traceback; trainer and commands raise them."""
 
 from __future__ import annotations
 

@@ -16,13 +16,13 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 
 from fastema.core.checks import first_few
+from fastema.errors import UserError
 from fastema.segmentation.console import progress, say
-from fastema.segmentation.data.files import Whites, reason
+from fastema.segmentation.data.image_files import Whites, reason
 from fastema.segmentation.data.images import read_image
 from fastema.segmentation.data.listing import image_files
 from fastema.segmentation.data.loaders import network_input
 from fastema.segmentation.devices import select_device
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.metrics import to_levels
 from fastema.segmentation.eval.scores import resized_logits
 from fastema.segmentation.model.load import load_net, read_checkpoint

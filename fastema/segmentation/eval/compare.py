@@ -16,15 +16,15 @@ from rich.table import Column, Table
 
 import fastema
 from fastema.core.checks import counted
+from fastema.errors import UserError
 from fastema.segmentation.asked import parse_asked
 from fastema.segmentation.console import progress, say
 from fastema.segmentation.data import synthetic
-from fastema.segmentation.data.files import Whites
+from fastema.segmentation.data.image_files import Whites
 from fastema.segmentation.data.images import verify_pairs
 from fastema.segmentation.data.listing import Listing, hold_out, list_pairs
 from fastema.segmentation.data.loaders import ValidationSet, validation_loader
 from fastema.segmentation.devices import select_device
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.eval.scores import Scores, difference, mean_scores, score_weights
 from fastema.segmentation.model.load import AVERAGED, BASE, Checkpoint, load_both, read_checkpoint
 from fastema.segmentation.options import HELD_OUT, SYNTHETIC, EvaluateOptions

@@ -17,7 +17,7 @@ from fastema.segmentation.eval.scores import evaluate
 from fastema.segmentation.model.network import Architecture, create_net
 from fastema.segmentation.options import TrainOptions
 from fastema.segmentation.report.history import EpochRecord
-from fastema.segmentation.train.averages import SavedAverage
+from fastema.segmentation.train.averaging import SavedAverage
 from fastema.segmentation.train.checkpoints import BEST_POSTHOC, SNAPSHOTS
 
 #: Widths that are tried, besides the stored ones: 12 from 0.03 to 0.25 with equal ratios.

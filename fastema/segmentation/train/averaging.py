@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from fastema import FastEMA
 from fastema.advisor import distinct_decays, settle_epochs
+from fastema.errors import UserError
 from fastema.posthoc import Snapshots
 from fastema.segmentation.distributed.parallel import ParallelModel
-from fastema.segmentation.errors import UserError
 from fastema.segmentation.options import TrainOptions
 from fastema.segmentation.report.timers import Timers
 
