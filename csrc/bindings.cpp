@@ -13,15 +13,22 @@ namespace {
 
 PyTypeObject* tensor_type = nullptr;
 
+// The UpdateArgs of fastema/backends/contract.py: the arguments of Plan::update.
+using UpdateArgs = std::tuple<std::vector<double>, bool, std::optional<at::Tensor>, std::optional<at::Tensor>>;
+
+void update(fastema::Plan& plan, const UpdateArgs& args) {
+  const auto& [weights, skip_nonfinite, skip, device_weights] = args;
+  plan.update(weights, skip_nonfinite, skip, device_weights);
+}
+
 // Updates if the watch holds, in one call from Python, which holds the interpreter's lock. Returns "moved" if the watch
 // does not hold, and nothing was done; "averages moved" if the averages' memory was replaced during the update, whose
 // result is in the old memory then; else null.
-const char* update_watched(fastema::Plan& plan, const fastema::Watch& watch, const std::vector<double>& weights,
-                           bool skip_nonfinite, const std::optional<at::Tensor>& skip) {
+const char* update_watched(fastema::Plan& plan, const fastema::Watch& watch, const UpdateArgs& args) {
   if (!watch.holds()) return "moved";
   {
     const py::gil_scoped_release released;
-    plan.update(weights, skip_nonfinite, skip, std::nullopt);
+    update(plan, args);
   }
   return watch.shadows_hold() ? nullptr : "averages moved";
 }
@@ -84,14 +91,10 @@ PYBIND11_MODULE(_C, module) {
       .value("avx512", Isa::kAvx512);
 
   py::class_<Plan>(module, "Plan")
-      .def(
-          py::init<std::vector<Tensors>, Tensors, const std::vector<bool>&, const Tensors&, fastema::OptionalTensors>(),
-          py::arg("shadows"), py::arg("lives"), py::arg("copies"), py::arg("views"), py::arg("lows") = py::tuple(),
-          py::call_guard<py::gil_scoped_release>())
-      .def("update", &Plan::update, py::arg("weights"), py::arg("skip_nonfinite"), py::arg("skip") = py::none(),
-           py::arg("device_weights") = py::none(), py::call_guard<py::gil_scoped_release>())
-      .def("update_watched", &update_watched, py::arg("watch"), py::arg("weights"), py::arg("skip_nonfinite"),
-           py::arg("skip") = py::none())
+      .def(py::init<std::vector<fastema::TensorSegment>, const Tensors&>(), py::arg("segments"), py::arg("views"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("update", &update, py::arg("args"), py::call_guard<py::gil_scoped_release>())
+      .def("update_watched", &update_watched, py::arg("watch"), py::arg("args"))
       .def("exchange", &Plan::exchange, py::arg("which"), py::call_guard<py::gil_scoped_release>())
       .def("nonfinite_count", &Plan::nonfinite_count, py::call_guard<py::gil_scoped_release>())
       .def("chunk_count", &Plan::chunk_count)

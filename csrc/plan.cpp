@@ -39,8 +39,8 @@ std::optional<Dtype> averaged_dtype(at::ScalarType type) {
   }
 }
 
-Kind kind_of(const at::Tensor& shadow, const std::optional<at::Tensor>& low, const at::Tensor& live, bool copy) {
-  if (low.has_value()) {
+Kind kind_of(const at::Tensor& shadow, const at::Tensor* low, const at::Tensor& live, bool copy) {
+  if (low != nullptr) {
     if (shadow.scalar_type() != at::kBFloat16 || live.scalar_type() != at::kBFloat16 ||
         low->scalar_type() != at::kShort) {
       throw std::invalid_argument(std::string("a float32 in two planes is a bfloat16 and an int16 beside a bfloat16 ") +
@@ -59,36 +59,29 @@ Kind kind_of(const at::Tensor& shadow, const std::optional<at::Tensor>& low, con
   return static_cast<Kind>((copy ? kConvert : kAverage) + dtype_pair(*shadow_dtype, *live_dtype));
 }
 
-std::vector<Segment> segments_of(const std::vector<at::Tensor>& shadows,
-                                 const std::vector<std::optional<at::Tensor>>* lows,
-                                 const std::vector<at::Tensor>& lives, const std::vector<bool>& copies,
-                                 at::Device device) {
-  if (shadows.size() != lives.size() || copies.size() != lives.size() ||
-      (lows != nullptr && lows->size() != lives.size())) {
-    throw std::invalid_argument("every shadow, lives and copies must have equal lengths");
+// The segment under its shadow `k`, for the kernels.
+Segment checked(const TensorSegment& segment, size_t k, at::Device device) {
+  const auto& [shadows, live, copy, lows] = segment;
+  const at::Tensor& shadow = shadows[k];
+  if (shadow.dim() != 1 || live.dim() != 1 || !shadow.is_contiguous() || !live.is_contiguous() ||
+      shadow.numel() != live.numel()) {
+    throw std::invalid_argument("a segment must be two contiguous 1-D tensors of equal length");
   }
-  std::vector<Segment> segments;
-  segments.reserve(shadows.size());
-  for (size_t i = 0; i < shadows.size(); ++i) {
-    const at::Tensor &shadow = shadows[i], &live = lives[i];
-    if (shadow.dim() != 1 || live.dim() != 1 || !shadow.is_contiguous() || !live.is_contiguous() ||
-        shadow.numel() != live.numel()) {
-      throw std::invalid_argument("a segment must be two contiguous 1-D tensors of equal length");
-    }
-    if (shadow.device() != device || live.device() != device) {
-      throw std::invalid_argument("all segments of a plan must lie on one device");
-    }
-    const std::optional<at::Tensor> low = lows == nullptr ? std::nullopt : (*lows)[i];
-    if (low.has_value() &&
-        (low->dim() != 1 || !low->is_contiguous() || low->numel() != shadow.numel() || low->device() != device)) {
-      throw std::invalid_argument("both planes of a segment must be contiguous, of equal length and on one device");
-    }
-    const Kind kind = kind_of(shadow, low, live, copies[i]);
-    const int64_t count = kind == kCopyBytes ? shadow.numel() * shadow.element_size() : shadow.numel();
-    void* low_data = low.has_value() ? low->mutable_data_ptr() : nullptr;
-    segments.push_back({shadow.mutable_data_ptr(), low_data, live.const_data_ptr(), count, kind});
+  if (shadow.device() != device || live.device() != device) {
+    throw std::invalid_argument("all segments of a plan must lie on one device");
   }
-  return segments;
+  if (shadow.scalar_type() != shadows.front().scalar_type()) {
+    throw std::invalid_argument("all shadows of a segment must have one dtype");
+  }
+  const at::Tensor* low = lows.empty() ? nullptr : &lows[k];
+  if (low != nullptr &&
+      (low->dim() != 1 || !low->is_contiguous() || low->numel() != shadow.numel() || low->device() != device)) {
+    throw std::invalid_argument("both planes of a segment must be contiguous, of equal length and on one device");
+  }
+  const Kind kind = kind_of(shadow, low, live, copy);
+  const int64_t count = kind == kCopyBytes ? shadow.numel() * shadow.element_size() : shadow.numel();
+  return {shadow.mutable_data_ptr(), low == nullptr ? nullptr : low->mutable_data_ptr(), live.const_data_ptr(), count,
+          kind};
 }
 
 const void* scalars(const std::optional<at::Tensor>& tensor, at::ScalarType type, int64_t count, at::Device device,
@@ -160,42 +153,38 @@ std::optional<std::string> probe_cuda(int index) {
   return error == nullptr ? std::nullopt : std::optional<std::string>(error);
 }
 
-Plan::Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor> lives, const std::vector<bool>& copies,
-           const std::vector<at::Tensor>& views, OptionalTensors lows)
-    : shadows_(std::move(shadows)),
-      lives_(std::move(lives)),
-      lows_(std::move(lows)),
-      isa_(cpu_table->best_isa()),
-      on_cpu_(nullptr, cpu_table->free_chunks) {
-  if (shadows_.empty()) throw std::invalid_argument("a plan needs at least one shadow");
-  if (!lows_.empty() && lows_.size() != shadows_.size()) {
-    throw std::invalid_argument("lows must be empty, or have an entry for every shadow");
+Plan::Plan(std::vector<TensorSegment> segments, const std::vector<at::Tensor>& views)
+    : segments_(std::move(segments)), isa_(cpu_table->best_isa()), on_cpu_(nullptr, cpu_table->free_chunks) {
+  if (!segments_.empty()) {
+    const auto& [shadows, live, copy, lows] = segments_.front();
+    shadows_ = static_cast<int>(shadows.size());
+    device_ = live.device();
+    if (shadows_ == 0) throw std::invalid_argument("a segment needs at least one shadow");
   }
-  if (!lives_.empty()) device_ = lives_.front().device();
   if (!device_.is_cpu() && device_.type() != gpu_type()) {
     throw std::invalid_argument("the native backend runs on CPU and CUDA, the tensors are on " + device_.str());
   }
-  std::vector<Chunk> chunks;
-  for (size_t k = 0; k < shadows_.size(); ++k) {
-    const std::vector<at::Tensor>& shadow = shadows_[k];
-    const auto* low = lows_.empty() ? nullptr : &lows_[k];
-    const std::vector<Segment> segments = segments_of(shadow, low, lives_, copies, device_);
-    const std::vector<Chunk> cuts = cut(segments, chunk_size(segments, device_));
-    chunks.insert(chunks.end(), cuts.begin(), cuts.end());
-    for (size_t i = 0; i < lives_.size(); ++i) {
-      same_dtypes_ = same_dtypes_ && shadow[i].scalar_type() == lives_[i].scalar_type();
-      const bool is_alike = low == nullptr || (*low)[i].has_value() == lows_.front()[i].has_value();
-      if (shadow[i].scalar_type() != shadows_.front()[i].scalar_type() || !is_alike) {
-        throw std::invalid_argument("all shadows of a segment must have one dtype");
-      }
+  for (const auto& [shadows, live, copy, lows] : segments_) {
+    if (shadows.size() != static_cast<size_t>(shadows_) || (!lows.empty() && lows.size() != shadows.size())) {
+      throw std::invalid_argument("every segment of a plan must have as many shadows, and as many low planes or none");
     }
+    same_dtypes_ = same_dtypes_ && shadows.front().scalar_type() == live.scalar_type();
   }
-  chunk_count_ = static_cast<int64_t>(chunks.size() / shadows_.size());
+  std::vector<Chunk> chunks;
+  for (int k = 0; k < shadows_; ++k) {
+    std::vector<Segment> of_shadow;
+    of_shadow.reserve(segments_.size());
+    for (const TensorSegment& segment : segments_) of_shadow.push_back(checked(segment, k, device_));
+    const std::vector<Chunk> cuts = cut(of_shadow, chunk_size(of_shadow, device_));
+    chunks.insert(chunks.end(), cuts.begin(), cuts.end());
+  }
+  chunk_count_ = static_cast<int64_t>(chunks.size()) / std::max(shadows_, 1);
   view_versions_.reserve(views.size());
   for (const at::Tensor& view : views) view_versions_.push_back(view.unsafeGetTensorImpl()->version_counter());
+  if (segments_.empty()) return;
   if (device_.is_cpu()) {
     const int64_t count = static_cast<int64_t>(chunks.size());
-    on_cpu_.reset(cpu_table->make_chunks(chunks.data(), count, static_cast<int>(shadows_.size())));
+    on_cpu_.reset(cpu_table->make_chunks(chunks.data(), count, shadows_));
   } else {
     const int64_t bytes = static_cast<int64_t>(chunks.size() * sizeof(Chunk));
     const at::Tensor table = at::from_blob(chunks.data(), {bytes}, at::TensorOptions().dtype(at::kByte));
@@ -215,12 +204,10 @@ void* Plan::current_stream() {
     };
     record(device_chunks_);
     record(device_nonfinite_);
-    for (const at::Tensor& live : lives_) record(live);
-    for (const std::vector<at::Tensor>& shadow : shadows_) std::for_each(shadow.begin(), shadow.end(), record);
-    for (const auto& low : lows_) {
-      for (const std::optional<at::Tensor>& plane : low) {
-        if (plane.has_value()) record(*plane);
-      }
+    for (const auto& [shadows, live, copy, lows] : segments_) {
+      record(live);
+      std::for_each(shadows.begin(), shadows.end(), record);
+      std::for_each(lows.begin(), lows.end(), record);
     }
     streams_.push_back(stream);
   }
@@ -229,20 +216,20 @@ void* Plan::current_stream() {
 
 void Plan::update(const std::vector<double>& weights, bool skip_nonfinite, const std::optional<at::Tensor>& skip,
                   const std::optional<at::Tensor>& device_weights) {
-  const int shadows = static_cast<int>(shadows_.size());
-  if (weights.size() != shadows_.size()) {
-    throw std::invalid_argument("got " + std::to_string(weights.size()) + " weights for " + std::to_string(shadows) +
+  if (weights.size() != static_cast<size_t>(shadows_) && !segments_.empty()) {
+    throw std::invalid_argument("got " + std::to_string(weights.size()) + " weights for " + std::to_string(shadows_) +
                                 " shadows");
   }
   UpdateArgs args{};
   args.skip_nonfinite = skip_nonfinite;
   args.skip = static_cast<const float*>(scalars(skip, at::kFloat, 1, device_, "skip"));
-  const auto* device = static_cast<const double*>(scalars(device_weights, at::kDouble, shadows, device_, "weights"));
+  const auto* device =
+      static_cast<const double*>(scalars(device_weights, at::kDouble, weights.size(), device_, "weights"));
   if (device_.is_cpu() && args.skip != nullptr && *args.skip != 0.0f) return;
   const c10::DeviceGuard on_device(device_);
   for (c10::VariableVersion& version : view_versions_) version.bump();
-  for (int first = 0; first < shadows; first += kMaxShadows) {
-    args.shadows = std::min(kMaxShadows, shadows - first);
+  for (int first = 0; first < shadows_; first += kMaxShadows) {
+    args.shadows = std::min(kMaxShadows, shadows_ - first);
     args.count_live = first == 0;
     std::copy_n(weights.begin() + first, args.shadows, args.weights);
     if (device_.is_cpu()) {
@@ -258,7 +245,8 @@ void Plan::update(const std::vector<double>& weights, bool skip_nonfinite, const
 }
 
 void Plan::exchange(int which) {
-  if (which < 0 || which >= static_cast<int>(shadows_.size())) throw std::invalid_argument("no such shadow");
+  if (segments_.empty()) return;
+  if (which < 0 || which >= shadows_) throw std::invalid_argument("no such shadow");
   if (!same_dtypes_) throw std::invalid_argument("contents of different dtypes cannot be exchanged exactly");
   if (device_.is_cpu()) return cpu_table->exchange(*on_cpu_, which, at::get_num_threads());
   const c10::DeviceGuard on_device(device_);

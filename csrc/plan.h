@@ -7,13 +7,17 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernel_tables.h"
 
 namespace fastema {
 
-using OptionalTensors = std::vector<std::vector<std::optional<at::Tensor>>>;
+// The Segment of fastema/backends/contract.py: [K] shadows, the live tensor, whether it is copied rather than averaged,
+// and [K] low planes, or none. All are 1-D, contiguous, of equal length and on one device; the shadows have one dtype.
+// A low plane is int16, of a float32 average of which the shadow is the high plane, bfloat16 as the live tensor.
+using TensorSegment = std::tuple<std::vector<at::Tensor>, at::Tensor, bool, std::vector<at::Tensor>>;
 
 // The kernels that plans built from now on run; `gpu`: null where there are none. `current_stream`: torch's
 // aoti_torch_get_current_cuda_stream, which only torch 2.10 needs, where a stream does not tell its handle.
@@ -26,13 +30,9 @@ at::DeviceType gpu_type();
 
 class Plan {
  public:
-  // One segment per index i, under K shadows: shadows[k][i] and lives[i] are 1-D, contiguous, of equal length and on
-  // one device; shadows[k][i] has the same dtype for every k. copies[i]: copied rather than averaged. `views`: the
-  // shadow tensors that users see, whose version counters an update bumps. lows[k][i]: int16, the low plane of a
-  // float32 average of which shadows[k][i] is the high one, bfloat16 as the live tensor; none: it is all of it. Empty
-  // `lows`: none for any. Throws (std::invalid_argument) before anything is allocated.
-  Plan(std::vector<std::vector<at::Tensor>> shadows, std::vector<at::Tensor> lives, const std::vector<bool>& copies,
-       const std::vector<at::Tensor>& views, OptionalTensors lows = {});
+  // `views`: the shadow tensors that users see, whose version counters an update bumps. Throws (std::invalid_argument)
+  // before anything is allocated.
+  Plan(std::vector<TensorSegment> segments, const std::vector<at::Tensor>& views);
 
   // shadow <- shadow + weight * (live - shadow), or a copy, for every segment, in one parallel region or one launch
   // (of up to kMaxShadows shadows).
@@ -56,9 +56,8 @@ class Plan {
  private:
   void* current_stream();
 
-  std::vector<std::vector<at::Tensor>> shadows_;  // held, with lives_, so that the pointers in the chunks stay valid
-  std::vector<at::Tensor> lives_;
-  OptionalTensors lows_;
+  std::vector<TensorSegment> segments_;  // held, so that the pointers in the chunks stay valid
+  int shadows_ = 0;                      // K; 0 where there are no segments, whatever K is
   std::vector<c10::VariableVersion> view_versions_;
   at::Device device_ = at::kCPU;
   bool same_dtypes_ = true;

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema import backends
+from fastema.backends.contract import UpdateArgs
 from fastema.core import compiled, state, swap
 from fastema.core.averages import Shadow
 from fastema.core.caches import clear_caches
@@ -203,7 +204,7 @@ class FastEMA:
             return
         with self._one_thread:
             self._refuse_while_applied("update()")
-            average: Callable[..., None] = self._average
+            average: Callable[[UpdateArgs], None] = self._average
             if self._device_schedule is not None:
                 self._ensure_current()  # it may raise, so before the device counts the step
                 average = self._shadow.plans.update
@@ -217,7 +218,9 @@ class FastEMA:
         self._refuse_while_applied("update()")
         self._update(partial(self._shadow.update_operands, shadows, lives), step, found_inf, None)
 
-    def _update(self, average: Callable[..., None], step: int | None, found_inf: Tensor | None, decay: Any) -> None:
+    def _update(
+        self, average: Callable[[UpdateArgs], None], step: int | None, found_inf: Tensor | None, decay: Any
+    ) -> None:
         """Count a step and average with its decay; `average` is called as `Plans.update`."""
         if found_inf is not None and not isinstance(found_inf, Tensor):
             raise TypeError(f"found_inf must be a float32 scalar tensor or None, got {found_inf!r}")
@@ -227,7 +230,7 @@ class FastEMA:
                     "capturable=True counts its own steps on the device: call update() without step or decay"
                 )
             skip = self._device_schedule.advance(found_inf)
-            average([0.0] * len(self._decays), self._skip_nonfinite, skip, self._device_schedule.weights)
+            average(UpdateArgs([0.0] * len(self._decays), self._skip_nonfinite, skip, self._device_schedule.weights))
             return
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
             return
@@ -240,17 +243,17 @@ class FastEMA:
                 decays = self._decays.at(step, self._last_update)
             else:
                 decays = self._decays.checked(decay, "update(decay=)")
-            average([1.0 - each for each in decays], self._skip_nonfinite, found_inf)
+            average(UpdateArgs([1.0 - each for each in decays], self._skip_nonfinite, found_inf))
             self._num_updates += 1
             self._last_update = step
         self._step = step
 
-    def _average(self, weights: list[float], skip_nonfinite: bool, skip: Tensor | None) -> None:
+    def _average(self, args: UpdateArgs) -> None:
         """Average the model's tensors; where they were replaced or moved, rebuild the plan first."""
-        outcome = self._shadow.update_watched(weights, skip_nonfinite, skip)
+        outcome = self._shadow.update_watched(args)
         if outcome == "moved":
             self._ensure_current()
-            outcome = self._shadow.update_watched(weights, skip_nonfinite, skip)
+            outcome = self._shadow.update_watched(args)
             if outcome == "moved":
                 raise RuntimeError("the model's tensors are being replaced during update(): nothing was averaged")
         if outcome == "averages moved":
@@ -753,7 +756,8 @@ class FastEMA:
         schedule = self._device_schedule
         if schedule is not None:
             skip = torch.ones((), dtype=torch.float32, device=schedule.step.device)
-            self._shadow.plans.update([0.0] * len(self._decays), self._skip_nonfinite, skip, schedule.weights)
+            args = UpdateArgs([0.0] * len(self._decays), self._skip_nonfinite, skip, schedule.weights)
+            self._shadow.plans.update(args)
 
     def _refuse_while_applied(self, what: str) -> None:
         if not swap.entered:  # no model has averages in it

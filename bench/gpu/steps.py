@@ -25,9 +25,10 @@ _TESTED = (*PACKAGE, "tests")
 # Memory that is freed and then read by an update: a sanitizer that does not report it sees nothing. What torch says of
 # it afterwards, and with which status the process ends, is another matter.
 _PLANTED = (
-    "import torch; from fastema.backends import native; a, b = torch.ones(2, 1 << 16, device='cuda').unbind(); "
-    "a, b = a.clone(), b.clone(); plan = native.Plan([[a]], [b], [False], []); b.untyped_storage().resize_(0); "
-    "plan.update([0.5], False); torch.cuda.synchronize()"
+    "import torch; from fastema.backends import native; from fastema.backends.contract import Segment, UpdateArgs; "
+    "a, b = torch.ones(2, 1 << 16, device='cuda').unbind(); a, b = a.clone(), b.clone(); "
+    "plan = native.Plan([Segment([a], b, False)], []); b.untyped_storage().resize_(0); "
+    "plan.update(UpdateArgs([0.5], False)); torch.cuda.synchronize()"
 )
 _IMPORTS_WITH_CUDA = "from fastema.backends import native; assert native._C.has_cuda(), native._build_record()"
 _PIP = {"PIP_ROOT_USER_ACTION": "ignore", "PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}

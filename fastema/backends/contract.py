@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 
-class Plan(Protocol):
-    """The update of a list of segments under K shadows.
+class Segment(NamedTuple):
+    """A run of elements of a live tensor, and K averages of it; all 1-D, contiguous and of one length."""
 
-    Built as `Plan(shadows, lives, copies, views, lows=())`:
-        shadows: [K][segments], 1-D and contiguous; one dtype for all K of a segment.
-        lives: [segments], of the same lengths, on the same device.
-        copies: [segments], True where the segment is copied rather than averaged.
-        views: shadow tensors that users see: an update raises their version counters.
-        lows: [K][segments], the low plane of a float32 average that is kept in two (planes.py; the shadow is the
-            high one), or None; empty: all None.
+    shadows: Sequence[Tensor]  # [K], of one dtype; of averages in two planes (fastema/memory/planes.py) the high ones
+    live: Tensor
+    copy: bool  # it is copied rather than averaged
+    lows: Sequence[Tensor] = ()  # [K], the low planes; empty: there are none
+
+
+class UpdateArgs(NamedTuple):
+    """What an update is told."""
+
+    weights: Sequence[float]  # [K], 1 - decay each
+    #: An element whose live value is NaN or infinite keeps its shadow, one whose shadow is takes the live value, and
+    #: both are counted.
+    skip_nonfinite: bool
+    skip: Tensor | None = None  # float32 scalar on the plan's device; where it is not 0, nothing happens
+    device_weights: Tensor | None = None  # float64 [K] there, read instead of `weights` when the update runs
+
+
+class Plan(Protocol):
+    """The update of segments, each under K shadows, on one device.
+
+    Built as `Plan(segments, views)`; `views` are shadow tensors that users see: an update raises their version
+    counters. Without segments an update does no more than that.
     """
 
-    def update(
-        self,
-        weights: Sequence[float],
-        skip_nonfinite: bool,
-        skip: Tensor | None = None,
-        device_weights: Tensor | None = None,
-    ) -> None:
-        """Average or copy every segment: shadow <- shadow + weight * (live - shadow).
-
-        Args:
-            weights: [K], 1 - decay each.
-            skip_nonfinite: an element whose live value is NaN or infinite keeps its shadow, one whose shadow is takes
-                the live value, and both are counted.
-            skip: float32 scalar on the plan's device; where it is not 0, nothing happens.
-            device_weights: float64 [K] on the plan's device, read instead of `weights` when the update runs.
-        """
+    def update(self, args: UpdateArgs) -> None:
+        """Average or copy every segment: shadow <- shadow + weight * (live - shadow)."""
 
     def exchange(self, which: int) -> None:
         """Swap the contents of live and of one shadow, bit for bit."""

@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 
 from fastema.backends.building import extension_name
+from fastema.backends.contract import Segment, UpdateArgs
 
 FOLDER = Path(__file__).parent.parent
 _MARK = b"fastema: torch's layout\0"  # csrc/layout.cpp
@@ -115,7 +116,7 @@ def _behaves(module: ModuleType) -> bool:
     """Try an update and a swap on two tensors."""
     shadow, live = (torch.full((3,), value, dtype=torch.float32, device="cpu") for value in (0.0, 1.0))
     addresses = shadow.data_ptr(), live.data_ptr()
-    module.Plan([[shadow]], [live], [False], [shadow]).update([0.5], False)
+    module.Plan([Segment([shadow], live, copy=False)], [shadow]).update(UpdateArgs([0.5], skip_nonfinite=False))
     exchange = module.StorageExchange([live], [shadow], [live])
     exchange.enter(7)
     inside = live.tolist(), shadow.tolist(), live._version, (live.data_ptr(), shadow.data_ptr())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import chain, compress
+from itertools import compress
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -40,8 +40,8 @@ def describe(device_type: str) -> str:
     return f"torch operations, swap {swap}"
 
 
-class Segment(NamedTuple):
-    """A run of elements: its shadow, or the high plane of it, its live tensor, and the low plane, if there is one."""
+class _Part(NamedTuple):
+    """A segment under one of its shadows."""
 
     shadow: Tensor
     live: Tensor
@@ -51,25 +51,19 @@ class Segment(NamedTuple):
 class Plan:
     """shadow <- shadow + weight * (live - shadow) for every segment; see `contract.Plan`."""
 
-    def __init__(
-        self,
-        shadows: Sequence[Sequence[Tensor]],
-        lives: Sequence[Tensor],
-        copies: Sequence[bool],
-        views: Sequence[Tensor],
-        lows: Sequence[Sequence[Tensor | None]] = (),
-    ) -> None:
-        every_low = lows or [[None] * len(lives) for _ in shadows]
-        self._segments = [
-            [Segment(*parts) for parts in zip(shadow, lives, low, strict=True)]
-            for shadow, low in zip(shadows, every_low, strict=True)
+    def __init__(self, segments: Sequence[contract.Segment], views: Sequence[Tensor]) -> None:
+        count = len(segments[0].shadows) if segments else 0
+        self._parts = [
+            [_Part(s.shadows[which], s.live, s.lows[which] if s.lows else None) for s in segments]
+            for which in range(count)
         ]
-        self._copied = [list(compress(segments, copies)) for segments in self._segments]
-        averaged = [not copy for copy in copies]
-        self._batches = [_batches(compress(segments, averaged)) for segments in self._segments]
+        copied = [segment.copy for segment in segments]
+        averaged = [not copy for copy in copied]
+        self._copied = [list(compress(parts, copied)) for parts in self._parts]
+        self._batches = [_batches(compress(parts, averaged)) for parts in self._parts]
         self._views = list(views)
         self._nonfinite: Tensor | int = 0
-        tensors = [*lives, *chain(*shadows), *(low for low in chain(*every_low) if low is not None)]
+        tensors = [tensor for s in segments for tensor in (s.live, *s.shadows, *s.lows)]
         self._streams = [
             Streams(device, (tensor for tensor in tensors if tensor.device == device))
             for device in {tensor.device for tensor in tensors}
@@ -77,32 +71,27 @@ class Plan:
         ]
 
     @torch.no_grad()
-    def update(
-        self,
-        weights: Sequence[float],
-        skip_nonfinite: bool,
-        skip: Tensor | None = None,
-        device_weights: Tensor | None = None,
-    ) -> None:
-        if skip is not None and bool(skip):  # on a GPU this waits; the kernels do not
+    def update(self, args: contract.UpdateArgs) -> None:
+        if args.skip is not None and bool(args.skip):  # on a GPU this waits; the kernels do not
             return
-        if device_weights is not None:
-            weights = device_weights.tolist()
+        weights = args.weights if args.device_weights is None else args.device_weights.tolist()
+        if self._parts and len(weights) != len(self._parts):
+            raise ValueError(f"got {len(weights)} weights for {len(self._parts)} shadows")
         for streams in self._streams:
             streams.note_current()
-        for which, (copied, batches, weight) in enumerate(zip(self._copied, self._batches, weights, strict=True)):
+        for which, (copied, batches) in enumerate(zip(self._copied, self._batches, strict=True)):
             for shadow, live, low in copied:
                 if low is None:
                     shadow.copy_(live)
                 else:
                     _scatter(planes.split(live.to(torch.float32)), [shadow], [low])
             for batch in batches:
-                self._average(batch, weight, skip_nonfinite, counts_live=which == 0)
+                self._average(batch, weights[which], args.skip_nonfinite, counts_live=which == 0)
         torch.autograd.graph.increment_version(self._views)
 
-    def _average(self, batch: list[Segment], weight: float, skip_nonfinite: bool, counts_live: bool) -> None:
-        shadows, lives = [segment.shadow for segment in batch], [segment.live for segment in batch]
-        lows = [segment.low for segment in batch if segment.low is not None]
+    def _average(self, batch: list[_Part], weight: float, skip_nonfinite: bool, counts_live: bool) -> None:
+        shadows, lives = [part.shadow for part in batch], [part.live for part in batch]
+        lows = [part.low for part in batch if part.low is not None]
         opmath = torch.float64 if shadows[0].dtype == torch.float64 else torch.float32
         old, new = _joined(shadows), _joined(lives).to(shadows[0].device, opmath)
         old = planes.join(old, _joined(lows)) if lows else old.to(opmath)
@@ -129,24 +118,24 @@ class Plan:
 
     def exchange_steps(self, which: int) -> list[Step]:
         """Return the steps of `exchange()`, for `run_atomically`."""
-        segments = self._segments[which]
-        if any(segment.shadow.dtype != segment.live.dtype for segment in segments):
+        parts = self._parts[which] if self._parts else []
+        if any(part.shadow.dtype != part.live.dtype for part in parts):
             raise ValueError("contents of different dtypes cannot be exchanged exactly")
         return [
             step
-            for shadow, live, _ in segments
+            for shadow, live, _ in parts
             for step in _exchange_contents(shadow.view(torch.uint8), live.view(torch.uint8))
         ]
 
 
-def _batches(segments: Iterable[Segment]) -> list[list[Segment]]:
-    """Group small segments of the same dtypes: an operation on 256 elements takes as long as one on none."""
-    batches: list[list[Segment]] = []
-    open_batches: dict[Any, tuple[list[Segment], int]] = {}
-    for segment in segments:
-        shadow, live, low = segment
-        if shadow.dim() != 1:  # a tensor of a compiled graph: see `Shadow.update_operands`
-            batches.append([segment])
+def _batches(parts: Iterable[_Part]) -> list[list[_Part]]:
+    """Group small parts of the same dtypes: an operation on 256 elements takes as long as one on none."""
+    batches: list[list[_Part]] = []
+    open_batches: dict[Any, tuple[list[_Part], int]] = {}
+    for part in parts:
+        shadow, live, low = part
+        if shadow.dim() != 1:  # a tensor of a compiled graph: see `Averages.update_operands`
+            batches.append([part])
             continue
         alike = shadow.dtype, shadow.device, live.dtype, live.device, low is None
         most = _BATCH if live.device.type == "cpu" else _GPU_BATCH
@@ -154,7 +143,7 @@ def _batches(segments: Iterable[Segment]) -> list[list[Segment]]:
         if elements + shadow.numel() > most:
             batch, elements = [], 0
             batches.append(batch)
-        batch.append(segment)
+        batch.append(part)
         open_batches[alike] = batch, elements + shadow.numel()
     return batches
 

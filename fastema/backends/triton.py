@@ -11,12 +11,12 @@ import importlib
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastema.backends.contract import Segment, UpdateArgs
 from fastema.memory.streams import Streams
 
 NAME = "triton"
@@ -69,7 +69,7 @@ def probe(device: torch.device) -> str | None:
         return None
     try:
         live, shadow = torch.ones(2, 16, device=device)
-        Plan([[shadow]], [live], [False], []).update([0.5], skip_nonfinite=True)
+        Plan([Segment((shadow,), live, copy=False)], []).update(UpdateArgs([0.5], skip_nonfinite=True))
         torch.get_device_module(device).synchronize(device)
     except Exception as error:  # a broken Triton fails in many ways
         lines = str(error).strip().splitlines() or [""]
@@ -92,70 +92,47 @@ class Plan:
     several.
     """
 
-    def __init__(
-        self,
-        shadows: Sequence[Sequence[Tensor]],
-        lives: Sequence[Tensor],
-        copies: Sequence[bool],
-        views: Sequence[Tensor],
-        lows: Sequence[Sequence[Tensor | None]] = (),
-    ) -> None:
+    def __init__(self, segments: Sequence[Segment], views: Sequence[Tensor]) -> None:
         self._kernels = _load_kernels()
         if self._kernels is None:
             raise RuntimeError(f"Triton cannot be imported ({_import_error})")
-        if not shadows:
-            raise ValueError("a plan needs at least one shadow")
-        self._device = lives[0].device if len(lives) else torch.device("cpu")
-        every_low = [list(low) for low in lows] or [[None] * len(lives) for _ in shadows]
-        kinds = _checked_kinds(shadows, every_low, lives, copies, self._device)
-        self._count = len(shadows)
-        planes = [low for low in chain(*every_low) if low is not None]
-        self._held = [list(lives), *map(list, shadows), planes]  # so that the addresses in the table stay valid
-        self._same_dtypes = all(shadow.dtype == live.dtype for shadow, live in zip(shadows[0], lives, strict=True))
+        self._device = segments[0].live.device if segments else torch.device("cpu")
+        self._count = len(segments[0].shadows) if segments else 0
+        kinds = [_checked_kind(segment, self._count, self._device) for segment in segments]
+        held = [tensor for s in segments for tensor in (s.live, *s.shadows, *s.lows)]  # the table has their addresses
+        self._same_dtypes = all(segment.shadows[0].dtype == segment.live.dtype for segment in segments)
         self._views = list(views)
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=self._device)
         most = self._kernels.MAX_SHADOWS
         self._launches = [
-            _Launch(
-                self._kernels,
-                shadows[first : first + most],
-                every_low[first : first + most],
-                lives,
-                kinds,
-                self._device,
-                first,
-            )
-            for first in range(0, len(shadows), most)
+            _Launch(self._kernels, segments, kinds, self._device, first, min(most, self._count - first))
+            for first in range(0, self._count, most)
         ]
-        self._pack = struct.Struct(f"{len(shadows)}d")
-        self._unpack = struct.Struct(f"{len(shadows)}q")
-        self._streams = Streams(
-            self._device, [self._nonfinite, *(launch.table for launch in self._launches), *chain(*self._held)]
-        )
+        self._pack = struct.Struct(f"{self._count}d")
+        self._unpack = struct.Struct(f"{self._count}q")
+        tables = [launch.table for launch in self._launches]
+        self._streams = Streams(self._device, [self._nonfinite, *tables, *held])
         # Triton launches on the current device and its current stream. Device -1 leaves the current one as it is.
         gpu = torch.get_device_module(self._device) if self._device.type in _GPUS else torch.cuda
         self._current = gpu.device(self._device.index if self._device.type in _GPUS else -1)
 
-    def update(
-        self,
-        weights: Sequence[float],
-        skip_nonfinite: bool,
-        skip: Tensor | None = None,
-        device_weights: Tensor | None = None,
-    ) -> None:
-        if len(weights) != self._count:
-            raise ValueError(f"got {len(weights)} weights for {self._count} shadows")
-        _check_scalars(skip, torch.float32, 1, self._device, "skip")
-        _check_scalars(device_weights, torch.float64, self._count, self._device, "weights")
-        bits = self._unpack.unpack(self._pack.pack(*weights))
-        self._streams.note_current()
-        with self._current:
-            for launch in self._launches:
-                launch.update(bits, skip_nonfinite, self._nonfinite, skip, device_weights)
+    def update(self, args: UpdateArgs) -> None:
+        if self._launches:
+            if len(args.weights) != self._count:
+                raise ValueError(f"got {len(args.weights)} weights for {self._count} shadows")
+            _check_scalars(args.skip, torch.float32, 1, self._device, "skip")
+            _check_scalars(args.device_weights, torch.float64, self._count, self._device, "weights")
+            bits = self._unpack.unpack(self._pack.pack(*args.weights))
+            self._streams.note_current()
+            with self._current:
+                for launch in self._launches:
+                    launch.update(bits, self._nonfinite, args)
         torch.autograd.graph.increment_version(self._views)
 
     def exchange(self, which: int) -> None:
         """Swap the contents of live and of one shadow."""
+        if not self._launches:
+            return
         if not 0 <= which < self._count:
             raise ValueError("no such shadow")
         if not self._same_dtypes:
@@ -170,52 +147,48 @@ class Plan:
 
 
 class _Launch:
-    """The chunk table of up to MAX_SHADOWS shadows, of which the first is the plan's shadow `first`."""
+    """The chunk table of the plan's shadows [first, first + count)."""
 
     def __init__(
         self,
         kernels: Any,
-        shadows: Sequence[Sequence[Tensor]],
-        lows: Sequence[Sequence[Tensor | None]],
-        lives: Sequence[Tensor],
+        segments: Sequence[Segment],
         kinds: Sequence[int],
         device: torch.device,
         first: int,
+        count: int,
     ) -> None:
-        rows = _chunk_rows(shadows, lows, lives, kinds, kernels.tile_elements, _workers(device))
+        mine = slice(first, first + count)
+        cut = [segment._replace(shadows=segment.shadows[mine], lows=segment.lows[mine]) for segment in segments]
+        rows = _chunk_rows(cut, kinds, kernels.tile_elements, _workers(device))
         self._kernels = kernels
         self._options = {**_OPTIONS, "num_warps": kernels.THREADS // _warp_size(device)}
         self._chunks = len(rows)
-        self._shadows = len(shadows)
+        self._shadows = count
         self._first = first
         self.table = torch.tensor(rows, dtype=torch.int64).to(device)
         # The kernel is compiled for these alone: others would cost registers and time to compile.
         self._variants = tuple(sorted({row[2] for row in rows}))
         self._tiles = tuple(kernels.tile_elements(variant) for variant in self._variants)
 
-    def update(
-        self,
-        bits: Sequence[int],
-        skip_nonfinite: bool,
-        nonfinite: Tensor,
-        skip: Tensor | None,
-        device_weights: Tensor | None,
-    ) -> None:
+    def update(self, bits: Sequence[int], nonfinite: Tensor, args: UpdateArgs) -> None:
+        """Launch. `bits`: of all weights of the plan."""
         if self._chunks == 0:
             return
         mine = [*bits[self._first : self._first + self._shadows], 0, 0, 0][: self._kernels.MAX_SHADOWS]
+        device_weights = args.device_weights
         if device_weights is not None and self._first:
             device_weights = device_weights[self._first :]  # a view: nothing is allocated on the device
         self._kernels.update[(self._chunks,)](
             self.table,
             nonfinite,
-            skip,
+            args.skip,
             device_weights,
             *mine,
             VARIANTS=self._variants,
             TILES=self._tiles,
             K=self._shadows,
-            SKIP_NONFINITE=skip_nonfinite,
+            SKIP_NONFINITE=args.skip_nonfinite,
             COUNT_LIVE=self._first == 0,
             **self._options,
         )
@@ -228,80 +201,63 @@ class _Launch:
 # ---- the chunk table ----
 
 
-def _checked_kinds(
-    shadows: Sequence[Sequence[Tensor]],
-    lows: Sequence[Sequence[Tensor | None]],
-    lives: Sequence[Tensor],
-    copies: Sequence[bool],
-    device: torch.device,
-) -> list[int]:
-    """Return the kind of each segment, numbered as in csrc/chunks.h."""
-    if len(copies) != len(lives) or any(len(part) != len(lives) for part in (*shadows, *lows)):
-        raise ValueError("every shadow, lives and copies must have equal lengths")
-    kinds = []
-    for i, (live, copy) in enumerate(zip(lives, copies, strict=True)):
-        for shadow in (segments[i] for segments in shadows):
-            if live.dim() != 1 or shadow.shape != live.shape or not (live.is_contiguous() and shadow.is_contiguous()):
-                raise ValueError("a segment must be two contiguous 1-D tensors of equal length")
-            if shadow.device != device or live.device != device:
-                raise ValueError("all segments of a plan must lie on one device")
-            if shadow.dtype != shadows[0][i].dtype:
-                raise ValueError("all shadows of a segment must have one dtype")
-        dtype = shadows[0][i].dtype
-        planes = [segments[i] for segments in lows]
-        if any(low is not None for low in planes):
-            if any(
-                low is None or low.dtype != torch.int16 or low.shape != live.shape or not low.is_contiguous()
-                for low in planes
-            ) or (dtype, live.dtype) != (torch.bfloat16, torch.bfloat16):
-                raise ValueError("a float32 in two planes is a bfloat16 and an int16 beside a bfloat16 tensor")
-            kinds.append((_CONVERT if copy else 0) + 4 * _PLANES + _FORMATS[live.dtype])
-        elif copy and dtype == live.dtype:
-            kinds.append(_COPY_BYTES)
-        elif dtype in _FORMATS and live.dtype in _FORMATS:
-            kinds.append((_CONVERT if copy else 0) + 4 * _FORMATS[dtype] + _FORMATS[live.dtype])
-        else:
-            raise ValueError(f"no kernel for a {dtype} shadow of a {live.dtype} tensor")
-    return kinds
+def _checked_kind(segment: Segment, count: int, device: torch.device) -> int:
+    """Return the kind of a segment under `count` shadows, numbered as in csrc/chunks.h."""
+    shadows, live, copy, lows = segment
+    if not shadows:
+        raise ValueError("a segment needs at least one shadow")
+    if len(shadows) != count or len(lows) not in (0, count):
+        raise ValueError("every segment of a plan must have as many shadows, and as many low planes or none")
+    if any(t.dim() != 1 or t.shape != live.shape or not t.is_contiguous() for t in (live, *shadows)):
+        raise ValueError("a segment must be two contiguous 1-D tensors of equal length")
+    if any(tensor.device != device for tensor in (live, *shadows)):
+        raise ValueError("all segments of a plan must lie on one device")
+    dtype = shadows[0].dtype
+    if any(shadow.dtype != dtype for shadow in shadows):
+        raise ValueError("all shadows of a segment must have one dtype")
+    if lows:
+        alike = all(low.dtype == torch.int16 and low.shape == live.shape and low.is_contiguous() for low in lows)
+        if not alike or (dtype, live.dtype) != (torch.bfloat16, torch.bfloat16):
+            raise ValueError("a float32 in two planes is a bfloat16 and an int16 beside a bfloat16 tensor")
+        return (_CONVERT if copy else 0) + 4 * _PLANES + _FORMATS[live.dtype]
+    if copy and dtype == live.dtype:
+        return _COPY_BYTES
+    if dtype not in _FORMATS or live.dtype not in _FORMATS:
+        raise ValueError(f"no kernel for a {dtype} shadow of a {live.dtype} tensor")
+    return (_CONVERT if copy else 0) + 4 * _FORMATS[dtype] + _FORMATS[live.dtype]
 
 
 def _chunk_rows(
-    shadows: Sequence[Sequence[Tensor]],
-    lows: Sequence[Sequence[Tensor | None]],
-    lives: Sequence[Tensor],
-    kinds: Sequence[int],
-    tile_elements: Callable[[int], int],
-    workers: int,
+    segments: Sequence[Segment], kinds: Sequence[int], tile_elements: Callable[[int], int], workers: int
 ) -> list[list[int]]:
     """Cut every segment into chunks of whole tiles; every element is in exactly one.
 
     Live and shadow of a segment mostly become aligned after the same few elements: these get a chunk of their own, and
     the rest is marked as aligned. If they never do, the whole segment is not marked.
     """
-    segments = []
+    pieces = []
     tiles = 0
-    for i, (live, kind) in enumerate(zip(lives, kinds, strict=True)):
+    for (shadows, live, _, lows), kind in zip(segments, kinds, strict=True):
         is_bytes = kind == _COPY_BYTES
-        planes = [low for low in (segment[i] for segment in lows) if low is not None]
-        tensors = [live, *(segment[i] for segment in shadows), *planes]
+        tensors = [live, *shadows, *lows]
         steps = [1 if is_bytes else tensor.dtype.itemsize for tensor in tensors]
         count = live.nbytes if is_bytes else live.numel()
         addresses = [tensor.data_ptr() for tensor in tensors]
         head = _elements_to_alignment(addresses, steps)
-        pieces = [(0, count, 0)] if head is None else [(0, min(head, count), 0), (min(head, count), count, 1)]
-        for begin, end, is_aligned in pieces:
+        cuts = [(0, count, 0)] if head is None else [(0, min(head, count), 0), (min(head, count), count, 1)]
+        for begin, end, is_aligned in cuts:
             if begin < end:
                 variant = 2 * kind + is_aligned
-                segments.append((addresses, steps, begin, end, variant))
+                no_planes = [0] * (len(shadows) - len(lows))
+                pieces.append((addresses, steps, begin, end, variant, no_planes))
                 tiles += -(-(end - begin) // tile_elements(variant))
     tiles_per_chunk = min(max(tiles // (workers * _CHUNKS_PER_BLOCK), 1), _MAX_TILES)
     rows = []
-    for addresses, steps, begin, end, variant in segments:
+    for addresses, steps, begin, end, variant, no_planes in pieces:
         size = tiles_per_chunk * tile_elements(variant)
         for start in range(begin, end, size):
             count = min(size, end - start)
             live_address, *shadow_addresses = (a + start * step for a, step in zip(addresses, steps, strict=True))
-            no_planes = [0] * (2 * len(shadows) - len(shadow_addresses))
             rows.append([live_address, count, variant, count * steps[1], *shadow_addresses, *no_planes])
     return rows
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastema import backends
 from fastema.backends import contract
 from fastema.backends import torch as plain_torch
+from fastema.backends.contract import Segment, UpdateArgs
 from fastema.core import offload, sharded, swap
 from fastema.core.pairs import Average
 from fastema.core.plans import Plans
@@ -116,16 +117,17 @@ class Shadow:
         }
         self.is_on_cpu = all(s.live.device.type == s.device.type == "cpu" for s in self._storages)
         self._build_plans()
-        for storage in self._storages:
-            for segments in storage.segments:
-                for segment, live in zip(segments, storage.lives, strict=True):
-                    segment.copy_(live)
+        for segment in (segment for storage in self._storages for segment in storage.segments):
+            for shadow in segment.shadows:
+                shadow.copy_(segment.live)
 
     def _may_be_split(self, device: torch.device, shadow_device: torch.device | None) -> bool:
         return self._may_split and offload.transfer_between(device, shadow_device or device) is None
 
     def _build_plans(self) -> None:
-        self.plans = Plans(self._storages, self._backend, self._averages)
+        segments = [segment for storage in self._storages for segment in storage.segments]
+        averages = [average for each in self._averages for average in each]
+        self.plans = Plans(segments, self._backend, averages)
         loose = [slot for average in self._loose[0] for slot in average.entry.slots]
         shadows = [shadow for storage in self._storages for shadow in storage.shadows]
         with self._gathered.set_aside():
@@ -210,17 +212,17 @@ class Shadow:
                         "shadow_state_dict()): its values may be gone. Build a new FastEMA, and resize a clone()"
                     )
 
-    def update_watched(self, weights: list[float], skip_nonfinite: bool, skip: Tensor | None = None) -> str | None:
+    def update_watched(self, args: UpdateArgs) -> str | None:
         """Update if model and averages are where they were; in one call of C++ where there is one plan.
 
         Returns:
             None; "moved" where nothing was done; "averages moved" where they were replaced during the update.
         """
         if self._one_call is not None:
-            return self._one_call(weights, skip_nonfinite, skip)
+            return self._one_call(args)
         if not self.is_current():
             return "moved"
-        self.plans.update(weights, skip_nonfinite, skip)
+        self.plans.update(args)
         return None if self._watch.shadows_hold() else "averages moved"
 
     def defer_copies_until_step(self, parameters: Iterable[Tensor]) -> None:
@@ -259,15 +261,7 @@ class Shadow:
         shadows = [shadow for storage in self._storages for shadow in storage.shadows]
         return [*shadows, *(low for storage in self._storages for low in storage.lows)], self._tensors
 
-    def update_operands(
-        self,
-        shadows: list[Tensor],
-        lives: list[Tensor],
-        weights: list[float],
-        skip_nonfinite: bool,
-        skip: Tensor | None = None,
-        device_weights: Tensor | None = None,
-    ) -> None:
+    def update_operands(self, shadows: list[Tensor], lives: list[Tensor], args: UpdateArgs) -> None:
         """Update `operands()`, or the tensors of the same shapes that a compiled graph has for them.
 
         Raises:
@@ -276,20 +270,22 @@ class Shadow:
         own_shadows, own_lives = self.operands()
         own = [tensor.data_ptr() for tensor in (*own_shadows, *own_lives)]
         if own == [tensor.data_ptr() for tensor in (*shadows, *lives)]:
-            self.plans.update(weights, skip_nonfinite, skip, device_weights)
+            self.plans.update(args)
             return
         if any(storage.overlaps for storage in self._storages):
             raise RuntimeError("tensors of the model overlap in memory: call update() outside the compiled function")
         given = {id(own): tensor for own, tensor in zip(own_shadows, shadows, strict=True)}
-        targets: list[list[Tensor]] = [[] for _ in self._averages]
-        lows: list[list[Tensor | None]] = [[] for _ in self._averages]
-        for which, average in ((which, each) for which, averages in enumerate(self._averages) for each in averages):
-            assert average.storage is not None  # operands() refuses loose ones
-            shadow, low = average.storage.shadows[which], average.low
-            targets[which].append(_same_view(average.view, given[id(shadow)]))
-            lows[which].append(None if low is None else _same_view(low, given[id(average.storage.lows[which])]))
-        plan = plain_torch.Plan(targets, lives, [entry.rule == "copy" for entry in self._mirrored], [], lows)
-        plan.update(weights, skip_nonfinite, skip, device_weights)
+        segments = []
+        for live, averages in zip(lives, zip(*self._averages, strict=True), strict=True):
+            targets, lows = [], []
+            for which, average in enumerate(averages):
+                assert average.storage is not None  # operands() refuses loose ones
+                targets.append(_same_view(average.view, given[id(average.storage.shadows[which])]))
+                if average.low is not None:
+                    lows.append(_same_view(average.low, given[id(average.storage.lows[which])]))
+            segments.append(Segment(targets, live, averages[0].entry.rule == "copy", lows))
+        plan = plain_torch.Plan(segments, [])
+        plan.update(args)
         self.nonfinite_elsewhere += plan.nonfinite_count()
 
     # ---- the swap ----

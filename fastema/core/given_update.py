@@ -11,6 +11,7 @@ from torch import Tensor
 from fastema import backends
 from fastema.backends import contract
 from fastema.backends import torch as plain_torch
+from fastema.backends.contract import Segment, UpdateArgs
 from fastema.core.given_pairs import Pair, UseTorchFallback, span, strides
 from fastema.core.policy import AVERAGED_DTYPES
 from fastema.memory.bytes import element_runs, whole
@@ -62,9 +63,8 @@ class Update:
         self._refuse_overlaps(pairs)
         self._plans: list[tuple[str, contract.Plan]] = []
         for device, rows in flat_pairs.items():
-            averaged_flats, lives, copies, views = (list(column) for column in zip(*rows, strict=True))
-            plan = selected[device].Plan([averaged_flats], lives, copies, views)
-            self._plans.append((device.type, plan))
+            segments = [Segment([averaged], live, copy) for averaged, live, copy, _ in rows]
+            self._plans.append((device.type, selected[device].Plan(segments, [view for *_, view in rows])))
 
     def _flat_pair(self, pair: Pair) -> tuple[Tensor, Tensor] | None:
         """Return both tensors as contiguous 1-D memory in one order of elements; None: no kernel can average them."""
@@ -116,7 +116,7 @@ class Update:
     def run(self, weight_on: Callable[[str], float]) -> None:
         """Run a later update. `weight_on`: return the weight of the live side for a device type."""
         for device_type, plan in self._plans:
-            plan.update([weight_on(device_type)], False)
+            plan.update(UpdateArgs([weight_on(device_type)], skip_nonfinite=False))
         for (device, _), (averages, lives) in self._alike.items():
             here, weight = [live.to(device) for live in lives], weight_on(device.type)
             if weight == 1:  # a copy, as in the kernels: lerp keeps a NaN

@@ -146,20 +146,18 @@ class OffloadedPlan:
     Args:
         transfer: copies the lives to the host.
         plan: the plan on the host, `Plan` of a backend.
-        shadows, lives, copies, views: see `contract.Plan`; lives on the device.
+        segments, views: see `contract.Plan`; lives on the device.
     """
 
     def __init__(
         self,
         transfer: Transfer,
         plan: Callable[..., contract.Plan],
-        shadows: Sequence[Sequence[Tensor]],
-        lives: Sequence[Tensor],
-        copies: Sequence[bool],
+        segments: Sequence[contract.Segment],
         views: Sequence[Tensor],
     ) -> None:
         self._transfer = transfer
-        self._lives = list(lives)
+        self._lives = lives = [segment.live for segment in segments]
         pieces = list(_pieces(lives, _BLOCK))
         sizes: dict[int, int] = {}
         for piece in pieces:
@@ -172,9 +170,12 @@ class OffloadedPlan:
         ]
         self._pairs = list(zip(staged, cuts, strict=True))
         self._plan = plan(
-            [[shadow[piece.live][piece.begin : piece.end] for piece in pieces] for shadow in shadows],
-            staged,
-            [copies[piece.live] for piece in pieces],
+            [
+                segments[piece.live]._replace(
+                    shadows=[shadow[piece.begin : piece.end] for shadow in segments[piece.live].shadows], live=own
+                )
+                for piece, own in zip(pieces, staged, strict=True)
+            ],
             views,
         )
         self._devices = {live.device for live in lives} | {torch.device("cpu")}
@@ -198,24 +199,19 @@ class OffloadedPlan:
             self._deferred_copy.order_writes()
 
     @torch.no_grad()
-    def update(
-        self,
-        weights: Sequence[float],
-        skip_nonfinite: bool,
-        skip: Tensor | None = None,
-        device_weights: Tensor | None = None,
-    ) -> None:
-        """Begin an update and return before anything is averaged; see `Plan.update`. `skip` is on the lives' device.
+    def update(self, args: contract.UpdateArgs) -> None:
+        """Begin an update and return before anything is averaged. `args.skip` is on the lives' device.
 
         The caller has called `synchronize()`, of every plan of its own before the first of them updates.
         """
-        if device_weights is not None:
+        skip = args.skip
+        if args.device_weights is not None:
             raise ValueError("the weights of an average on the host must be known on the host")
         if skip is not None and (skip.numel() != 1 or skip.device not in self._devices):
             devices = " or ".join(sorted(map(str, self._devices)))
             raise ValueError(f"skip must be 1 number on {devices}, got {skip.numel()} on {skip.device}")
         skips = [] if skip is None else [(self._skip, skip.detach().reshape(1))]
-        weights, own_skip = list(weights), self._skip if skips else None
+        on_host = args._replace(weights=list(args.weights), skip=self._skip if skips else None)
         copies = []
         if self._immediate or skips:
             copies.append(self._transfer.start([*self._immediate, *skips]))
@@ -228,7 +224,7 @@ class OffloadedPlan:
         def average() -> None:
             for copy in copies:
                 copy.wait()
-            plan.update(weights, skip_nonfinite, own_skip)
+            plan.update(on_host)
 
         if self._executor is None or self._executor_process != os.getpid():  # threads do not survive a fork
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="fastema-offload")

@@ -1,4 +1,4 @@
-"""The plans of a shadow, which run its updates: one for each device of the model."""
+"""The plans that run the updates of a model's averages: one for each device."""
 
 from __future__ import annotations
 
@@ -9,71 +9,59 @@ import torch
 from torch import Tensor
 
 from fastema import backends
+from fastema.backends.contract import Segment, UpdateArgs
 from fastema.core import offload
 from fastema.core.pairs import Average
-from fastema.core.storages import ShadowStorage
 
 
 class Plans:
     """One plan for each device, whatever the mix of dtypes and rules on it.
 
     Args:
-        storages: of the shadow.
+        segments: of all averages that have memory of their own.
         backend: "auto" or the name of one.
-        averages: [count][managed], whose views users see: an update raises their version counters.
+        averages: whose views users see: an update raises their version counters. Those without a segment are copied.
     """
 
-    def __init__(self, storages: Sequence[ShadowStorage], backend: str, averages: list[list[Average]]) -> None:
-        self._averages = [average for each in averages for average in each]
-        self._loose = [average for average in self._averages if average.storage is None]
+    def __init__(self, segments: Sequence[Segment], backend: str, averages: Sequence[Average]) -> None:
+        self._averages = averages
+        self._loose = [average for average in averages if average.storage is None]
         self._updates = torch.empty(0, device="cpu")  # its version counter rises with those of the views
         self.by_device: list[Any] = []  # contract.Plan; or OffloadedPlan, which cannot exchange
         self.offloaded: list[offload.OffloadedPlan] = []  # those that run in a thread
         self.devices: list[torch.device] = []  # of the live weights of each plan
-        places: dict[tuple[torch.device, bool], list[ShadowStorage]] = {}
-        for storage in storages:
-            device = storage.live.device
-            places.setdefault((device, device == storage.device), []).append(storage)
+        places: dict[tuple[torch.device, torch.device], list[Segment]] = {}
+        for segment in segments:
+            places.setdefault((segment.live.device, segment.shadows[0].device), []).append(segment)
         host = backends.host(backend)
         names: list[str] = []
-        for (device, is_same_device), here in places.items():
-            segments = [[part for s in here for part in s.segments[which]] for which in range(len(averages))]
-            lows = [[low for s in here for low in s.low_segments[which]] for which in range(len(averages))]
-            lives = [live for storage in here for live in storage.lives]
-            copies = [run.copy for storage in here for run in storage.runs]
+        for (device, own_device), here in (places or {(torch.device("cpu"),) * 2: []}).items():
             views = [] if self.by_device else [*self._views(), self._updates]  # raised once, by the first plan
-            transfer = offload.transfer_between(device, here[0].device)
+            transfer = offload.transfer_between(device, own_device)
             if transfer is not None:
                 module = host
-                self.offloaded.append(offload.OffloadedPlan(transfer, host.Plan, segments, lives, copies, views))
+                self.offloaded.append(offload.OffloadedPlan(transfer, host.Plan, here, views))
                 self.by_device.append(self.offloaded[-1])
             else:  # only torch crosses devices
-                module = backends.select(backend if is_same_device else "torch", device)
-                own_lows = lows if any(low is not None for low in lows[0]) else []
-                self.by_device.append(module.Plan(segments, lives, copies, views, own_lows))
+                module = backends.select(backend if device == own_device else "torch", device) if here else host
+                self.by_device.append(module.Plan(here, views))
             self.devices.append(device)
             names.append(module.NAME)
         self.backend_name = "+".join(dict.fromkeys(names))
         self.note_writes()
 
-    def update(
-        self,
-        weights: list[float],
-        skip_nonfinite: bool,
-        skip: Tensor | None = None,
-        device_weights: Tensor | None = None,
-    ) -> None:
-        """Average or copy every tensor; for the arguments see `Plan.update` in fastema/backends/contract.py.
+    def update(self, args: UpdateArgs) -> None:
+        """Average or copy every tensor.
 
         Raises:
             RuntimeError: an earlier average failed in its thread; nothing is averaged.
         """
         self.synchronize()
-        skips = backends.skips_on(self.devices, skip)
-        for plan, own_skip in zip(self.by_device, skips, strict=True):
-            plan.update(weights, skip_nonfinite, own_skip, device_weights)
+        skips = backends.skips_on(self.devices, args.skip)
+        for plan, skip in zip(self.by_device, skips, strict=True):
+            plan.update(args if skip is args.skip else args._replace(skip=skip))
         for average in self._loose:
-            average.copy_loose(skip)
+            average.copy_loose(args.skip)
 
     def synchronize(self) -> None:
         """Wait for averages that run in a thread, and raise their errors."""

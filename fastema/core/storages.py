@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastema.backends.contract import Segment
 from fastema.core.buffers import SwapBuffer
 from fastema.core.policy import Managed
 from fastema.memory.bytes import Run, allocate, element_runs, flat, gaps, merged, view_in, whole, without
@@ -79,7 +80,6 @@ class ShadowStorage:
         self.begin, self.end = _span(self.runs, self.live.nbytes())  # bytes of the live storage that are mirrored
         self.is_part = self.end - self.begin < self.live.nbytes()
         self.rest = [] if self.is_part else gaps(self.runs, self.live.nbytes())
-        self.lives = [flat(self.live, run.begin, run.end, run.dtype) for run in self.runs]  # [runs]
         self.shadows = [
             whole(allocate(self._in_shadow(self.end), self.device, self.live)) for _ in range(count)
         ]  # [count], bytes of the storages that are handed out
@@ -94,13 +94,12 @@ class ShadowStorage:
     def refresh_memory(self) -> None:
         """Let kernels use the memory that the shadows have now."""
         self.memory = [self._host.second_owner(shadow) for shadow in self.shadows]  # [count], bytes
-        self.segments = [
-            [self._elements_of(run, memory.untyped_storage()) for run in self.runs] for memory in self.memory
-        ]  # [count][runs]
-        bounds = [((run.begin - self.begin) // 2, (run.end - self.begin) // 2) for run in self.runs]  # of int16
-        self.low_segments: list[list[Tensor | None]] = [
-            [low[begin:end] for begin, end in bounds] for low in self.lows
-        ] or [[None] * len(self.runs) for _ in self.shadows]  # [count][runs]
+        self.segments: list[Segment] = []  # [runs]
+        for run in self.runs:
+            shadows = [self._elements_of(run, memory.untyped_storage()) for memory in self.memory]
+            begin, end = (run.begin - self.begin) // 2, (run.end - self.begin) // 2  # of int16
+            live = flat(self.live, run.begin, run.end, run.dtype)
+            self.segments.append(Segment(shadows, live, run.copy, [low[begin:end] for low in self.lows]))
 
     def copy_to_new_memory(self) -> None:
         """Copy what the kernels wrote to the memory that the shadows have now."""

@@ -18,6 +18,7 @@ from cases import as_applied, bits, raw, small_model, train, values
 from fastema import FastEMA, backends
 from fastema.backends import native
 from fastema.backends import torch as plain_torch
+from fastema.backends.contract import Segment, UpdateArgs
 from fastema.memory.streams import Streams
 
 needs_native = pytest.mark.skipif(native.why_unusable("cpu") is not None, reason="fastema._C is not built")
@@ -217,7 +218,7 @@ def test_a_wrong_found_inf_is_refused_before_anything_is_averaged(wrong: torch.T
     train(model)
     before = {name: raw(tensor) for name, tensor in ema.shadow_state_dict().items()}
     with pytest.raises(ValueError, match=r"found_inf must be 1 torch\.float32, got"):
-        ema._shadow.plans.update([0.5], True, wrong)
+        ema._shadow.plans.update(UpdateArgs([0.5], True, wrong))
     assert {name: raw(tensor) for name, tensor in ema.shadow_state_dict().items()} == before
 
 
@@ -226,15 +227,13 @@ def test_every_plan_of_a_model_gets_found_inf_on_its_own_device() -> None:
         def __init__(self) -> None:
             self.seen: list[torch.Tensor | None] = []
 
-        def update(
-            self, weights: object, skip_nonfinite: bool, skip: torch.Tensor | None, device_weights: object
-        ) -> None:
-            self.seen.append(skip)
+        def update(self, args: UpdateArgs) -> None:
+            self.seen.append(args.skip)
 
     plans = FastEMA(small_model(), decay=0.5)._shadow.plans
     plans.by_device = [Recorder(), Recorder()]
     plans.devices = [torch.device("meta"), torch.device("cpu")]
-    plans.update([0.5], True, torch.ones(1))
+    plans.update(UpdateArgs([0.5], True, torch.ones(1)))
     assert [plan.seen[0].device.type for plan in plans.by_device] == ["meta", "cpu"]
 
 
@@ -407,14 +406,26 @@ def test_storage_exchange_enters_and_leaves_in_turn(backend: str) -> None:
 def test_plan_refuses_what_does_not_fit() -> None:
     pytest.importorskip("fastema._C")
     ones, integers = torch.ones(4), torch.ones(4, dtype=torch.int64)
+    first = Segment([ones.clone()], ones, copy=False)
     cases = [
-        ([torch.ones(3)], [ones], [False], "equal length"),
-        ([torch.ones(2, 2)], [ones], [False], "1-D"),
-        ([torch.ones(8)[::2]], [ones], [False], "contiguous"),
-        ([ones.clone()], [ones], [], "equal lengths"),
-        ([integers.clone()], [integers], [False], "no kernel"),
-        ([ones.clone()], [integers], [True], "no kernel"),
+        (first._replace(shadows=[torch.ones(3)]), "equal length"),
+        (first._replace(shadows=[torch.ones(2, 2)]), "1-D"),
+        (first._replace(shadows=[torch.ones(8)[::2]]), "contiguous"),
+        (first._replace(shadows=[ones, ones]), "as many shadows"),
+        (first._replace(lows=[ones, ones]), "as many low planes"),
+        (first._replace(shadows=[integers.clone()], live=integers), "no kernel"),
+        (first._replace(live=integers, copy=True), "no kernel"),
     ]
-    for shadows, lives, copies, words in cases:
+    for segment, words in cases:
         with pytest.raises(ValueError, match=words):
-            native.Plan([shadows], lives, copies, [])
+            native.Plan([first, segment], [])
+    with pytest.raises(ValueError, match="at least one shadow"):
+        native.Plan([first._replace(shadows=[])], [])
+
+
+def test_a_plan_without_segments_only_raises_versions(backend: str) -> None:
+    view = torch.zeros(2)
+    plan = backends.BACKENDS[backend].Plan([], [view])
+    plan.update(UpdateArgs([0.5, 0.25], True))
+    plan.exchange(0)
+    assert (view._version, plan.nonfinite_count()) == (1, 0)

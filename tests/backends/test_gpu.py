@@ -24,8 +24,10 @@ from cases.gpu import (
     on,
     sleep,
 )
+from cases.plans import plan_of
 from fastema import FastEMA, backends
 from fastema.backends import native
+from fastema.backends.contract import UpdateArgs
 
 pytestmark = needs_gpu
 
@@ -83,13 +85,13 @@ def test_matrix_is_bit_equal_to_the_cpu(
             live[3::11] = float("inf")
     weights = [0.01, 0.6]
     cpu_shadows = [[shadow.clone() for shadow in each] for each in shadows]
-    native.Plan(cpu_shadows, lives, [False] * len(lives), []).update(weights, skip_nonfinite)
+    plan_of(native, cpu_shadows, lives).update(UpdateArgs(weights, skip_nonfinite))
     gpu_lives = [flat(live, offset) for live, (_, offset) in zip(lives, offsets, strict=True)]
     gpu_shadows = [
         [flat(shadow, offset) for shadow, (offset, _) in zip(each, offsets, strict=True)] for each in shadows
     ]
-    plan = backends.BACKENDS[gpu_backend].Plan(gpu_shadows, gpu_lives, [False] * len(lives), [])
-    plan.update(weights, skip_nonfinite)
+    plan = plan_of(backends.BACKENDS[gpu_backend], gpu_shadows, gpu_lives)
+    plan.update(UpdateArgs(weights, skip_nonfinite))
     for cpu, on_gpu in zip(chain(*cpu_shadows), chain(*gpu_shadows), strict=True):
         torch.testing.assert_close(on_gpu.cpu(), cpu, rtol=0, atol=0, equal_nan=True)
     assert plan.nonfinite_count() == (sum(int((~live.isfinite()).sum()) for live in lives) if skip_nonfinite else 0)

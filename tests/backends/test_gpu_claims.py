@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 
 from cases.gpu import BACKENDS, DEVICE, current_stream, gpu, needs_cuda, needs_gpu, new_stream, on, sleep
 from fastema import FastEMA, backends
+from fastema.backends.contract import UpdateArgs
 
 BOTH = ["cpu", pytest.param(DEVICE, marks=needs_gpu)]
 ON_CUDA = ["cpu", pytest.param(DEVICE, marks=[*needs_gpu, needs_cuda])]
@@ -228,7 +229,7 @@ def test_what_was_captured_may_be_replayed_after_a_rebuild(device: str, backend:
     if device == "cpu":
         ema._shadow.is_on_cpu = False
     shadow = ema._shadow
-    replay: Callable[[], object] = lambda: shadow.plans.update([0.5], True)  # noqa: E731
+    replay: Callable[[], object] = lambda: shadow.plans.update(UpdateArgs([0.5], True))  # noqa: E731
     if device == "cuda":
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

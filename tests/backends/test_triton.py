@@ -19,9 +19,11 @@ import pytest
 import torch
 
 from cases import values
+from cases.plans import plan_of
 from fastema import backends
 from fastema.backends import native
 from fastema.backends import triton as backend
+from fastema.backends.contract import Segment
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -235,6 +237,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from fastema.backends import triton as backend
+from fastema.backends.contract import Segment, UpdateArgs
 
 class Driver:  # a machine with an H100, as far as compiling goes
     def get_current_device(self): return 0
@@ -253,18 +256,19 @@ kernels.update, kernels.exchange = CompileOnly(update), CompileOnly(exchange)
 counts = lambda: print(len(update.device_caches[0][0]), len(exchange.device_caches[0][0]))
 for size in (5000, 1, 31):  # the number of chunks, addresses and weights are no part of the compiled kernel
     shadows = [[torch.zeros(size), torch.zeros(size, dtype=torch.int64)] for _ in range(2)]
-    plan = backend.Plan(shadows, [torch.zeros(size), torch.zeros(size, dtype=torch.int64)], [False, True], [])
+    lives = torch.zeros(size), torch.zeros(size, dtype=torch.int64)
+    plan = backend.Plan([Segment(list(s), live, not live.is_floating_point()) for *s, live in zip(*shadows, lives)], [])
     for weight in (0.0, 1.0, 0.5, 1e-4, 5e-324):
-        plan.update([weight, weight], True)
+        plan.update(UpdateArgs([weight, weight], True))
     plan.exchange(0)
     plan.exchange(1)
 counts()
 numbers = torch.zeros(8)
 for i in range(8):
-    plan.update([0.1, 0.1], True, numbers[i])
+    plan.update(UpdateArgs([0.1, 0.1], True, numbers[i]))
 counts()
-plan.update([0.1, 0.1], True, numbers[1], torch.zeros(3, dtype=torch.float64)[1:])
-plan.update([0.1, 0.1], True, numbers[0], torch.zeros(2, dtype=torch.float64))
+plan.update(UpdateArgs([0.1, 0.1], True, numbers[1], torch.zeros(3, dtype=torch.float64)[1:]))
+plan.update(UpdateArgs([0.1, 0.1], True, numbers[0], torch.zeros(2, dtype=torch.float64)))
 counts()
 """
 
@@ -288,9 +292,10 @@ def rows_of(
     workers: int,
     low: torch.Tensor | None = None,
 ) -> list[list[int]]:
-    lows = [[low] * len(lives) for _ in shadows]
-    kinds = backend._checked_kinds(shadows, lows, lives, [copy] * len(lives), lives[0].device)
-    return backend._chunk_rows(shadows, lows, lives, kinds, lambda variant: 64 * (1 + variant % 2), workers)
+    lows = [] if low is None else [low] * len(shadows)
+    segments = [Segment([shadow[i] for shadow in shadows], live, copy, lows) for i, live in enumerate(lives)]
+    kinds = [backend._checked_kind(segment, len(shadows), lives[0].device) for segment in segments]
+    return backend._chunk_rows(segments, kinds, lambda variant: 64 * (1 + variant % 2), workers)
 
 
 @pytest.mark.parametrize("workers", [1, 100])
@@ -397,7 +402,7 @@ def test_a_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastema.triton_kernels.kernels", None)  # an import of it raises
     assert "Triton cannot be imported" in str(backend.why_unusable("cpu"))
     with pytest.raises(RuntimeError, match="Triton cannot be imported"):
-        backend.Plan([[torch.zeros(1)]], [torch.zeros(1)], [False], [])
+        plan_of(backend, [[torch.zeros(1)]], [torch.zeros(1)])
 
 
 @pytest.mark.slow

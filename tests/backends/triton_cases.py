@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from cases.plans import plan_of
+from fastema.backends.contract import Segment, UpdateArgs
+
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
@@ -128,12 +131,12 @@ def check_update(
     shadows, lives = segments(shadow_dtype, live_dtype, count, sizes)
     before = [raw(whole(live)) for live in lives]
     others = [(oracle, copied(shadows)) for oracle in ORACLES]
-    mine = backend.Plan(shadows, lives, [False] * len(lives), [])
-    plans = [oracle.Plan(theirs, lives, [False] * len(lives), []) for oracle, theirs in others]
+    mine = plan_of(backend, shadows, lives)
+    plans = [plan_of(oracle, theirs, lives) for oracle, theirs in others]
     for weights in WEIGHTS[count]:
-        mine.update(list(weights), skip_nonfinite)
+        mine.update(UpdateArgs(list(weights), skip_nonfinite))
         for plan, (oracle, theirs) in zip(plans, others, strict=True):
-            plan.update(list(weights), skip_nonfinite, None)
+            plan.update(UpdateArgs(list(weights), skip_nonfinite, None))
             for which in range(count):
                 for i, (got, expected) in enumerate(zip(shadows[which], theirs[which], strict=True)):
                     what = f"segment {i} of {got.numel()}, shadow {which}, weights {weights}, against {oracle.NAME}"
@@ -156,12 +159,12 @@ def check_planes(skip_nonfinite: bool, count: int) -> None:
         for half in (0, 1)
     )
     others = [(oracle, copied(highs), copied(lows)) for oracle in ORACLES]
-    mine = backend.Plan(highs, lives, copies, [], lows)
-    plans = [oracle.Plan(high, lives, copies, [], low) for oracle, high, low in others]
+    mine = plan_of(backend, highs, lives, copies, (), lows)
+    plans = [plan_of(oracle, high, lives, copies, (), low) for oracle, high, low in others]
     for weights in WEIGHTS[count]:
-        mine.update(list(weights), skip_nonfinite)
+        mine.update(UpdateArgs(list(weights), skip_nonfinite))
         for plan, (oracle, high, low) in zip(plans, others, strict=True):
-            plan.update(list(weights), skip_nonfinite, None)
+            plan.update(UpdateArgs(list(weights), skip_nonfinite, None))
             for which in range(count):
                 for *got, upper, lower in zip(highs[which], lows[which], high[which], low[which], strict=True):
                     nan = upper.isnan()  # its payload is the processor's
@@ -197,8 +200,8 @@ def copies() -> Iterator[Callable[[], None]]:
         for each in expected:
             for shadow, live in zip(each, lives, strict=True):
                 shadow.copy_(live)
-        plan = backend.Plan(shadows, lives, [True] * len(lives), [])
-        plan.update([0.3, 0.3], True)
+        plan = plan_of(backend, shadows, lives, True)
+        plan.update(UpdateArgs([0.3, 0.3], True))
         for each, right in zip(shadows, expected, strict=True):
             same = (lambda tensor: tensor) if shadow_dtype == live_dtype else whole  # bitwise, NaN and all
             assert [raw(same(part)) for part in each] == [raw(same(part)) for part in right]
@@ -218,10 +221,10 @@ def every_half() -> Iterator[Callable[[], None]]:
     def check(dtype: torch.dtype) -> None:
         live = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
         wide, narrow = torch.zeros(1 << 16), torch.zeros(1 << 16, dtype=dtype)
-        backend.Plan([[wide]], [live], [True], []).update([1.0], False)
+        plan_of(backend, [[wide]], [live], [True]).update(UpdateArgs([1.0], False))
         assert raw(whole(wide)) == raw(whole(live.float()))
         between = torch.where(wide.isfinite(), wide * 1.0007, wide)  # most fall between two halves: rounding shows
-        backend.Plan([[narrow]], [between], [True], []).update([1.0], False)
+        plan_of(backend, [[narrow]], [between], [True]).update(UpdateArgs([1.0], False))
         assert raw(whole(narrow)) == raw(whole(between.to(dtype)))
 
     yield lambda: check(torch.bfloat16)
@@ -242,8 +245,8 @@ def mixed() -> Iterator[Callable[[], None]]:
         lives.append(torch.arange(33))
         copy.append(True)
         (expected,) = copied([shadows])
-        backend.Plan([shadows], lives, copy, []).update([0.01], True)
-        ORACLES[0].Plan([expected], lives, copy, []).update([0.01], True, None)
+        plan_of(backend, [shadows], lives, copy).update(UpdateArgs([0.01], True))
+        plan_of(ORACLES[0], [expected], lives, copy).update(UpdateArgs([0.01], True, None))
         assert [raw(whole(shadow)) for shadow in shadows] == [raw(whole(shadow)) for shadow in expected]
 
     yield check
@@ -256,24 +259,27 @@ def scalars() -> Iterator[Callable[[], None]]:
     def run(count: int, dtype: torch.dtype, use: Callable[[Any, list[float]], None]) -> list[bytes]:
         live = hostile(300, dtype, 3)
         shadows = [[values(300, dtype=dtype, seed=k)] for k in range(count)]
-        plan = backend.Plan(shadows, [live], [False], [])
+        plan = plan_of(backend, shadows, [live])
         use(plan, weights[:count])
         return [raw(whole(shadow)) for (shadow,) in shadows]
 
     def check_weights(count: int, dtype: torch.dtype) -> None:
         live = hostile(300, dtype, 3)
         expected = [[values(300, dtype=dtype, seed=k)] for k in range(count)]
-        plan = ORACLES[0].Plan(expected, [live], [False], [])
-        plan.update(weights[:count], True, None)
+        plan = plan_of(ORACLES[0], expected, [live])
+        plan.update(UpdateArgs(weights[:count], True, None))
         right = [raw(whole(shadow)) for (shadow,) in expected]
         device = torch.tensor(weights, dtype=torch.float64)[:count]
-        assert run(count, dtype, lambda mine, host: mine.update(host, True)) == right
-        assert run(count, dtype, lambda mine, host: mine.update([0.3] * count, True, None, device)) == right
-        assert run(count, dtype, lambda mine, host: mine.update(host, True, torch.tensor(0.0))) == right
+        assert run(count, dtype, lambda mine, host: mine.update(UpdateArgs(host, True))) == right
+        assert run(count, dtype, lambda mine, host: mine.update(UpdateArgs([0.3] * count, True, None, device))) == right
+        assert run(count, dtype, lambda mine, host: mine.update(UpdateArgs(host, True, torch.tensor(0.0)))) == right
 
     def check_skip(value: float) -> None:
         untouched = [raw(values(300, seed=k)) for k in range(2)]
-        assert run(2, torch.float32, lambda mine, host: mine.update([0.5, 0.5], True, torch.tensor(value))) == untouched
+        assert (
+            run(2, torch.float32, lambda mine, host: mine.update(UpdateArgs([0.5, 0.5], True, torch.tensor(value))))
+            == untouched
+        )
 
     for count in (1, 4, 5, 7):
         for dtype in (torch.float32, torch.float64):
@@ -286,9 +292,9 @@ def counted_once() -> Iterator[Callable[[], None]]:
     def check(count: int) -> None:
         live = values(9000)
         live[::7] = float("nan")
-        plan = backend.Plan([[values(9000, seed=k)] for k in range(count)], [live], [False], [])
+        plan = plan_of(backend, [[values(9000, seed=k)] for k in range(count)], [live])
         for updates in (1, 2):
-            plan.update([0.1] * count, True)
+            plan.update(UpdateArgs([0.1] * count, True))
             assert plan.nonfinite_count() == updates * len(live[::7])
 
     for count in (1, 3, 6):
@@ -298,7 +304,7 @@ def counted_once() -> Iterator[Callable[[], None]]:
 def exchanges() -> Iterator[Callable[[], None]]:
     def check(dtype: torch.dtype, sizes: tuple[int, ...], count: int, which: int) -> None:
         shadows, lives = segments(dtype, dtype, count, sizes)
-        plan = backend.Plan(shadows, lives, [dtype == torch.int64] * len(lives), [])
+        plan = plan_of(backend, shadows, lives, [dtype == torch.int64] * len(lives))
         before = [raw(live) for live in lives], [[raw(shadow) for shadow in each] for each in shadows]
         around = [raw(torch.empty(0, dtype=dtype).set_(live.untyped_storage())[-8:]) for live in lives]
         plan.exchange(which)
@@ -326,17 +332,20 @@ def refusals() -> Iterator[Callable[[], None]]:
             raise AssertionError(f"nothing was raised: {text}")
 
     def plan(shadow: Tensor = a, live: Tensor = b, copy: bool = False) -> Any:
-        return backend.Plan([[shadow]], [live], [copy], [])
+        return plan_of(backend, [[shadow]], [live], [copy])
 
-    yield lambda: raises("at least one shadow", lambda: backend.Plan([], [b], [False], []))
-    yield lambda: raises("equal lengths", lambda: backend.Plan([[a, a]], [b], [False], []))
+    yield lambda: raises("at least one shadow", lambda: plan_of(backend, [], [b]))
+    uneven = [Segment([a], b, copy=False), Segment([a, a], b, copy=False)]
+    yield lambda: raises("as many shadows", lambda: backend.Plan(uneven, []))
     yield lambda: raises("contiguous 1-D", lambda: plan(torch.zeros(8)[::2]))
     yield lambda: raises("contiguous 1-D", lambda: plan(torch.zeros(5)))
-    yield lambda: raises("one dtype", lambda: backend.Plan([[a], [a.double()]], [b], [False], []))
+    yield lambda: raises("one dtype", lambda: plan_of(backend, [[a], [a.double()]], [b]))
     yield lambda: raises("no kernel for a torch.int64 shadow", lambda: plan(a.long()))
-    yield lambda: raises("1 shadows", lambda: plan().update([0.1, 0.2], True))
-    yield lambda: raises("skip must be", lambda: plan().update([0.1], True, torch.zeros((), dtype=torch.int32)))
-    yield lambda: raises("weights must be", lambda: plan().update([0.1], True, None, torch.zeros(1)))
+    yield lambda: raises("1 shadows", lambda: plan().update(UpdateArgs([0.1, 0.2], True)))
+    yield lambda: raises(
+        "skip must be", lambda: plan().update(UpdateArgs([0.1], True, torch.zeros((), dtype=torch.int32)))
+    )
+    yield lambda: raises("weights must be", lambda: plan().update(UpdateArgs([0.1], True, None, torch.zeros(1))))
     yield lambda: raises("no such shadow", lambda: plan().exchange(1))
     yield lambda: raises("different dtypes", lambda: plan(a, b.bfloat16()).exchange(0))
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cases.plans import plan_of
 from fastema import FastEMA
 from fastema.backends import BACKENDS
+from fastema.backends.contract import UpdateArgs
 
 DECAYS = [0.5, 0.9, 0.99, 0.0, 1.0, 0.999, 0.7, 0.3, 0.95]  # more than one launch takes
 
@@ -131,6 +133,6 @@ def test_bad_sequences_are_refused(decay: object) -> None:
 
 def test_a_plan_wants_one_dtype_and_as_many_weights_as_shadows(backend: str) -> None:
     live = torch.zeros(4)
-    plan = BACKENDS[backend].Plan([[torch.zeros(4)], [torch.zeros(4)]], [live], [False], [])
+    plan = plan_of(BACKENDS[backend], [[torch.zeros(4)], [torch.zeros(4)]], [live])
     with pytest.raises(ValueError):
-        plan.update([0.5], True)
+        plan.update(UpdateArgs([0.5], True))

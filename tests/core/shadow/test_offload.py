@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cases import bits, raw, small_model, train, values
 from fastema import FastEMA
+from fastema.backends.contract import Segment, UpdateArgs
 from fastema.core import offload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -205,15 +206,17 @@ def test_a_device_scalar_skips_by_the_value_it_had(seam: Seam, found: float) -> 
     before = averages(ema)
     train(model)
     found_inf = torch.tensor([found])
-    ema._shadow.plans.update([0.5], True, found_inf)  # FastEMA itself looks at a scalar on the host
+    ema._shadow.plans.update(UpdateArgs([0.5], True, found_inf))  # FastEMA itself looks at a scalar on the host
     found_inf.fill_(1.0 - found)
     assert (averages(ema) == before) == bool(found)
 
 
 def test_a_device_scalar_must_be_one() -> None:
-    plan = offload.OffloadedPlan(SlowTransfer(), lambda *_: None, [[torch.zeros(3)]], [torch.zeros(3)], [False], [])
+    plan = offload.OffloadedPlan(
+        SlowTransfer(), lambda *_: None, [Segment([torch.zeros(3)], torch.zeros(3), copy=False)], []
+    )
     with pytest.raises(ValueError, match="skip must be 1 number on cpu, got 2"):
-        plan.update([0.5], True, torch.zeros(2))
+        plan.update(UpdateArgs([0.5], True, torch.zeros(2)))
     assert not plan._transfer.copies  # type: ignore[attr-defined]
 
 

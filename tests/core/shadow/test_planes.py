@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cases import WEIGHTS, as_applied, bits, move, raw, small_model, train, values
+from cases.plans import plan_of
 from fastema import FastEMA, backends
+from fastema.backends.contract import UpdateArgs
 from fastema.memory import planes
 from fastema.memory.atomic_steps import run_atomically
 
@@ -59,10 +61,10 @@ def test_a_plan_over_planes_has_the_bits_of_a_plan_over_float32(
     pairs = [[planes.split(shadow) for shadow in shadows] for shadows in expected]
     highs, lows = ([[pair[i].clone() for pair in shadow] for shadow in pairs] for i in (0, 1))
     copies = [False] * (len(SIZES) - 1) + [True]
-    plan = backends.BACKENDS[backend].Plan(highs, lives, copies, [], lows)
-    oracle = backends.BACKENDS[backend].Plan(expected, lives, copies, [])
+    plan = plan_of(backends.BACKENDS[backend], highs, lives, copies, (), lows)
+    oracle = plan_of(backends.BACKENDS[backend], expected, lives, copies)
     for each in (plan, oracle):
-        each.update([weight, weight / 2, weight / 3], skip_nonfinite)
+        each.update(UpdateArgs([weight, weight / 2, weight / 3], skip_nonfinite))
     for high, low, shadow in zip(highs, lows, expected, strict=True):
         assert all(map(same_but_nan, map(planes.join, high, low), shadow))
     assert plan.nonfinite_count() == oracle.nonfinite_count() == ((2 + 3 * 2) * 4 if skip_nonfinite else 0)
@@ -78,11 +80,11 @@ def test_every_high_plane_over_a_stale_low_one_is_the_number_that_was_written(ba
         lows = torch.full((high.numel(),), low, dtype=torch.int16)
         expected = planes.join(high, lows)
         assert torch.equal(expected.isnan(), high.isnan())
-        plan = backends.BACKENDS[backend].Plan([[high]], [live], [False], [], [[lows]])
-        oracle = backends.BACKENDS[backend].Plan([[expected]], [live], [False], [])
+        plan = plan_of(backends.BACKENDS[backend], [[high]], [live], lows=[[lows]])
+        oracle = plan_of(backends.BACKENDS[backend], [[expected]], [live])
         for _ in range(3):
-            plan.update([weight], False)
-            oracle.update([weight], False)
+            plan.update(UpdateArgs([weight], False))
+            oracle.update(UpdateArgs([weight], False))
             assert same_but_nan(planes.join(high, lows), expected)
             assert torch.equal(high.isnan(), expected.isnan())
 
@@ -107,9 +109,9 @@ def test_every_instruction_set_gives_the_same_planes() -> None:
     live, results = values(5000, dtype=torch.bfloat16, seed=1), set()
     for isa in (native._C.Isa.baseline, native._C.Isa.avx2, native._C.Isa.avx512):
         high, low = map(torch.clone, planes.split(values(5000)))
-        plan = native.Plan([[high]], [live], [False], [], [[low]])
+        plan = plan_of(native, [[high]], [live], lows=[[low]])
         plan.set_isa(isa)
-        plan.update([0.1], True)
+        plan.update(UpdateArgs([0.1], True))
         results.add(raw(high) + raw(low))
     assert len(results) == 1
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cases import as_applied, raw, values
+from cases.plans import plan_of
 from fastema import FastEMA, backends
+from fastema.backends.contract import UpdateArgs
 from fastema.memory.bytes import Run, element_runs, gaps, merged, without
 
 BYTES = 48
@@ -229,8 +231,8 @@ def test_chunks_cover_every_element_once(native: Any, segments: list[tuple[int, 
     shadows = [room[offset : offset + size] for room, (size, offset, _) in zip(rooms, segments, strict=True)]
     lives = [torch.ones(size) for size, _, _ in segments]
     copies = [copy for _, _, copy in segments]
-    plan = native.Plan([shadows], lives, copies, [])
-    plan.update([0.5], True)
+    plan = plan_of(native, [shadows], lives, copies)
+    plan.update(UpdateArgs([0.5], True))
     for room, (size, offset, copy) in zip(rooms, segments, strict=True):
         expected = torch.zeros_like(room)
         expected[offset : offset + size] = 1.0 if copy else 0.5
@@ -243,4 +245,4 @@ def test_chunks_cover_every_element_once(native: Any, segments: list[tuple[int, 
 
 def test_chunks_are_cut_at_4096_elements(native: Any) -> None:
     for size, chunks in ((0, 0), (1, 1), (4096, 1), (4097, 2), (3 * 4096, 3)):
-        assert native.Plan([[torch.zeros(size)]], [torch.zeros(size)], [False], []).chunk_count() == chunks
+        assert plan_of(native, [[torch.zeros(size)]], [torch.zeros(size)]).chunk_count() == chunks

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from cases import COPIED_DTYPES, DTYPE_PAIRS, LAYOUTS, OFFSETS, SIZES, WEIGHTS, move, raw, values, with_offset
+from cases.plans import plan_of
 from cases.reference import assert_within, averaged, exact, tolerance
 from fastema import FastEMA, backends
 from fastema.backends import native
 from fastema.backends import torch as plain_torch
+from fastema.backends.contract import UpdateArgs
 
 needs_native = pytest.mark.skipif(native.why_unusable("cpu") is not None, reason="fastema._C is not built")
 # torch's own lerp fuses its multiply-add in vectorised builds only.
@@ -25,17 +27,12 @@ PAIR_IDS = [f"{shadow}<-{live}".replace("torch.", "") for shadow, live in DTYPE_
 pairs = pytest.mark.parametrize(("shadow_dtype", "live_dtype"), DTYPE_PAIRS, ids=PAIR_IDS)
 
 
-def plan_of(module: ModuleType, shadows: list[Tensor], lives: list[Tensor], copy: bool = False) -> Any:
-    """A plan with one shadow of each live tensor."""
-    return module.Plan([shadows], lives, [copy] * len(lives), [])
-
-
 def update(
     module: ModuleType, shadow: Tensor, live: Tensor, weight: float, skip_nonfinite: bool = True, copy: bool = False
 ) -> Any:
     """One update of one segment; returns the plan."""
-    plan = module.Plan([[shadow]], [live], [copy], [])
-    plan.update([weight], skip_nonfinite, None)
+    plan = plan_of(module, [[shadow]], [live], [copy])
+    plan.update(UpdateArgs([weight], skip_nonfinite, None))
     return plan
 
 
@@ -100,9 +97,9 @@ def test_instruction_sets_agree_bit_for_bit(
         old[size // 3] = float("inf")
         expected, got = old.clone(), old.clone()
         best = update(native, expected, live, 0.3, skip_nonfinite)
-        plan = native.Plan([[got]], [live], [False], [])
+        plan = plan_of(native, [[got]], [live])
         plan.set_isa(isa)
-        plan.update([0.3], skip_nonfinite, None)
+        plan.update(UpdateArgs([0.3], skip_nonfinite, None))
         assert torch.equal(got.isnan(), expected.isnan())
         assert raw(got.nan_to_num(7.0)) == raw(expected.nan_to_num(7.0)), f"size {size}"
         bad = ~(old.isfinite() & live.isfinite())
@@ -173,7 +170,7 @@ def test_a_nonfinite_average_takes_a_finite_live_value_and_is_counted(
         assert raw(shadow[old.isfinite()]) == raw(ordinary[old.isfinite()])
         assert torch.equal(shadow.isfinite(), old.isfinite() | live.isfinite())
         assert plan.nonfinite_count() == int((~(old.isfinite() & live.isfinite())).sum())
-        plan.update([weight], True, None)
+        plan.update(UpdateArgs([weight], True, None))
         assert plan.nonfinite_count() == int(takes.sum() + 2 * (~live.isfinite()).sum()), "counted once"
 
 
@@ -182,8 +179,8 @@ def test_every_average_that_is_not_finite_is_counted_and_a_live_value_once_for_a
         shadows = [broken(1025, torch.float32, k, 7 + k) for k in range(count)]
         live = broken(1025, torch.float32, 40, 5)
         taken = [int((~shadow.isfinite() & live.isfinite()).sum()) for shadow in shadows]
-        plan = backends.BACKENDS[backend].Plan([[shadow] for shadow in shadows], [live], [False], [])
-        plan.update([0.1] * count, True)
+        plan = plan_of(backends.BACKENDS[backend], [[shadow] for shadow in shadows], [live])
+        plan.update(UpdateArgs([0.1] * count, True))
         assert plan.nonfinite_count() == sum(taken) + int((~live.isfinite()).sum())
         assert all(shadow[live.isfinite()].isfinite().all() for shadow in shadows)
 
@@ -255,7 +252,7 @@ def test_nonfinite_elements_are_skipped_and_counted(
         assert raw(skipping[bad]) == raw(old[bad]), "a shadow moved although its live value is not finite"
         assert raw(skipping[~bad]) == raw(expected[~bad])
         assert plan.nonfinite_count() == int(bad.sum())
-        plan.update([0.3], True, None)
+        plan.update(UpdateArgs([0.3], True, None))
         assert plan.nonfinite_count() == 2 * int(bad.sum()), "the count is since the beginning"
         propagating = update(module, plain, live, 0.3, skip_nonfinite=False)
         assert not plain[bad].isfinite().any()
@@ -293,7 +290,7 @@ def test_one_plan_does_every_dtype_rule_and_size_at_once(backend: str) -> None:
         lives.append(live)
         copies.append(copy)
         expected.append(raw(alone))
-    module.Plan([shadows], lives, copies, []).update([0.01], True, None)
+    plan_of(module, [shadows], lives, copies).update(UpdateArgs([0.01], True, None))
     assert [raw(shadow) for shadow in shadows] == expected
     assert all(sentinels_hold(shadow) for shadow in shadows)
 
@@ -309,8 +306,8 @@ def test_threads_do_not_change_a_bit(backend: str) -> None:
             shadows = [values(size, seed=size) for size in sizes]
             lives = [values(size, seed=size + 1) for size in sizes]
             lives[0][123] = float("nan")
-            plan = module.Plan([shadows], lives, [False] * len(sizes), [])
-            plan.update([0.01], True, None)
+            plan = plan_of(module, [shadows], lives)
+            plan.update(UpdateArgs([0.01], True, None))
             assert plan.nonfinite_count() == 1
             results.append([raw(shadow) for shadow in shadows])
     finally:
@@ -323,11 +320,11 @@ def test_found_inf_skips_the_update(backend: str) -> None:
     shadow, live = values(17, seed=1), values(17, seed=2)
     counter, count = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
     old = shadow.clone()
-    plan = module.Plan([[shadow, counter]], [live, count], [False, True], [])
-    plan.update([0.5], True, torch.tensor(1.0))
+    plan = plan_of(module, [[shadow, counter]], [live, count], [False, True])
+    plan.update(UpdateArgs([0.5], True, torch.tensor(1.0)))
     assert raw(shadow) == raw(old)
     assert counter.item() == 0
-    plan.update([0.5], True, torch.tensor(0.0))
+    plan.update(UpdateArgs([0.5], True, torch.tensor(0.0)))
     assert raw(shadow) != raw(old)
     assert counter.item() == 1
 
@@ -339,7 +336,7 @@ def test_exchange_of_contents_is_exact(backend: str, shadow_dtype: torch.dtype, 
     lives = [with_offset(values(size, dtype=live_dtype, seed=size + 1), 2) for size in SIZES]
     shadows[-1][7] = float("nan")
     was_shadow, was_live = [raw(s) for s in shadows], [raw(s) for s in lives]
-    plan = module.Plan([shadows], lives, [False] * len(SIZES), [])
+    plan = plan_of(module, [shadows], lives)
     if shadow_dtype != live_dtype:
         with pytest.raises(ValueError, match="different dtypes cannot be exchanged exactly"):
             plan.exchange(0)
@@ -354,7 +351,7 @@ def test_exchange_of_contents_is_exact(backend: str, shadow_dtype: torch.dtype, 
 
 def test_exchange_of_contents_swaps_copied_segments_too(backend: str) -> None:
     shadow, live = torch.arange(5000), torch.arange(5000) * 3
-    backends.BACKENDS[backend].Plan([[shadow]], [live], [True], []).exchange(0)
+    plan_of(backends.BACKENDS[backend], [[shadow]], [live], [True]).exchange(0)
     assert torch.equal(shadow, torch.arange(5000) * 3)
     assert torch.equal(live, torch.arange(5000))
 
@@ -364,7 +361,7 @@ def test_update_bumps_the_version_of_the_shadow_views(backend: str) -> None:
     shadow, live = values(8, seed=1), values(8, seed=2)
     view = torch.empty(0).set_(shadow.untyped_storage(), 0, (2, 4))  # with a version counter of its own
     before = view._version
-    backends.BACKENDS[backend].Plan([[shadow]], [live], [False], [view]).update([0.5], True, None)
+    plan_of(backends.BACKENDS[backend], [[shadow]], [live], views=[view]).update(UpdateArgs([0.5], True, None))
     assert view._version > before
 
 
@@ -402,5 +399,5 @@ def test_any_number_of_tensors(backend: str, count: int) -> None:
     lives = [values(size, seed=number) for number, size in enumerate(sizes)]
     shadows = [values(size, seed=count + number) for number, size in enumerate(sizes)]
     old, new = exact(torch.cat(shadows)), exact(torch.cat(lives))
-    backends.BACKENDS[backend].Plan([shadows], lives, [False] * count, []).update([0.25], True)
+    plan_of(backends.BACKENDS[backend], [shadows], lives).update(UpdateArgs([0.25], True))
     assert_within(torch.cat(shadows), averaged(old, new, 0.25), tolerance(old, new, torch.float32))
