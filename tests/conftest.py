@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastema import backends
-from fastema.backends import torch as plain_torch
+from fastema.backends import exchange
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -39,7 +39,7 @@ def one_thread() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> str:
     """Return every backend that can run on this machine's CPU."""
     reason = backends.BACKENDS[request.param].why_unusable("cpu")
-    if request.param == "torch" and request.node.get_closest_marker("pointers") and not plain_torch._SWAPS_POINTERS:
+    if request.param == "torch" and request.node.get_closest_marker("pointers") and not exchange.SWAPS_POINTERS:
         reason = "below torch 2.13 the torch backend exchanges contents"
     if reason is not None:
         pytest.skip(reason)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema.backends import contract
-from fastema.backends.torch import ContentsExchange
+from fastema.backends.exchange import ContentsExchange
 from fastema.core.plans import Plans
 from fastema.core.policy import Managed
 from fastema.core.storages import ShadowStorage

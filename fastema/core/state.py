@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastema.backends.torch import place_of
 from fastema.core import sharded
 from fastema.core.averages import Shadow
 from fastema.core.checks import difference, first_few, refuse_differences
@@ -23,6 +22,7 @@ from fastema.core.policy import Managed, Source, clean_name, named_tensors, unwr
 from fastema.core.swap import SwapError
 from fastema.core.tensors import why_no_storage, why_not_writable
 from fastema.memory.atomic_steps import Step, run_atomically
+from fastema.memory.bytes import place_of
 
 Place: TypeAlias = tuple[Any, ...]
 _IMPORT = "fastema.import_average(ema, file) goes on with the average of another library, or under other names"

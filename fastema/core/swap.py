@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from fastema.backends.contract import StorageExchange
-from fastema.backends.torch import ContentsExchange, place_of
+from fastema.backends.exchange import ContentsExchange
 from fastema.core import sharded
 from fastema.core.buffers import SwapBuffer
 from fastema.core.caches import Merges, clear_caches
 from fastema.core.checks import first_few
 from fastema.core.tensors import has_own_operations, why_not_writable
-from fastema.memory.bytes import element_runs, view_in, whole
+from fastema.memory.bytes import element_runs, place_of, view_in, whole
 
 #: The swaps that are entered now, by id; empty: no model has averages in it.
 entered: dict[int, weakref.ref[Swap]] = {}

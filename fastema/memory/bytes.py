@@ -28,6 +28,12 @@ def view_in(storage: torch.UntypedStorage, like: Tensor, dtype: torch.dtype, off
     return torch._neg_view(view) if like.is_neg() else view
 
 
+def place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return a key of the tensor's memory, dtype and layout: equal for every alias."""
+    storage = tensor.untyped_storage()
+    return storage._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 def allocate(nbytes: int, device: torch.device, like: torch.UntypedStorage) -> torch.UntypedStorage:
     """Return new memory that can take the place of `like`'s."""
     # What takes the place of pinned memory must be pinned: offloaded parameters are copied to the GPU meanwhile.

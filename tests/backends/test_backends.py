@@ -16,7 +16,7 @@ import torch
 
 from cases import as_applied, bits, raw, small_model, train, values
 from fastema import FastEMA, backends
-from fastema.backends import native
+from fastema.backends import exchange, native
 from fastema.backends import torch as plain_torch
 from fastema.backends.contract import Segment, UpdateArgs
 from fastema.memory.streams import Streams
@@ -310,7 +310,7 @@ def test_without_native_everything_works(no_native: None) -> None:
 
 def test_a_torch_that_cannot_swap_storages_exchanges_contents(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.11 has no UntypedStorage._swap_data_ptr_: the torch backend copies, and is as exact."""
-    monkeypatch.setattr(plain_torch, "_SWAPS_POINTERS", False)
+    monkeypatch.setattr(exchange, "SWAPS_POINTERS", False)
     assert "cannot swap storages" in plain_torch.describe("cpu")
     for dtype in (torch.float32, torch.bfloat16):
         model = small_model(dtype)
