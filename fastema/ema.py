@@ -20,8 +20,8 @@ from fastema import backends
 from fastema.backends.contract import UpdateArgs
 from fastema.core import compiled, state, swap
 from fastema.core.averages import Shadow
-from fastema.core.caches import clear_caches
 from fastema.core.checks import OneThread, checked_count, checked_device, checked_shadow_dtype, first_few, one_thread
+from fastema.core.compiled import clear_caches
 from fastema.core.counters import DeviceSchedule
 from fastema.core.decays import Decays
 from fastema.core.hooks import AttachedHandle, AttachedOptimizers

@@ -49,9 +49,7 @@ from torch.optim.swa_utils import SWALR
 from fastema.core.averaging_functions import DEFAULT, AveragingFunction, recognise
 from fastema.core.compiled import refuse_freezing
 from fastema.core.counters import Counter
-from fastema.core.given import PairedModules, tensors_by_name
-from fastema.core.given_pairs import UseTorchFallback
-from fastema.core.given_update import Update
+from fastema.core.given import GivenAverages, Update, UseTorchFallback, tensors_by_name
 from fastema.core.swap import Swap
 from fastema.core.tensors import refuse_elsewhere
 from fastema.memory.streams import is_capturing
@@ -137,8 +135,8 @@ class AveragedModel(_TorchAveragedModel):
         ...     _ = model(torch.ones(1, 2))  # the averaged weights, in the model itself
     """
 
-    _pairs: PairedModules | None = None
-    _swap: tuple[Swap, PairedModules, nn.Module] | None = None  # the last one, its pairs and the model it is with
+    _pairs: GivenAverages | None = None
+    _swap: tuple[Swap, GivenAverages, nn.Module] | None = None  # the last one, its pairs and the model it is with
     _counter: Counter | None = None
     _rule: tuple[Any, AveragingFunction | None] = (None, None)  # the given function, and what recognise() made of it
 
@@ -289,17 +287,17 @@ class AveragedModel(_TorchAveragedModel):
                 if not (averaged.is_floating_point() or averaged.is_complex()):
                     averaged.copy_(live)
 
-    def _current_pairs(self, model: nn.Module, what: str) -> PairedModules:
+    def _current_pairs(self, model: nn.Module, what: str) -> GivenAverages:
         if self._pairs is None or not self._pairs.holds(model, self.use_buffers):
             self._pairs = None
             with torch.inference_mode(False), torch.no_grad():
-                self._pairs = PairedModules(
+                self._pairs = GivenAverages(
                     self, model, self.use_buffers, functools.partial(_forget, weakref.ref(self))
                 )
         self._pairs.refuse_foreign(what)
         return self._pairs
 
-    def _pairs_for_swap(self, model: nn.Module) -> PairedModules:
+    def _pairs_for_swap(self, model: nn.Module) -> GivenAverages:
         try:
             return self._current_pairs(model, "swapped()")
         except UseTorchFallback:

@@ -22,8 +22,7 @@ from fastema.core import offload, sharded, swap
 from fastema.core.pairs import Average
 from fastema.core.plans import Plans
 from fastema.core.policy import Managed, Source, named_tensors
-from fastema.core.shadow_swap import swap_of
-from fastema.core.storages import ShadowStorage, refuse_two_storages_over_one_memory
+from fastema.core.storages import ShadowStorage, refuse_two_storages_over_one_memory, swap_of
 from fastema.core.swap import Swap
 from fastema.core.tensors import why_no_storage
 
@@ -127,7 +126,8 @@ class Shadow:
     def _build_plans(self) -> None:
         segments = [segment for storage in self._storages for segment in storage.segments]
         averages = [average for each in self._averages for average in each]
-        self.plans = Plans(segments, self._backend, averages)
+        loose_averages = [average for average in averages if average.storage is None]
+        self.plans = Plans(segments, self._backend, [average.view for average in averages], loose_averages)
         loose = [slot for average in self._loose[0] for slot in average.entry.slots]
         shadows = [shadow for storage in self._storages for shadow in storage.shadows]
         with self._gathered.set_aside():
@@ -335,7 +335,7 @@ class Shadow:
         versioned = self._versioned()
         key = which, in_place, len(versioned)  # FSDP makes its gathered parameters in their first forward
         if key not in self._swaps:
-            contents_of = self.plans if in_place else None
+            contents_of = self.plans.by_device if in_place else None
             self._swaps[key] = swap_of(
                 self._storages, which, self._mirrored, versioned, self._host, contents_of, self._modules
             )

@@ -20,12 +20,15 @@ class Plans:
     Args:
         segments: of all averages that have memory of their own.
         backend: "auto" or the name of one.
-        averages: whose views users see: an update raises their version counters. Those without a segment are copied.
+        views: of the averages, as users see them: an update raises their version counters.
+        loose: averages without a segment, which are copied from what the model has then.
     """
 
-    def __init__(self, segments: Sequence[Segment], backend: str, averages: Sequence[Average]) -> None:
-        self._averages = averages
-        self._loose = [average for average in averages if average.storage is None]
+    def __init__(
+        self, segments: Sequence[Segment], backend: str, views: Sequence[Tensor], loose: Sequence[Average] = ()
+    ) -> None:
+        self._views = views
+        self._loose = loose
         self._updates = torch.empty(0, device="cpu")  # its version counter rises with those of the views
         self.by_device: list[Any] = []  # contract.Plan; or OffloadedPlan, which cannot exchange
         self.offloaded: list[offload.OffloadedPlan] = []  # those that run in a thread
@@ -36,15 +39,15 @@ class Plans:
         host = backends.host(backend)
         names: list[str] = []
         for (device, own_device), here in (places or {(torch.device("cpu"),) * 2: []}).items():
-            views = [] if self.by_device else [*self._views(), self._updates]  # raised once, by the first plan
+            raised = [] if self.by_device else [*views, self._updates]  # once, by the first plan
             transfer = offload.transfer_between(device, own_device)
             if transfer is not None:
                 module = host
-                self.offloaded.append(offload.OffloadedPlan(transfer, host.Plan, here, views))
+                self.offloaded.append(offload.OffloadedPlan(transfer, host.Plan, here, raised))
                 self.by_device.append(self.offloaded[-1])
             else:  # only torch crosses devices
                 module = backends.select(backend if device == own_device else "torch", device) if here else host
-                self.by_device.append(module.Plan(here, views))
+                self.by_device.append(module.Plan(here, raised))
             self.devices.append(device)
             names.append(module.NAME)
         self.backend_name = "+".join(dict.fromkeys(names))
@@ -87,7 +90,4 @@ class Plans:
         return self._noted == self._foreign_writes()
 
     def _foreign_writes(self) -> list[int]:
-        return [view._version - self._updates._version for view in self._views()]
-
-    def _views(self) -> list[Tensor]:
-        return [average.view for average in self._averages]
+        return [view._version - self._updates._version for view in self._views]

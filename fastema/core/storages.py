@@ -7,21 +7,31 @@ storage, the shadow holds that span alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastema.backends import contract
 from fastema.backends.contract import Segment
-from fastema.core.buffers import SwapBuffer
+from fastema.backends.exchange import ContentsExchange
 from fastema.core.policy import Managed
+from fastema.core.swap import Swap, SwapBuffer, exchange_of
 from fastema.memory.bytes import Run, allocate, element_runs, flat, gaps, merged, view_in, whole, without
 
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 _COMPLEX = {torch.float64: torch.complex128}
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
 _ALIGNMENT = 64  # bytes: a span begins at a multiple, so that live and shadow are aligned alike
+
+
+_OWNER = "another FastEMA is applied to the same model: the live weights are its average now; restore() that one first"
+_DROPPED = (
+    "a FastEMA was deleted while its weights were applied: the model keeps the averaged weights, and the trained ones "
+    "are lost. Call restore() first; or copy_to(), if that is intended"
+)
 
 
 def shadow_dtype(live: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
@@ -163,6 +173,45 @@ def refuse_two_storages_over_one_memory(entries: list[Managed]) -> None:
                 f"{name!r} and {next_name!r} are different storages over the same memory, which an exchange of "
                 "pointers cannot follow: clone() one of them, or make one a view of the other"
             )
+
+
+def swap_of(
+    storages: Sequence[ShadowStorage],
+    which: int,
+    entries: Sequence[Managed],
+    versioned: Sequence[Tensor],
+    host: Any,
+    contents_of: Sequence[contract.Plan] | None,
+    modules: Sequence[nn.Module] = (),
+) -> Swap:
+    """Return the swap of live weights and average `which`.
+
+    Args:
+        entries: the managed tensors on these storages.
+        versioned: tensors that recorded graphs may refer to.
+        host: the backend whose `StorageExchange` to use.
+        contents_of: the plans that exchange contents; None: pointers are exchanged.
+        modules: of the model.
+
+    Raises:
+        ValueError: contents could not be put back exactly.
+    """
+    if contents_of is not None and not all(storage.is_direct for storage in storages):
+        raise ValueError(
+            "in_place=True exchanges contents, and live and shadow differ in dtype or device, so that the live "
+            "weights could not be put back exactly: use apply_shadow() without it, or give FastEMA the model's own "
+            "dtype and device"
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        buffers = sorted((s.swap_buffer(which) for s in storages), key=lambda buffer: bool(buffer.parts))
+        exchange: contract.StorageExchange | ContentsExchange
+        if contents_of is None:
+            exchange = exchange_of(buffers, versioned, host)
+        else:
+            pairs = [(buffer.live, buffer.storage) for buffer in buffers]
+            exchange = ContentsExchange(contents_of, which, versioned, pairs)
+        tensors = [(entry.names, entry.tensor, entry.rule == "copy") for entry in entries]
+        return Swap(_OWNER, _DROPPED, tensors, exchange, buffers, modules)
 
 
 def _span(runs: list[Run], nbytes: int) -> tuple[int, int]:
