@@ -13,23 +13,26 @@ namespace {
 
 PyTypeObject* tensor_type = nullptr;
 
-// The UpdateArgs of fastema/backends/contract.py: the arguments of Plan::update.
-using UpdateArgs = std::tuple<std::vector<double>, bool, std::optional<at::Tensor>, std::optional<at::Tensor>>;
-
-void update(fastema::Plan& plan, const UpdateArgs& args) {
-  const auto& [weights, skip_nonfinite, skip, device_weights] = args;
+// Calls Plan::update with an UpdateArgs of fastema/backends/contract.py. The fields are taken out by hand: pybind11's
+// own conversion of a tuple subclass takes as long as an update of one tensor.
+void update(fastema::Plan& plan, const py::tuple& args) {
+  using Scalars = std::optional<at::Tensor>;
+  if (args.size() != 4) throw py::type_error("an update takes UpdateArgs");
+  const auto field = [&](int index) { return py::handle(PyTuple_GET_ITEM(args.ptr(), index)); };
+  const auto weights = field(0).cast<std::vector<double>>();
+  const bool skip_nonfinite = field(1).cast<bool>();
+  const Scalars skip = field(2).is_none() ? std::nullopt : field(2).cast<Scalars>();
+  const Scalars device_weights = field(3).is_none() ? std::nullopt : field(3).cast<Scalars>();
+  const py::gil_scoped_release released;
   plan.update(weights, skip_nonfinite, skip, device_weights);
 }
 
 // Updates if the watch holds, in one call from Python, which holds the interpreter's lock. Returns "moved" if the watch
 // does not hold, and nothing was done; "averages moved" if the averages' memory was replaced during the update, whose
 // result is in the old memory then; else null.
-const char* update_watched(fastema::Plan& plan, const fastema::Watch& watch, const UpdateArgs& args) {
+const char* update_watched(fastema::Plan& plan, const fastema::Watch& watch, const py::tuple& args) {
   if (!watch.holds()) return "moved";
-  {
-    const py::gil_scoped_release released;
-    update(plan, args);
-  }
+  update(plan, args);
   return watch.shadows_hold() ? nullptr : "averages moved";
 }
 
@@ -93,7 +96,7 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Plan>(module, "Plan")
       .def(py::init<std::vector<fastema::TensorSegment>, const Tensors&>(), py::arg("segments"), py::arg("views"),
            py::call_guard<py::gil_scoped_release>())
-      .def("update", &update, py::arg("args"), py::call_guard<py::gil_scoped_release>())
+      .def("update", &update, py::arg("args"))
       .def("update_watched", &update_watched, py::arg("watch"), py::arg("args"))
       .def("exchange", &Plan::exchange, py::arg("which"), py::call_guard<py::gil_scoped_release>())
       .def("nonfinite_count", &Plan::nonfinite_count, py::call_guard<py::gil_scoped_release>())

@@ -264,7 +264,10 @@ class Update:
                 group[0].append(averaged)
                 group[1].append(live)
         _refuse_overlaps(pairs)
-        self._plans = Plans(segments, name, views) if segments else None
+        plans = Plans(segments, name, views)
+        kinds = [device.type for device in plans.devices]
+        self._plans = list(zip(kinds, plans.by_device, strict=True)) if segments else []
+        self._args = UpdateArgs([0.0], skip_nonfinite=False)  # of the last update: mostly the next one has the same
 
     def _segment_of(self, averaged: Tensor, live: Tensor, copy: bool) -> Segment | None:
         """Return both as contiguous 1-D memory in one order of elements; None: no kernel can average them."""
@@ -297,9 +300,11 @@ class Update:
     @torch.no_grad()
     def run(self, weight_on: Callable[[str], float]) -> None:
         """Run a later update. `weight_on`: return the weight of the live side for a device type."""
-        if self._plans is not None:
-            for device, plan in zip(self._plans.devices, self._plans.by_device, strict=True):
-                plan.update(UpdateArgs([weight_on(device.type)], skip_nonfinite=False))
+        for device_type, plan in self._plans:
+            weight = weight_on(device_type)
+            if weight != self._args.weights[0]:
+                self._args = UpdateArgs([weight], skip_nonfinite=False)
+            plan.update(self._args)
         for (device, _), (averages, lives) in self._alike.items():
             here, weight = [live.to(device) for live in lives], weight_on(device.type)
             if weight == 1:  # a copy, as in the kernels: lerp keeps a NaN
