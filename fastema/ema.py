@@ -19,17 +19,16 @@ from torch import Tensor, nn
 from fastema import backends
 from fastema.backends.contract import UpdateArgs
 from fastema.core import compiled, state, swap
-from fastema.core.averages import Shadow
+from fastema.core.averages import Averages
 from fastema.core.checks import OneThread, checked_count, checked_device, checked_shadow_dtype, first_few, one_thread
 from fastema.core.compiled import clear_caches
 from fastema.core.counters import DeviceSchedule
 from fastema.core.decays import Decays
 from fastema.core.hooks import AttachedHandle, AttachedOptimizers
+from fastema.core.pairs import Pair, Rule
 from fastema.core.policy import (
     Buffers,
-    Managed,
     Policy,
-    Rule,
     Source,
     checked_source,
     collect,
@@ -139,7 +138,7 @@ class FastEMA:
         self._step = 0
         self._num_updates = 0
         self._last_update = 0  # the optimizer step of the latest update
-        self._captured: list[Shadow] = []  # shadows before a rebuild: captured graphs hold their addresses
+        self._captured: list[Averages] = []  # shadows before a rebuild: captured graphs hold their addresses
         self._nonfinite_before = 0  # count of the FastEMA that this one was copied from
         self._warned_nonfinite = False
         self._shadow = self._build_shadow()
@@ -155,7 +154,7 @@ class FastEMA:
         does not take is ignored. `exp_activation=False` means "constant".
 
         Raises:
-            ValueError: a whole `training_params`; its entry "ema_params" is what is expected here.
+            ValueError: a whole `training_params`; its pair "ema_params" is what is expected here.
 
         Examples:
             >>> FastEMA.from_params(torch.nn.Linear(2, 1), {"decay": 0.9, "decay_type": "linear"}, 10).decay_at(5)
@@ -338,7 +337,7 @@ class FastEMA:
         self._checked_which(which)
         self._ensure_current()
         modules = self._source.modules() if isinstance(self._source, nn.Module) else ()
-        compiled.refuse_freezing((entry.whole for entry in self._shadow.managed), modules)
+        compiled.refuse_freezing((pair.whole for pair in self._shadow.pairs), modules)
         self._warn_about_nonfinite()
         self._attached.warn(self._shadow, self._num_updates)
         self._warn_about_tensors_unused()
@@ -498,7 +497,7 @@ class FastEMA:
         self._warn_about_nonfinite()
         return self._state([self._shadow.averages(which) for which in range(len(self._decays))])
 
-    def _state(self, averages: list[list[tuple[Managed, Tensor]]]) -> dict[str, Any]:
+    def _state(self, averages: list[list[tuple[Pair, Tensor]]]) -> dict[str, Any]:
         shadows = [state.by_name(each, saved_only=True) for each in averages]
         return {**self._counters(), "shadow": shadows if self._decays.several else shadows[0]}
 
@@ -661,21 +660,21 @@ class FastEMA:
     def __repr__(self) -> str:
         return (
             f"FastEMA(decay={self.decay}, decay_type={self._decays.type!r}, num_updates={self.num_updates}, "
-            f"tensors={len(self._shadow.managed)}, backend={self.backend_name!r})"
+            f"tensors={len(self._shadow.pairs)}, backend={self.backend_name!r})"
         )
 
     # ---- private ----
 
-    def _build_shadow(self, kept: Mapping[str, Rule | None] = MappingProxyType({})) -> Shadow:
-        managed = collect(self._source, self._buffers, self._policy, self._replaced, kept)
-        frozen = [] if self._policy is None else frozen_parameters(self._source, managed)
+    def _build_shadow(self, kept: Mapping[str, Rule | None] = MappingProxyType({})) -> Averages:
+        pairs = collect(self._source, self._buffers, self._policy, self._replaced, kept)
+        frozen = [] if self._policy is None else frozen_parameters(self._source, pairs)
         count = len(self._decays)
-        return Shadow(self._source, managed, count, self._dtype, self._device, self._backend, self._may_split, frozen)
+        return Averages(self._source, pairs, count, self._dtype, self._device, self._backend, self._may_split, frozen)
 
     def _build_device_schedule(self) -> DeviceSchedule | None:
         if not self._capturable:
             return None
-        devices = {entry.tensor.device for entry in self._shadow.managed}
+        devices = {pair.live.device for pair in self._shadow.pairs}
         if self._device is not None:
             devices.add(self._device)
         if len(devices) > 1:
@@ -711,10 +710,10 @@ class FastEMA:
         on_device: list[Step] = [] if self._device_schedule is None else [self._device_schedule.replacing(decays)]
         return [*on_device, partial(setattr, self, "_decays", decays)]
 
-    def _shadow_for(self, saved: list[dict[str, Tensor]]) -> Shadow:
+    def _shadow_for(self, saved: list[dict[str, Tensor]]) -> Averages:
         """Return a shadow that also has what a state has and the policy skips now, such as frozen weights."""
         shadow = self._shadow
-        own = {name for entry in shadow.managed for name in entry.names}
+        own = {name for pair in shadow.pairs for name in pair.names}
         others = [name for name, _ in named_tensors(self._source) if name in saved[0] and name not in own]
         if self._policy is None or not others:
             return shadow
@@ -722,7 +721,7 @@ class FastEMA:
         state.carry_over(shadow, new, may_begin=True)
         return new
 
-    def _replace_shadow(self, new: Shadow) -> None:
+    def _replace_shadow(self, new: Averages) -> None:
         new.plans.note_writes()
         if self._device_schedule is not None and not self._shadow.is_on_cpu:
             self._captured.append(self._shadow)  # captured graphs still use it

@@ -19,9 +19,9 @@ from fastema.backends import contract
 from fastema.backends import torch as plain_torch
 from fastema.backends.contract import Segment, UpdateArgs
 from fastema.core import offload, sharded, swap
-from fastema.core.pairs import Average
+from fastema.core.pairs import Average, Pair
 from fastema.core.plans import Plans
-from fastema.core.policy import Managed, Source, named_tensors
+from fastema.core.policy import Source, named_tensors
 from fastema.core.storages import ShadowStorage, refuse_two_storages_over_one_memory, swap_of
 from fastema.core.swap import Swap
 from fastema.core.tensors import why_no_storage
@@ -30,12 +30,12 @@ _FEW = 8  # so many tensors show whether the weights were written to
 _needs_gradient = attrgetter("requires_grad")
 
 
-class Shadow:
-    """`count` shadows of the managed tensors.
+class Averages:
+    """`count` averages of each tensor of a model.
 
     Args:
         source: the model, or its tensors by name.
-        managed: what of it is averaged or copied, each tensor once.
+        pairs: what of it is averaged or copied, each tensor once; their averages are made here.
         count: how many: one for each decay.
         dtype, device: the shadows'; None: see `storages.shadow_dtype`, and where the live tensor is.
         backend: "auto" or the name of one.
@@ -49,7 +49,7 @@ class Shadow:
     def __init__(
         self,
         source: Source,
-        managed: list[Managed],
+        pairs: list[Pair],
         count: int,
         dtype: torch.dtype | None,
         device: torch.device | None,
@@ -57,11 +57,11 @@ class Shadow:
         may_split: bool = True,
         frozen: Sequence[Tensor] = (),
     ) -> None:
-        self.managed = managed
+        self.pairs = pairs
         self.count = count
-        self._mirrored = [entry for entry in managed if not entry.loose]
-        self._tensors = [entry.tensor for entry in self._mirrored]
-        written = [e.tensor for e in self._mirrored if e.rule == "average" and not e.tensor.is_inference()]
+        self._mirrored = [pair for pair in pairs if not pair.loose]
+        self._tensors = [pair.live for pair in self._mirrored]
+        written = [e.live for e in self._mirrored if e.rule == "average" and not e.live.is_inference()]
         self._few = written[:: -(-len(written) // _FEW)] if written else []
         self._host = backends.host(backend)
         self._backend = backend
@@ -72,10 +72,10 @@ class Shadow:
         self._dicts = [slots for module in modules for slots in (module._parameters, module._buffers, module._modules)]
         self._gathered = sharded.GatheredParameters(modules)
         self._parts: list[tuple[Any, Tensor]] = [
-            (entry.whole, entry.tensor) for entry in managed if sharded.is_dtensor(entry.whole)
+            (pair.whole, pair.live) for pair in pairs if sharded.is_dtensor(pair.whole)
         ]  # DTensors and their local tensors
         self._zero3_parts: list[tuple[Any, Tensor]] = [
-            (entry.whole, entry.tensor) for entry in managed if sharded.is_partitioned(entry.whole)
+            (pair.whole, pair.live) for pair in pairs if sharded.is_partitioned(pair.whole)
         ]
         self._swap: Swap | None = None  # the one that is entered, or was last
         self._which = 0  # the shadow that it exchanges
@@ -90,27 +90,22 @@ class Shadow:
     # ---- building ----
 
     def _build(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
-        groups: dict[int, list[Managed]] = {}
-        for entry in self._mirrored:
-            groups.setdefault(entry.tensor.untyped_storage()._cdata, []).append(entry)
-        refuse_two_storages_over_one_memory([entries[0] for entries in groups.values()])
+        groups: dict[int, list[Pair]] = {}
+        for pair in self._mirrored:
+            groups.setdefault(pair.live.untyped_storage()._cdata, []).append(pair)
+        refuse_two_storages_over_one_memory([pairs[0] for pairs in groups.values()])
         self.live_storage_ids = frozenset(groups)
         swap.refuse_foreign("building a FastEMA", self.live_storage_ids)  # it would start from the other's average
         storage_of = {
             key: ShadowStorage(
-                entries, dtype, device, self.count, self._host, self._may_be_split(entries[0].tensor.device, device)
+                pairs, dtype, device, self.count, self._host, self._may_be_split(pairs[0].live.device, device)
             )
-            for key, entries in groups.items()
+            for key, pairs in groups.items()
         }
         self._storages = list(storage_of.values())
-        self._averages = [
-            [
-                Average.of(entry, None if entry.loose else storage_of[entry.tensor.untyped_storage()._cdata], which)
-                for entry in self.managed
-            ]
-            for which in range(self.count)
-        ]  # [count][managed]
-        self._loose = [[average for average in averages if average.storage is None] for averages in self._averages]
+        for pair in self.pairs:
+            pair.keep_in(None if pair.loose else storage_of[pair.live.untyped_storage()._cdata], self.count)
+        self._loose = [pair for pair in self.pairs if pair.loose]
         self.storage_ids = self.live_storage_ids | {
             shadow.untyped_storage()._cdata for storage in self._storages for shadow in storage.shadows
         }
@@ -125,10 +120,10 @@ class Shadow:
 
     def _build_plans(self) -> None:
         segments = [segment for storage in self._storages for segment in storage.segments]
-        averages = [average for each in self._averages for average in each]
-        loose_averages = [average for average in averages if average.storage is None]
-        self.plans = Plans(segments, self._backend, [average.view for average in averages], loose_averages)
-        loose = [slot for average in self._loose[0] for slot in average.entry.slots]
+        views = [average.view for pair in self.pairs for average in pair.averages]
+        loose_averages = [average for pair in self._loose for average in pair.averages]
+        self.plans = Plans(segments, self._backend, views, loose_averages)
+        loose = [slot for pair in self._loose for slot in pair.slots]
         shadows = [shadow for storage in self._storages for shadow in storage.shadows]
         with self._gathered.set_aside():
             self._watch: contract.Watch = self._host.Watch(self._dicts, self._tensors, shadows, loose)
@@ -139,7 +134,7 @@ class Shadow:
 
     def averaged_names(self) -> list[str]:
         """Return the names of what is averaged, not copied."""
-        return [name for entry in self.managed if entry.rule == "average" for name in entry.names]
+        return [name for pair in self.pairs if pair.rule == "average" for name in pair.names]
 
     @property
     def is_sharded(self) -> bool:
@@ -164,9 +159,9 @@ class Shadow:
     def _weights_now(self) -> dict[str, Tensor]:
         """Return the model's tensors by name; the sharded ones where an FSDP module has gathered them."""
         now = dict(named_tensors(self._source))
-        for entry in self._mirrored:
-            if sharded.is_dtensor(entry.whole):
-                now.update({name: entry.whole for name in entry.names if not sharded.is_dtensor(now.get(name))})
+        for pair in self._mirrored:
+            if sharded.is_dtensor(pair.whole):
+                now.update({name: pair.whole for name in pair.names if not sharded.is_dtensor(now.get(name))})
         return now
 
     def _holds(self, watch: Callable[[], bool]) -> bool:
@@ -233,7 +228,7 @@ class Shadow:
         if not self.plans.offloaded:
             return
         stepped = {id(parameter) for parameter in parameters}
-        others = {entry.tensor.untyped_storage()._cdata for entry in self._mirrored if id(entry.whole) not in stepped}
+        others = {pair.live.untyped_storage()._cdata for pair in self._mirrored if id(pair.whole) not in stepped}
         for plan in self.plans.offloaded:
             plan.defer_copies_until_step(self.live_storage_ids - others)
 
@@ -254,7 +249,7 @@ class Shadow:
         reason = (
             "the shadow is in host memory" if self.plans.offloaded else
             "the model is sharded" if self.is_sharded else
-            "a buffer of the model is replaced by every forward" if self._loose[0] else None
+            "a buffer of the model is replaced by every forward" if self._loose else None
         )  # fmt: skip
         if reason is not None:
             raise RuntimeError(f"{reason}: call update() outside the compiled function")
@@ -265,7 +260,7 @@ class Shadow:
         """Update `operands()`, or the tensors of the same shapes that a compiled graph has for them.
 
         Raises:
-            RuntimeError: managed tensors overlap, which the graph's tensors cannot show.
+            RuntimeError: tensors overlap, which the graph's tensors cannot show.
         """
         own_shadows, own_lives = self.operands()
         own = [tensor.data_ptr() for tensor in (*own_shadows, *own_lives)]
@@ -276,14 +271,14 @@ class Shadow:
             raise RuntimeError("tensors of the model overlap in memory: call update() outside the compiled function")
         given = {id(own): tensor for own, tensor in zip(own_shadows, shadows, strict=True)}
         segments = []
-        for live, averages in zip(lives, zip(*self._averages, strict=True), strict=True):
+        for live, pair in zip(lives, self._mirrored, strict=True):
             targets, lows = [], []
-            for which, average in enumerate(averages):
+            for which, average in enumerate(pair.averages):
                 assert average.storage is not None  # operands() refuses loose ones
                 targets.append(_same_view(average.view, given[id(average.storage.shadows[which])]))
                 if average.low is not None:
                     lows.append(_same_view(average.low, given[id(average.storage.lows[which])]))
-            segments.append(Segment(targets, live, averages[0].entry.rule == "copy", lows))
+            segments.append(Segment(targets, live, pair.copy, lows))
         plan = plain_torch.Plan(segments, [])
         plan.update(args)
         self.nonfinite_elsewhere += plan.nonfinite_count()
@@ -305,7 +300,7 @@ class Shadow:
         return self._swap is not None and self._swap.by_contents
 
     def versions(self) -> int:
-        """Return a number that changes whenever autograd sees a write to a managed tensor."""
+        """Return a number that changes whenever autograd sees a write to one of the tensors."""
         return sum(tensor._version for tensor in self._tensors if not tensor.is_inference())
 
     def versions_of_few(self) -> list[int]:
@@ -313,8 +308,8 @@ class Shadow:
         return [tensor._version for tensor in self._few]
 
     def has(self, tensor: Tensor) -> bool:
-        """Return whether `tensor` has memory of a managed one, or is in its place."""
-        if any(tensor is entry.whole for entry in self.managed):
+        """Return whether `tensor` has memory of one of these, or is in its place."""
+        if any(tensor is pair.whole for pair in self.pairs):
             return True
         local = sharded.local_part(tensor)
         return why_no_storage(local) is None and local.untyped_storage()._cdata in self.live_storage_ids
@@ -341,15 +336,15 @@ class Shadow:
             )
         chosen = self._swaps[key]
         self._swap, self._which = chosen, which
-        self._loose_live = [average.entry.current() for average in self._loose[which]]
-        copies = [average.view.clone() for average in self._loose[which]]
+        self._loose_live = [pair.current() for pair in self._loose]
+        copies = [pair.averages[which].view.clone() for pair in self._loose]
         chosen.enter()
         if copies:
             self._put_loose(copies)
 
     def _put_loose(self, tensors: list[Tensor]) -> None:
-        for average, tensor in zip(self._loose[self._which], tensors, strict=True):
-            average.entry.put(tensor)
+        for pair, tensor in zip(self._loose, tensors, strict=True):
+            pair.put(tensor)
 
     def _versioned(self) -> list[Tensor]:
         """Return the tensors that recorded graphs may refer to."""
@@ -369,7 +364,7 @@ class Shadow:
         try:
             self._gathered.drop()  # before the swap back, so that an interrupt cannot leave them behind
         finally:
-            averages = [average.entry.current() for average in self._loose[self._which]]
+            averages = [pair.current() for pair in self._loose]
             self._put_loose(self._loose_live)
             try:
                 is_unchanged = self._swap.leave(self._is_unchanged, self._weights_now)
@@ -387,30 +382,30 @@ class Shadow:
 
     # ---- the average and the live values, by tensor ----
 
-    def averages(self, which: int) -> list[tuple[Managed, Tensor]]:
-        """Return every managed tensor with its average.
+    def averages(self, which: int) -> list[tuple[Pair, Tensor]]:
+        """Return every tensor with its average.
 
         The averages share memory with the EMA. Copies, right then and after, are those that are in the model right now,
         and float32 ones of bfloat16 tensors, which are kept in two planes.
         """
         result = []
-        for own, stored in zip(self._averages[which], self.stored(which), strict=True):
-            is_copied = stored is not own and stored.low is None  # it is in the model
+        for pair, stored in zip(self.pairs, self.stored(which), strict=True):
+            is_copied = stored is not pair.averages[which] and stored.low is None  # it is in the model
             value = stored.like_model(stored.view.clone()) if is_copied else stored.value()
-            result.append((own.entry, value))
+            result.append((pair, value))
         return result
 
-    def weights(self, which: int) -> list[tuple[Managed, Tensor]]:
-        """Return every managed tensor with its average as a swap puts it into the model, rounded to bfloat16 if it is.
+    def weights(self, which: int) -> list[tuple[Pair, Tensor]]:
+        """Return every tensor with its average as a swap puts it into the model, rounded to bfloat16 if it is.
 
         They share memory with the EMA, or with the model while they are in it.
         """
-        return [(average.entry, average.like_model(average.view)) for average in self.stored(which)]
+        return [(average.pair, average.like_model(average.view)) for average in self.stored(which)]
 
     def stored(self, which: int) -> list[Average]:
         """Return every average as it is kept now: beside the model or, while a swap has put it there, in it."""
         self.plans.synchronize()
-        averages = self._averages[which]
+        averages = [pair.averages[which] for pair in self.pairs]
         if not self.is_applied or which != self._which:
             return averages
         return [average.in_model() for average in averages]
@@ -418,11 +413,8 @@ class Shadow:
     def live_values(self) -> dict[str, Tensor]:
         """Return the live values by name, while the averages are in the model."""
         assert self._swap is not None
-        loose = zip(self._loose[self._which], self._loose_live, strict=True)
-        return {
-            **self._swap.live_values(),
-            **{name: live for average, live in loose for name in average.entry.names},
-        }
+        loose = zip(self._loose, self._loose_live, strict=True)
+        return {**self._swap.live_values(), **{name: live for pair, live in loose for name in pair.names}}
 
 
 def _unless_one_trains(frozen: Sequence[Tensor], update: Callable[..., str | None]) -> Callable[..., str | None]:

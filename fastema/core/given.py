@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from fastema import backends
 from fastema.backends import contract
 from fastema.backends import torch as plain_torch
 from fastema.backends.contract import Segment, UpdateArgs
+from fastema.core.pairs import Average, Pair
 from fastema.core.plans import Plans
 from fastema.core.policy import AVERAGED_DTYPES
 from fastema.core.swap import Swap, SwapBuffer, entered, exchange_of, refuse_foreign
@@ -37,22 +37,13 @@ class UseTorchFallback(Exception):
     """Signal that torch's own update must run: it gives the result, or the error."""
 
 
-@dataclass(frozen=True)
-class GivenPair:
-    """A tensor of the averaged module and the live one in the same position."""
+def _is_regular(pair: Pair) -> bool:
+    return pair.averaged.shape == pair.live.shape and not any(map(why_no_storage, (pair.averaged, pair.live)))
 
-    averaged: Tensor
-    live: Tensor
-    copy: bool  # at every update, rather than averaged
 
-    @property
-    def is_regular(self) -> bool:
-        return self.averaged.shape == self.live.shape and not any(map(why_no_storage, (self.averaged, self.live)))
-
-    @property
-    def is_same_place(self) -> bool:
-        """True if both are at one place of two storages of one layout."""
-        return _layout(self.averaged) == _layout(self.live)
+def _is_same_place(pair: Pair) -> bool:
+    """Return True if both are at one place of two storages of one layout."""
+    return _layout(pair.averaged) == _layout(pair.live)
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:
@@ -103,11 +94,8 @@ class GivenAverages:
             raise UseTorchFallback  # TorchScript stores them elsewhere
         refuse_elsewhere("AveragedModel", tensors_by_name(model).items())
         self.pairs, self._counts = _paired(averaged, model, use_buffers)
-        self.is_regular = all(pair.is_regular for pair in self.pairs)
+        self.is_regular = all(map(_is_regular, self.pairs))
         self._use_buffers = use_buffers
-        self._names: dict[int, list[str]] = {}
-        for name, tensor in tensors_by_name(model).items():
-            self._names.setdefault(id(tensor), []).append(name)
         self._model = weakref.ref(model, forget)
         self._host = backends.host(backends.default_name())
         tensors = [tensor for pair in self.pairs for tensor in (pair.averaged, pair.live)]
@@ -169,17 +157,16 @@ class GivenAverages:
         return self._swap
 
     def _built_swap(self) -> Swap:
-        groups: dict[int, list[GivenPair]] = {}
+        groups: dict[int, list[Pair]] = {}
         for pair in self.pairs:
             if pair.averaged.numel() and _span(pair.averaged) != _span(pair.live):
                 groups.setdefault(pair.live.untyped_storage()._cdata, []).append(pair)
         buffers = _buffers_of(groups)
         exchange = exchange_of(buffers, [t for pair in self.pairs for t in (pair.averaged, pair.live)], self._host)
         moved = [pair for group in groups.values() for pair in group]
-        tensors = [(self._names.get(id(pair.live), []), pair.live, pair.copy) for pair in moved]
         model = self._model()
         assert model is not None
-        swap = Swap(_OWNER, _DROPPED, tensors, exchange, buffers, model.modules())
+        swap = Swap(_OWNER, _DROPPED, moved, exchange, buffers, model.modules())
         for buffer in buffers:
             buffer.free()
         return swap
@@ -196,7 +183,7 @@ class GivenAverages:
             refuse_foreign(what, frozenset(storages))
 
 
-def _paired(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[list[GivenPair], tuple[int, int]]:
+def _paired(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[list[Pair], tuple[int, int]]:
     """Return the pairs of an AveragedModel and a live model, as torch zips them: surplus tensors are left out.
 
     Returns:
@@ -205,6 +192,15 @@ def _paired(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[l
     Raises:
         UseTorchFallback: the numbers of buffers differ, which torch itself reports.
     """
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors_by_name(model).items():
+        names.setdefault(id(tensor), []).append(name)
+
+    def pair_of(average: Tensor, live: Tensor, copy: bool) -> Pair:
+        pair = Pair(live, "copy" if copy else "average", names.get(id(live), []))
+        pair.averages.append(Average(pair, average))
+        return pair
+
     module: nn.Module = averaged.module  # type: ignore[assignment]
     buffers, live_buffers = list(module.buffers()), list(model.buffers())
     if use_buffers:
@@ -214,10 +210,8 @@ def _paired(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[l
         ours, theirs = list(averaged.parameters()), list(model.parameters())
         if len(buffers) != len(live_buffers):
             raise UseTorchFallback
-        copied = [GivenPair(a, b, copy=True) for a, b in zip(buffers, live_buffers, strict=True)]
-    pairs = [
-        GivenPair(a, b, copy=not (a.is_floating_point() or a.is_complex())) for a, b in zip(ours, theirs, strict=False)
-    ]
+        copied = [pair_of(a, b, copy=True) for a, b in zip(buffers, live_buffers, strict=True)]
+    pairs = [pair_of(a, b, not (a.is_floating_point() or a.is_complex())) for a, b in zip(ours, theirs, strict=False)]
     return pairs + copied, (len(ours) + len(copied), len(theirs) + len(copied))
 
 
@@ -228,7 +222,7 @@ class Update:
         UseTorchFallback: pairs for which torch has a rule of its own, or an error.
     """
 
-    def __init__(self, pairs: list[GivenPair], host: Any) -> None:
+    def __init__(self, pairs: list[Pair], host: Any) -> None:
         self._pairs = [(pair.averaged.detach(), pair.live.detach()) for pair in pairs]
         self._host = host
         # Bytes of an averaged storage, and of a second one over its memory for the kernels: csrc/storage_exchange.h.
@@ -319,7 +313,7 @@ class Update:
             averaged.copy_(live)
 
 
-def _refuse_overlaps(pairs: list[GivenPair]) -> None:
+def _refuse_overlaps(pairs: list[Pair]) -> None:
     """Raise UseTorchFallback where averaged tensors share memory: torch averages it once for each tensor.
 
     Live tensors may overlap each other, averaged ones nothing.
@@ -338,7 +332,7 @@ def _refuse_overlaps(pairs: list[GivenPair]) -> None:
         ends[device, is_averaged] = max(end, ends.get((device, is_averaged), 0))
 
 
-def _buffers_of(groups: dict[int, list[GivenPair]]) -> list[SwapBuffer]:
+def _buffers_of(groups: dict[int, list[Pair]]) -> list[SwapBuffer]:
     """Return the buffer to swap with each live storage: the averaged one, or scratch memory."""
     owners: dict[int, set[int]] = {}  # averaged storage -> live storages that use it
     for key, pairs in groups.items():
@@ -354,7 +348,7 @@ def _buffers_of(groups: dict[int, list[GivenPair]]) -> list[SwapBuffer]:
             and other.device == live.device
             and len(owners[other._cdata]) == 1
             and other._cdata not in groups
-            and all(pair.averaged.untyped_storage()._cdata == other._cdata and pair.is_same_place for pair in pairs)
+            and all(pair.averaged.untyped_storage()._cdata == other._cdata and _is_same_place(pair) for pair in pairs)
         )
         if is_direct:
             buffers.append(SwapBuffer(live, other, [], [], [], 0))
@@ -368,7 +362,7 @@ def _buffers_of(groups: dict[int, list[GivenPair]]) -> list[SwapBuffer]:
     return buffers
 
 
-def _unmanaged(pairs: Iterable[GivenPair], live: torch.UntypedStorage) -> list[tuple[int, int]]:
+def _unmanaged(pairs: Iterable[Pair], live: torch.UntypedStorage) -> list[tuple[int, int]]:
     """Return the bytes of a live storage outside all pairs."""
     runs = []
     for tensor in (pair.live for pair in pairs):

@@ -1,38 +1,95 @@
-"""The average of one tensor: where it is kept."""
+"""A tensor of a model and its averages: the one record of a tensor."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastema.core import sharded
-from fastema.core.policy import Managed
-from fastema.core.storages import ShadowStorage
 from fastema.memory import planes
-from fastema.memory.atomic_steps import Step
+from fastema.memory.atomic_steps import Step, run_atomically
+
+if TYPE_CHECKING:
+    from fastema.core.storages import ShadowStorage
+
+Rule = Literal["average", "copy", "skip"]
+
+
+@dataclass
+class Pair:
+    """One tensor of the model with all its names and its rule, and its averages."""
+
+    whole: Tensor  # the tensor in the model; a DTensor if the model is sharded
+    rule: Rule
+    names: list[str] = field(default_factory=list)
+    averages: list[Average] = field(default_factory=list, repr=False)  # [count]; empty until they have memory
+    slots: list[tuple[dict[str, Any], str]] = field(default_factory=list)  # (dict, key) of each place in a module
+    persistent: bool = True  # False: a buffer that state_dict() leaves out
+    loose: bool = False  # a copied buffer that the model reassigns: looked up in its slot at every update
+    live: Tensor = field(init=False)  # the local memory: `whole`, or of a sharded tensor the local one
+    layout: str = field(init=False)  # description at the time of building, for errors: `tensor.data = ...` changes it
+
+    def __post_init__(self) -> None:
+        self.live = sharded.local_part(self.whole)
+        lazy = nn.parameter.is_lazy(self.whole)  # a lazy parameter has no shape
+        shape = "?" if lazy else tuple(sharded.shape_of(self.whole))
+        self.layout = f"{shape} {self.live.dtype} on {self.live.device}{sharded.placement(self.whole)}"
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def copy(self) -> bool:
+        """True if it is copied at every update rather than averaged."""
+        return self.rule == "copy"
+
+    @property
+    def averaged(self) -> Tensor:
+        """The only average, or the first one."""
+        return self.averages[0].view
+
+    @property
+    def is_saved(self) -> bool:
+        """True if `state_dict()` includes it: all but copies of non-persistent buffers."""
+        return self.persistent or not self.copy
+
+    def current(self) -> Tensor:
+        """Return the tensor that is in the slot now."""
+        value = self.slots[0][0].get(self.slots[0][1]) if self.slots else None
+        return value if isinstance(value, Tensor) else self.whole
+
+    def put(self, tensor: Tensor) -> None:
+        """Put `tensor` into every slot."""
+        run_atomically([partial(dict.__setitem__, slots, key, tensor) for slots, key in self.slots])
+
+    def keep_in(self, storage: ShadowStorage | None, count: int) -> None:
+        """Take the averages in `storage`; None: the model reassigns the tensor, and each is a tensor of its own."""
+        if storage is None:
+            self.averages = [Average(self, self.live.detach().clone()) for _ in range(count)]
+            return
+        self.averages = [
+            Average(self, storage.view_of(self.live, which), storage.low_of(self.live, which), storage)
+            for which in range(count)
+        ]
 
 
 @dataclass
 class Average:
-    """The average of a managed tensor, or the copy of one whose rule is "copy"."""
+    """One average of a tensor, or the copy of one whose rule is "copy": where it is kept."""
 
-    entry: Managed
+    pair: Pair = field(repr=False)
     view: Tensor  # of the shadow; of two planes the high one
-    low: Tensor | None  # the low plane
-    storage: ShadowStorage | None  # None: the model reassigns the tensor, and `view` is a tensor of its own
-
-    @classmethod
-    def of(cls, entry: Managed, storage: ShadowStorage | None, which: int) -> Average:
-        if storage is None:
-            return cls(entry, entry.tensor.detach().clone(), None, None)
-        return cls(entry, storage.view_of(entry.tensor, which), storage.low_of(entry.tensor, which), storage)
+    low: Tensor | None = None  # the low plane
+    storage: ShadowStorage | None = None  # None: `view` is a tensor of its own
 
     def like_model(self, local: Tensor) -> Tensor:
         """Return `local` as the model has the tensor: as a DTensor if that is one."""
-        return sharded.as_dtensor_like(self.entry.whole, local.detach())
+        return sharded.as_dtensor_like(self.pair.whole, local.detach())
 
     def in_model(self) -> Average:
         """Return the average as it is while a swap has put it into the model; itself if its memory stays."""
@@ -42,7 +99,7 @@ class Average:
 
     def copy_loose(self, skip: Tensor | None) -> None:
         """Copy the tensor that is in the module's slot now, unless `skip` is not 0."""
-        live, shadow = self.entry.current().detach(), self.view
+        live, shadow = self.pair.current().detach(), self.view
         if (shadow.shape, shadow.dtype, shadow.device) != (live.shape, live.dtype, live.device):
             self.view = live.clone()
         elif skip is None:
@@ -56,7 +113,7 @@ class Average:
             return self.like_model(self.view)
         return self.like_model(self.low.new_empty((), dtype=torch.float32).expand(self.low.shape))
 
-    def filling(self, value: Tensor | Average) -> list[Step]:
+    def fill_steps(self, value: Tensor | Average) -> list[Step]:
         """Return steps for `run_atomically` that copy a value into the average."""
         if isinstance(value, Average):
             if self.low is not None and value.low is not None:
@@ -66,8 +123,8 @@ class Average:
         target, part = sharded.assignment(self.shown(), value)
         if self.low is None:
             return [partial(Tensor.copy_, target, part)]
-        own = slice(target.numel()) if sharded.is_partitioned(self.entry.whole) else ...  # without its padding
-        return planes.filling(self.view.detach()[own], self.low[own], part.detach())
+        own = slice(target.numel()) if sharded.is_partitioned(self.pair.whole) else ...  # without its padding
+        return planes.fill_steps(self.view.detach()[own], self.low[own], part.detach())
 
     def value(self) -> Tensor:
         """Return the average; of two planes a copy."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fastema.core import sharded
+from fastema.core.pairs import Pair, Rule
 from fastema.core.tensors import why_no_storage
-from fastema.memory.atomic_steps import run_atomically
 
-Rule = Literal["average", "copy", "skip"]
 Buffers = Literal["auto", "average", "copy", "skip"]
 #: (name, tensor, the module that owns it or None) -> a rule, or None for the default.
 Policy = Callable[[str, Tensor, "nn.Module | None"], "Rule | None"]
@@ -34,44 +32,6 @@ AVERAGED_DTYPES = frozenset(
 )
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # submodules of torch.compile and of activation checkpointing
 _PRECEDENCE: dict[Rule, int] = {"average": 0, "copy": 1, "skip": 2}
-
-
-@dataclass
-class Managed:
-    """One tensor of the model with all its names and its rule."""
-
-    whole: Tensor  # the tensor in the model; a DTensor if the model is sharded
-    rule: Rule
-    persistent: bool  # False: a buffer that state_dict() leaves out
-    names: list[str] = field(default_factory=list)
-    slots: list[tuple[dict[str, Any], str]] = field(default_factory=list)  # (dict, key) of each place in a module
-    loose: bool = False  # a copied buffer that the model reassigns: looked up in its slot at every update
-    tensor: Tensor = field(init=False)  # the local memory: `whole`, or of a sharded tensor the local one
-    layout: str = field(init=False)  # description at the time of building, for errors: `tensor.data = ...` changes it
-
-    def __post_init__(self) -> None:
-        self.tensor = sharded.local_part(self.whole)
-        lazy = nn.parameter.is_lazy(self.whole)  # a lazy parameter has no shape
-        shape = "?" if lazy else tuple(sharded.shape_of(self.whole))
-        self.layout = f"{shape} {self.tensor.dtype} on {self.tensor.device}{sharded.placement(self.whole)}"
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-    def current(self) -> Tensor:
-        """Return the tensor that is in the slot now."""
-        value = self.slots[0][0].get(self.slots[0][1]) if self.slots else None
-        return value if isinstance(value, Tensor) else self.whole
-
-    def put(self, tensor: Tensor) -> None:
-        """Put `tensor` into every slot."""
-        run_atomically([partial(dict.__setitem__, slots, key, tensor) for slots, key in self.slots])
-
-    @property
-    def is_saved(self) -> bool:
-        """True if `state_dict()` includes it: all but copies of non-persistent buffers."""
-        return self.persistent or self.rule == "average"
 
 
 @dataclass(frozen=True)
@@ -195,7 +155,7 @@ def collect(
     policy: Policy | None = None,
     replaced: Collection[str] = (),
     kept: Mapping[str, Rule | None] = MappingProxyType({}),
-) -> list[Managed]:
+) -> list[Pair]:
     """Return all tensors that are averaged or copied, each once, in the model's order.
 
     Args:
@@ -208,7 +168,7 @@ def collect(
     """
     if buffers not in get_args(Buffers):
         raise ValueError(f"buffers must be one of {get_args(Buffers)}, got {buffers!r}")
-    found: dict[int, Managed] = {}
+    found: dict[int, Pair] = {}
     by_name: dict[str, Tensor] = {}
     for slot in _slots(source):
         if not isinstance(slot.tensor, Tensor):
@@ -220,25 +180,25 @@ def collect(
             rule = _rule_for(slot, buffers, None if slot.name in kept else policy)
         if rule != "skip":
             _refuse_unmanageable(slot)
-        managed = found.setdefault(id(slot.tensor), Managed(slot.tensor, rule, slot.persistent))
-        managed.names.append(slot.name)
+        pair = found.setdefault(id(slot.tensor), Pair(slot.tensor, rule, persistent=slot.persistent))
+        pair.names.append(slot.name)
         if slot.place is not None:
-            managed.slots.append(slot.place)
-        managed.persistent |= slot.persistent
-        managed.rule = min(
-            managed.rule, rule, key=_PRECEDENCE.__getitem__
+            pair.slots.append(slot.place)
+        pair.persistent |= slot.persistent
+        pair.rule = min(
+            pair.rule, rule, key=_PRECEDENCE.__getitem__
         )  # a tied tensor takes the strongest rule of its names
-    selected = [managed for managed in found.values() if managed.rule != "skip"]
-    for managed in selected:
-        managed.loose = managed.rule == "copy" and managed.name in replaced and managed.tensor is managed.whole
-    if not any(managed.rule == "average" for managed in selected):
+    selected = [pair for pair in found.values() if pair.rule != "skip"]
+    for pair in selected:
+        pair.loose = pair.rule == "copy" and pair.name in replaced and pair.live is pair.whole
+    if not any(pair.rule == "average" for pair in selected):
         what = "parameters" if isinstance(source, nn.Module) else "tensors"
         raise ValueError(f"nothing to average: the model has no floating-point {what}, or the policy skips them all")
     return selected
 
 
-def frozen_parameters(source: Source, managed: Iterable[Managed]) -> list[Tensor]:
+def frozen_parameters(source: Source, pairs: Iterable[Pair]) -> list[Tensor]:
     """Return the parameters that are not averaged and need no gradient: once one does, a policy may say otherwise."""
-    averaged = {id(entry.whole) for entry in managed if entry.rule == "average"}
+    averaged = {id(pair.whole) for pair in pairs if pair.rule == "average"}
     parameters = {id(tensor): tensor for _, tensor in named_tensors(source) if isinstance(tensor, nn.Parameter)}
     return [each for key, each in parameters.items() if key not in averaged and not each.requires_grad]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastema.core import sharded
-from fastema.core.averages import Shadow
+from fastema.core.averages import Averages
 from fastema.core.checks import difference, first_few, refuse_differences
-from fastema.core.pairs import Average
-from fastema.core.policy import Managed, Source, clean_name, named_tensors, unwrapped
+from fastema.core.pairs import Average, Pair
+from fastema.core.policy import Source, clean_name, named_tensors, unwrapped
 from fastema.core.swap import SwapError
 from fastema.core.tensors import why_no_storage, why_not_writable
 from fastema.memory.atomic_steps import Step, run_atomically
@@ -38,19 +38,19 @@ class LoadResult(NamedTuple):
 _Average = TypeVar("_Average", Tensor, Average)
 
 
-def averages_by_name(shadow: Shadow, which: int) -> dict[str, Tensor]:
+def averages_by_name(shadow: Averages, which: int) -> dict[str, Tensor]:
     """Return every average under each of its names."""
     return by_name(shadow.averages(which))
 
 
-def stored_by_name(shadow: Shadow, which: int, saved_only: bool = False) -> dict[str, Average]:
+def stored_by_name(shadow: Averages, which: int, saved_only: bool = False) -> dict[str, Average]:
     """Return where every average is kept, under each of its names."""
-    return by_name([(average.entry, average) for average in shadow.stored(which)], saved_only)
+    return by_name([(average.pair, average) for average in shadow.stored(which)], saved_only)
 
 
-def by_name(averages: list[tuple[Managed, _Average]], saved_only: bool = False) -> dict[str, _Average]:
+def by_name(averages: list[tuple[Pair, _Average]], saved_only: bool = False) -> dict[str, _Average]:
     """Return averages under each of their names; `saved_only`: what a state holds."""
-    return {name: average for entry, average in averages if entry.is_saved or not saved_only for name in entry.names}
+    return {name: average for pair, average in averages if pair.is_saved or not saved_only for name in pair.names}
 
 
 # ---- whole models ----
@@ -58,31 +58,31 @@ def by_name(averages: list[tuple[Managed, _Average]], saved_only: bool = False) 
 
 def model_state(
     source: Source,
-    shadow: Shadow,
-    averages: list[tuple[Managed, Tensor]],
+    shadow: Averages,
+    averages: list[tuple[Pair, Tensor]],
     is_in_model: bool,
     swapped: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, Any]:
-    """Return the averaged model under the model's own keys; what is not managed, as it is in the model.
+    """Return the averaged model under the model's own keys; what has none, as it is in the model.
 
     Entries that a hook of the module makes anew (clones, casts, slices) are taken while the averages are in the model.
 
     Args:
-        averages: of all managed tensors.
+        averages: of all tensors that have one.
         is_in_model: whether these averages are in the model now.
         swapped: open a block in which they are.
     """
     return _state_of_side(source, shadow, averages, is_in_model, swapped, "averaged")
 
 
-def live_state(model: Source, shadow: Shadow, restored: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
+def live_state(model: Source, shadow: Averages, restored: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
     """Return the trained model under its own keys, while the averages are in it.
 
     Args:
         restored: open a block in which they are not.
     """
     live = shadow.live_values()
-    tensors = [(entry, sharded.as_dtensor_like(entry.whole, live[entry.name].detach())) for entry in shadow.managed]
+    tensors = [(pair, sharded.as_dtensor_like(pair.whole, live[pair.name].detach())) for pair in shadow.pairs]
     return _state_of_side(model, shadow, tensors, False, restored, "trained")
 
 
@@ -114,8 +114,8 @@ def own_state(source: Source) -> dict[str, Any]:
 
 def _state_of_side(
     source: Source,
-    shadow: Shadow,
-    tensors: list[tuple[Managed, Tensor]],
+    shadow: Averages,
+    tensors: list[tuple[Pair, Tensor]],
     is_in_model: bool,
     put_in_model: Callable[[], AbstractContextManager[Any]],
     side: str,
@@ -123,12 +123,12 @@ def _state_of_side(
     """Return `source.state_dict()` with the tensors of one side: the averages, or the trained weights.
 
     Args:
-        tensors: those of that side, of all managed ones.
+        tensors: those of that side.
         is_in_model: True if that side is in the model now.
         put_in_model: open a block in which it is; used for values that `state_dict()` computes.
     """
     state = own_state(source)
-    values = {_place_of_entry(entry): tensor for entry, tensor in tensors}
+    values = {_place_of_pair(pair): tensor for pair, tensor in tensors}
     named = by_name(tensors)
     managed = {place[0] for place in values} | shadow.live_storage_ids
     unmanaged = {_place(tensor)[0] for _, tensor in named_tensors(source) if sharded.has_storage(tensor)} - managed
@@ -170,8 +170,8 @@ def _place(tensor: Tensor) -> Place:
     return place_of(sharded.local_part(tensor))
 
 
-def _place_of_entry(entry: Managed) -> Place:
-    return _place(entry.current() if entry.loose else entry.tensor)
+def _place_of_pair(pair: Pair) -> Place:
+    return _place(pair.current() if pair.loose else pair.live)
 
 
 def is_complete(source: Source) -> bool:
@@ -182,7 +182,7 @@ def is_complete(source: Source) -> bool:
         return False
 
 
-def refuse_averages_as_weights(source: Source, shadow: Shadow) -> None:
+def refuse_averages_as_weights(source: Source, shadow: Averages) -> None:
     """Raise RuntimeError where tensors of the model are the averages' own memory."""
     own = shadow.storage_ids - shadow.live_storage_ids
     names = [name for name, tensor in named_tensors(source) if sharded.has_storage(tensor) and _place(tensor)[0] in own]
@@ -194,14 +194,14 @@ def refuse_averages_as_weights(source: Source, shadow: Shadow) -> None:
         )
 
 
-def replaced_buffers(shadow: Shadow) -> set[str]:
+def replaced_buffers(shadow: Averages) -> set[str]:
     """Return the names of copied buffers that the model assigned anew while everything averaged stayed."""
-    if any(entry.rule == "average" and entry.slots and entry.current() is not entry.whole for entry in shadow.managed):
+    if any(pair.rule == "average" and pair.slots and pair.current() is not pair.whole for pair in shadow.pairs):
         return set()
     return {
-        entry.name
-        for entry in shadow.managed
-        if entry.rule == "copy" and not entry.loose and entry.current() is not entry.whole
+        pair.name
+        for pair in shadow.pairs
+        if pair.rule == "copy" and not pair.loose and pair.current() is not pair.whole
     }
 
 
@@ -209,7 +209,7 @@ def replaced_buffers(shadow: Shadow) -> set[str]:
 
 
 @torch.no_grad()
-def copy_averages(shadow: Shadow, which: int, target: Source) -> None:
+def copy_averages(shadow: Averages, which: int, target: Source) -> None:
     """Copy every average into the tensors of `target` with the same names: into bfloat16, what a swap puts there.
 
     Raises:
@@ -250,7 +250,7 @@ def saved_averages(state: Any) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tuple[LoadResult, list[Step]]:
+def loading(shadow: Averages, saved: list[dict[str, Tensor]], strict: bool) -> tuple[LoadResult, list[Step]]:
     """Prepare to load saved averages, one dictionary for each shadow, by value. Nothing is changed yet.
 
     Returns:
@@ -271,7 +271,7 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
         averages = stored_by_name(shadow, which, saved_only=True)
         own = {name: average.shown() for name, average in averages.items()}
         values = {
-            name: sharded.in_shape_of(averages[name].entry.whole, value) if name in averages else value
+            name: sharded.in_shape_of(averages[name].pair.whole, value) if name in averages else value
             for name, value in values.items()
         }
         missing = [name for name in own if name not in values]
@@ -281,7 +281,7 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
         differences += [sharded.difference(name, own[name], values[name]) for name in found]
         differences += [_unreadable(name, values[name]) for name in found]
         targets += [(averages[name], values[name]) for name in found]
-        loaded = {id(averages[name].entry) for name in found if averages[name].entry.rule == "average"}
+        loaded = {id(averages[name].pair) for name in found if averages[name].pair.rule == "average"}
         if not loaded and (values or not strict):
             theirs, ours = next(iter(values), None), next(iter(own))
             differences.append(f"none of its names is an average's here ({theirs!r} there, {ours!r} here). {_IMPORT}")
@@ -289,7 +289,7 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
             differences += [f"{name!r} is missing in the state" for name in missing]
             differences += [f"{name!r} is in the state, not in the model" for name in unexpected]
         else:
-            left += [n for n in missing if _is_parameter(averages[n]) and id(averages[n].entry) not in loaded]
+            left += [n for n in missing if _is_parameter(averages[n]) and id(averages[n].pair) not in loaded]
     refuse_differences("the state is of another model", differences)
     if left:
         warnings.warn(
@@ -297,15 +297,15 @@ def loading(shadow: Shadow, saved: list[dict[str, Tensor]], strict: bool) -> tup
             "with its counters",
             stacklevel=4,
         )
-    return LoadResult(missing, unexpected), [step for average, value in targets for step in average.filling(value)]
+    return LoadResult(missing, unexpected), [step for average, value in targets for step in average.fill_steps(value)]
 
 
 def _is_parameter(average: Average) -> bool:
-    return isinstance(average.entry.whole, nn.Parameter)
+    return isinstance(average.pair.whole, nn.Parameter)
 
 
 @torch.no_grad()
-def carry_over(old: Shadow, new: Shadow, may_begin: bool = False) -> list[str]:
+def carry_over(old: Averages, new: Averages, may_begin: bool = False) -> list[str]:
     """Copy the averages of a shadow into one that was built anew for the same model.
 
     What is only copied has no history: it may come, go and change.
@@ -319,20 +319,20 @@ def carry_over(old: Shadow, new: Shadow, may_begin: bool = False) -> list[str]:
     Raises:
         RuntimeError: an averaged tensor is new, gone, or of another shape, dtype or device.
     """
-    was = {name: entry for entry in old.managed if entry.rule == "average" for name in entry.names}
-    now = {name: entry for entry in new.managed if entry.rule == "average" for name in entry.names}
+    was = {name: pair for pair in old.pairs if pair.rule == "average" for name in pair.names}
+    now = {name: pair for pair in new.pairs if pair.rule == "average" for name in pair.names}
     begun = [name for name in now if name not in was]
     differences = [f"{name!r} is gone" for name in was if name not in now]
     differences += [] if may_begin else [f"{name!r} is new" for name in begun]
     differences += [
-        f"{name!r} is now {entry.layout}, was {was[name].layout}"
-        for name, entry in now.items()
-        if name in was and was[name].layout != entry.layout
+        f"{name!r} is now {pair.layout}, was {was[name].layout}"
+        for name, pair in now.items()
+        if name in was and was[name].layout != pair.layout
     ]
     refuse_differences("the model changed since FastEMA was built; build a new one", differences, RuntimeError)
     for which in range(old.count):
         before, after = (stored_by_name(shadow, which) for shadow in (old, new))
-        run_atomically([step for name in now if name in was for step in after[name].filling(before[name])])
+        run_atomically([step for name in now if name in was for step in after[name].fill_steps(before[name])])
     new.nonfinite_elsewhere = old.nonfinite_count()
     return begun
 
@@ -351,7 +351,7 @@ def _unwritable(name: str, value: Tensor, target: Tensor) -> str | None:
 
 
 @torch.no_grad()
-def fill(shadow: Shadow, which: int, values: dict[str, Tensor]) -> None:
+def fill(shadow: Averages, which: int, values: dict[str, Tensor]) -> None:
     """Copy values into the averages of the same names."""
     averages = stored_by_name(shadow, which)
-    run_atomically([step for name, value in values.items() for step in averages[name].filling(value)])
+    run_atomically([step for name, value in values.items() for step in averages[name].fill_steps(value)])

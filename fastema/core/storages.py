@@ -1,7 +1,7 @@
 """One storage of a model and its shadows, which hold the averages of the tensors on it.
 
 A shadow has the layout of the live storage (wider, if its dtype is), so tied and overlapping tensors are averaged once
-and a transposed or channels_last tensor needs no special case. Where the managed tensors span less than half of the
+and a transposed or channels_last tensor needs no special case. Where these tensors span less than half of the
 storage, the shadow holds that span alone.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastema.backends import contract
 from fastema.backends.contract import Segment
 from fastema.backends.exchange import ContentsExchange
-from fastema.core.policy import Managed
+from fastema.core.pairs import Pair
 from fastema.core.swap import Swap, SwapBuffer, exchange_of
 from fastema.memory.bytes import Run, allocate, element_runs, flat, gaps, merged, view_in, whole, without
 
@@ -57,7 +57,7 @@ class ShadowStorage:
     writes to.
 
     Args:
-        entries: the managed tensors on this storage.
+        pairs: of the tensors on this storage.
         wanted: the shadow's dtype; None: see `shadow_dtype`.
         device: the shadow's; None: the live storage's.
         count: how many shadows.
@@ -70,23 +70,23 @@ class ShadowStorage:
 
     def __init__(
         self,
-        entries: list[Managed],
+        pairs: list[Pair],
         wanted: torch.dtype | None,
         device: torch.device | None,
         count: int,
         host: Any,
         planes: bool = False,
     ) -> None:
-        self.live = entries[0].tensor.untyped_storage()
+        self.live = pairs[0].live.untyped_storage()
         self._host = host
-        live_dtype, widened = _real(entries[0].tensor.dtype), _widened_dtype(entries, wanted)
+        live_dtype, widened = _real(pairs[0].live.dtype), _widened_dtype(pairs, wanted)
         self.device = device or self.live.device
         on_one_device = self.device == self.live.device
         is_split = planes and on_one_device and (live_dtype, widened) == (torch.bfloat16, torch.float32)
         self._dtype = None if is_split else widened  # of all elements of a shadow; None: those of the live storage
         self._itemsizes = (1, 1) if self._dtype is None else (live_dtype.itemsize, self._dtype.itemsize)
         self.is_direct = self._dtype is None and on_one_device  # a shadow can take the live storage's place
-        self.runs = _runs_of(entries, keep_bytes=widened is None)
+        self.runs = _runs_of(pairs, keep_bytes=widened is None)
         self.begin, self.end = _span(self.runs, self.live.nbytes())  # bytes of the live storage that are mirrored
         self.is_part = self.end - self.begin < self.live.nbytes()
         self.rest = [] if self.is_part else gaps(self.runs, self.live.nbytes())
@@ -99,7 +99,7 @@ class ShadowStorage:
         ]  # [count], the low planes; empty: there are none
         self.refresh_memory()
         covered = sum(run.end - run.begin for run in self.runs)
-        self.overlaps = covered != sum(entry.tensor.numel() * entry.tensor.dtype.itemsize for entry in entries)
+        self.overlaps = covered != sum(pair.live.numel() * pair.live.dtype.itemsize for pair in pairs)
 
     def refresh_memory(self) -> None:
         """Let kernels use the memory that the shadows have now."""
@@ -156,16 +156,16 @@ class ShadowStorage:
         return SwapBuffer(self.live, storage, rest, casts, parts, self.begin)
 
 
-def refuse_two_storages_over_one_memory(entries: list[Managed]) -> None:
-    """Raise ValueError where two storages share memory. `entries`: one tensor of each storage."""
+def refuse_two_storages_over_one_memory(pairs: list[Pair]) -> None:
+    """Raise ValueError where two storages share memory. `pairs`: one tensor of each storage."""
     spans = []
-    for entry in entries:
-        storage = entry.tensor.untyped_storage()
+    for pair in pairs:
+        storage = pair.live.untyped_storage()
         if storage.nbytes() == 0:
             continue
         if storage.data_ptr() == 0:
-            raise ValueError(f"{entry.name!r} has no memory: its storage was freed, or it is a fake tensor")
-        spans.append((str(storage.device), storage.data_ptr(), storage.data_ptr() + storage.nbytes(), entry.name))
+            raise ValueError(f"{pair.name!r} has no memory: its storage was freed, or it is a fake tensor")
+        spans.append((str(storage.device), storage.data_ptr(), storage.data_ptr() + storage.nbytes(), pair.name))
     spans.sort()
     for (device, _, end, name), (next_device, begin, _, next_name) in pairwise(spans):
         if device == next_device and begin < end:
@@ -178,7 +178,7 @@ def refuse_two_storages_over_one_memory(entries: list[Managed]) -> None:
 def swap_of(
     storages: Sequence[ShadowStorage],
     which: int,
-    entries: Sequence[Managed],
+    pairs: Sequence[Pair],
     versioned: Sequence[Tensor],
     host: Any,
     contents_of: Sequence[contract.Plan] | None,
@@ -187,7 +187,7 @@ def swap_of(
     """Return the swap of live weights and average `which`.
 
     Args:
-        entries: the managed tensors on these storages.
+        pairs: of the tensors on these storages.
         versioned: tensors that recorded graphs may refer to.
         host: the backend whose `StorageExchange` to use.
         contents_of: the plans that exchange contents; None: pointers are exchanged.
@@ -208,10 +208,9 @@ def swap_of(
         if contents_of is None:
             exchange = exchange_of(buffers, versioned, host)
         else:
-            pairs = [(buffer.live, buffer.storage) for buffer in buffers]
-            exchange = ContentsExchange(contents_of, which, versioned, pairs)
-        tensors = [(entry.names, entry.tensor, entry.rule == "copy") for entry in entries]
-        return Swap(_OWNER, _DROPPED, tensors, exchange, buffers, modules)
+            places = [(buffer.live, buffer.storage) for buffer in buffers]
+            exchange = ContentsExchange(contents_of, which, versioned, places)
+        return Swap(_OWNER, _DROPPED, pairs, exchange, buffers, modules)
 
 
 def _span(runs: list[Run], nbytes: int) -> tuple[int, int]:
@@ -222,15 +221,15 @@ def _span(runs: list[Run], nbytes: int) -> tuple[int, int]:
     return (begin, end) if 2 * (end - begin) < nbytes else (0, nbytes)
 
 
-def _widened_dtype(entries: list[Managed], wanted: torch.dtype | None) -> torch.dtype | None:
+def _widened_dtype(pairs: list[Pair], wanted: torch.dtype | None) -> torch.dtype | None:
     """Return the dtype of a shadow that is not of the live dtype, else None: a storage widens as a whole."""
-    dtypes = {_real(entry.tensor.dtype) for entry in entries}
-    averaged = [entry.tensor.dtype for entry in entries if entry.rule == "average"]
+    dtypes = {_real(pair.live.dtype) for pair in pairs}
+    averaged = [pair.live.dtype for pair in pairs if pair.rule == "average"]
     widened = {_real(shadow_dtype(dtype, wanted)) for dtype in averaged if shadow_dtype(dtype, wanted) != dtype}
     if not widened:
         return None
     if len(dtypes) > 1:
-        names = ", ".join(repr(entry.name) for entry in entries[:3])
+        names = ", ".join(repr(pair.name) for pair in pairs[:3])
         raise ValueError(
             f"{names} share one storage with different dtypes ({', '.join(sorted(map(str, dtypes)))}), so their shadow "
             "cannot have another dtype than they have: clone() them apart"
@@ -238,23 +237,21 @@ def _widened_dtype(entries: list[Managed], wanted: torch.dtype | None) -> torch.
     return widened.pop()
 
 
-def _runs_of(entries: list[Managed], keep_bytes: bool) -> list[Run]:
+def _runs_of(pairs: list[Pair], keep_bytes: bool) -> list[Run]:
     """Return the disjoint runs of one storage; where tensors of both rules overlap, averaging wins."""
     averaged: list[Run] = []
     copied: list[Run] = []
-    for entry in entries:
-        copy = entry.rule == "copy"
-        itemsize = entry.tensor.dtype.itemsize
-        dtype = torch.uint8 if copy and keep_bytes else _real(entry.tensor.dtype)
+    for pair in pairs:
+        copy = pair.copy
+        itemsize = pair.live.dtype.itemsize
+        dtype = torch.uint8 if copy and keep_bytes else _real(pair.live.dtype)
         try:
-            runs = element_runs(entry.tensor)
+            runs = element_runs(pair.live)
         except ValueError as error:
-            raise ValueError(
-                f"{entry.name!r} {error}. To leave it out, return 'skip' for it from the policy."
-            ) from None
+            raise ValueError(f"{pair.name!r} {error}. To leave it out, return 'skip' for it from the policy.") from None
         (copied if copy else averaged).extend(Run(begin * itemsize, end * itemsize, dtype, copy) for begin, end in runs)
     try:
         average = merged(averaged)
         return average + without(merged(copied), average)
     except ValueError as error:
-        raise ValueError(f"{entries[0].name!r} {error}") from None
+        raise ValueError(f"{pairs[0].name!r} {error}") from None

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from fastema.backends.exchange import ContentsExchange
 from fastema.core import sharded
 from fastema.core.checks import first_few
 from fastema.core.compiled import Merges, clear_caches
+from fastema.core.pairs import Pair
 from fastema.core.tensors import has_own_operations, why_not_writable
 from fastema.memory.bytes import element_runs, place_of, view_in, whole
 from fastema.memory.streams import current_stream, has_streams
@@ -58,15 +59,12 @@ def refuse_foreign(what: str, storage_ids: frozenset[int], own: Swap | None = No
             raise RuntimeError(f"{what} while {swap.owner}")
 
 
-@dataclass
-class SwapEntry:
-    """One live tensor of a swap."""
+class _Live(NamedTuple):
+    """A tensor whose average is in the model."""
 
-    names: list[str]  # all its names in the model
-    place: tuple[Any, ...]  # of its local memory: see `place_of`
-    is_copied: bool  # its rule is "copy": its average may be lost
-    live_view: Tensor  # the live value while the average is in the model
-    kind: type[Tensor]  # the class of the tensor
+    pair: Pair
+    place: tuple[Any, ...]  # of its local memory when the swap was built: see `place_of`
+    value: Tensor  # the live value meanwhile
 
     def is_in_place(self, now: Tensor) -> bool:
         """Return True if `now` is at the same place of the same storage."""
@@ -76,11 +74,11 @@ class SwapEntry:
         """Return why the live value cannot be copied into `now`; None: it can. `taken`: storages not to write to."""
         if now is None:
             return "is gone"
-        reason = why_not_writable(now, self.live_view.dtype, self.kind)
+        reason = why_not_writable(now, self.value.dtype, type(self.pair.live))
         if reason is not None:
             return f"{reason} now"
-        if now.shape != self.live_view.shape:
-            return f"has shape {tuple(now.shape)} now, was {tuple(self.live_view.shape)}"
+        if now.shape != self.value.shape:
+            return f"has shape {tuple(now.shape)} now, was {tuple(self.value.shape)}"
         if now.untyped_storage()._cdata in taken:
             return "is in the memory of other weights or averages now"
         return None
@@ -154,7 +152,7 @@ class Swap:
     Args:
         owner: for the errors of others: "another ... is applied to the same model: do ... first".
         dropped: the warning if this object is deleted while entered.
-        tensors: of each live tensor of the swap all its names, itself, and whether its rule is "copy".
+        pairs: of the live tensors that change places.
         exchange: a backend's `StorageExchange`, or a `ContentsExchange`.
         buffers: one for each live storage; those that `exchange` swaps by pointer come first, in its order.
         modules: of the model, whose adapters must not be merged on one side of the swap only.
@@ -164,7 +162,7 @@ class Swap:
         self,
         owner: str,
         dropped: str,
-        tensors: Iterable[tuple[list[str], Tensor, bool]],
+        pairs: Iterable[Pair],
         exchange: StorageExchange | ContentsExchange,
         buffers: Sequence[SwapBuffer],
         modules: Iterable[nn.Module] = (),
@@ -174,15 +172,9 @@ class Swap:
         self.storage_ids = frozenset(s._cdata for buffer in buffers for s in (buffer.live, buffer.storage))
         self._dropped = dropped
         buffer_of = {buffer.live._cdata: buffer for buffer in buffers}
-        self._entries = [
-            SwapEntry(
-                names,
-                place_of(tensor),
-                is_copied,
-                buffer_of[tensor.untyped_storage()._cdata].view_of(tensor),
-                type(tensor),
-            )
-            for names, tensor, is_copied in tensors
+        self._lives = [
+            _Live(pair, place_of(pair.live), buffer_of[pair.live.untyped_storage()._cdata].view_of(pair.live))
+            for pair in pairs
         ]
         self._exchange = exchange
         self._buffers = buffers
@@ -200,7 +192,7 @@ class Swap:
 
     def live_values(self) -> dict[str, Tensor]:
         """Return the live values by name while the averages are in the model. They share its memory."""
-        return {name: entry.live_view for entry in self._entries for name in entry.names}
+        return {name: live.value for live in self._lives for name in live.pair.names}
 
     def enter(self) -> None:
         """Swap the averages in.
@@ -276,36 +268,36 @@ class Swap:
         damage = {buffer.live._cdata: self._damage(index) for index, buffer in enumerate(self._buffers)}
         taken = self.storage_ids | self._unmanaged(now)
         with_parts = {self._buffers[index].live._cdata for index in self._with_parts}
-        copies: list[tuple[Tensor, SwapEntry]] = []
+        copies: list[tuple[Tensor, _Live]] = []
         errors: list[str] = []
         changes: list[str] = []
-        for entry in self._entries:
-            storage = entry.place[0]  # the live one that it was in
-            for name in entry.names:
+        for live in self._lives:
+            storage, names = live.place[0], live.pair.names  # the live one that it was in
+            for name in names:
                 tensor = sharded.local_part(now[name]) if name in now else None
-                if tensor is not None and entry.is_in_place(tensor):
+                if tensor is not None and live.is_in_place(tensor):
                     reason = damage[storage]
                     if reason is None:
                         continue  # the exchange reaches it
                 else:
-                    reason = entry.why_not_copied_to(tensor, taken)
+                    reason = live.why_not_copied_to(tensor, taken)
                 if reason is None:
                     assert tensor is not None
-                    copies.append((tensor, entry))
-                    if not entry.is_copied:
+                    copies.append((tensor, live))
+                    if not live.pair.copy:
                         changes.append(f"{name!r} was replaced or moved")
-                elif entry.is_copied and not (storage in with_parts and damage[storage]):
+                elif live.pair.copy and not (storage in with_parts and damage[storage]):
                     changes.append(f"{name!r} {reason} and keeps the value that it has")
                 else:
                     errors.append(f"{name!r} {reason}")
-            if not entry.is_copied and damage[storage] is not None and not errors:
+            if not live.pair.copy and damage[storage] is not None and not errors:
                 # The average, or the live value, is lost with the storage.
-                errors.append(f"{entry.names[0]!r} {damage[storage]}")
+                errors.append(f"{names[0]!r} {damage[storage]}")
         errors += _shared(copies)
         if errors:
             raise self._error(errors)
         try:  # to the dtype and device of now: memory may be short
-            values = [entry.live_view.to(tensor.device, tensor.dtype) for tensor, entry in copies]
+            values = [live.value.to(tensor.device, tensor.dtype) for tensor, live in copies]
         except RuntimeError as error:
             raise self._error([str(error)]) from error
         for (tensor, _), value in zip(copies, values, strict=True):
@@ -320,7 +312,7 @@ class Swap:
 
     def _unmanaged(self, now: dict[str, Tensor]) -> frozenset[int]:
         """Return the storages (`_cdata`) of the model's tensors that are not of the swap."""
-        managed = {name for entry in self._entries for name in entry.names}
+        managed = {name for live in self._lives for name in live.pair.names}
         others = (sharded.local_part(tensor) for name, tensor in now.items() if name not in managed)
         return frozenset(other.untyped_storage()._cdata for other in others if sharded.has_storage(other))
 
@@ -365,16 +357,16 @@ def _write(tensor: Tensor, value: Tensor) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def _shared(copies: Iterable[tuple[Tensor, SwapEntry]]) -> list[str]:
+def _shared(copies: Iterable[tuple[Tensor, _Live]]) -> list[str]:
     """Return what to say of tensors that share memory now and did not: they cannot all take their live values."""
-    runs = [(tensor.untyped_storage()._cdata, *run, entry) for tensor, entry in copies for run in _byte_runs(tensor)]
+    runs = [(tensor.untyped_storage()._cdata, *run, live) for tensor, live in copies for run in _byte_runs(tensor)]
     runs.sort(key=lambda run: run[:3])
     errors = {}
     for before, after in pairwise(runs):
-        (storage, _, end, entry), (other_storage, begin, _, other) = before, after
+        (storage, _, end, live), (other_storage, begin, _, other) = before, after
         shares = storage == other_storage and begin < end
-        if shares and entry is not other and not _overlapped(entry.live_view, other.live_view):
-            errors[id(other)] = f"{other.names[0]!r} shares its memory with {entry.names[0]!r} now"
+        if shares and live is not other and not _overlapped(live.value, other.value):
+            errors[id(other)] = f"{other.pair.name!r} shares its memory with {live.pair.name!r} now"
     return list(errors.values())
 
 

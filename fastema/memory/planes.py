@@ -34,7 +34,7 @@ def split(values: Tensor) -> tuple[Tensor, Tensor]:
     return high, bits.to(torch.int16)
 
 
-def filling(high: Tensor, low: Tensor, values: Tensor) -> list[Step]:
+def fill_steps(high: Tensor, low: Tensor, values: Tensor) -> list[Step]:
     """Return steps for `run_atomically` that split values of any dtype and device into planes, without temporaries."""
     wide = values.to(torch.float32)
     is_nan = wide.isnan()

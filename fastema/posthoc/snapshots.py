@@ -197,7 +197,7 @@ class Snapshots:
             self._ema._ensure_current()
         weights = self._ema._shadow.weights(0)
         averages = state.by_name(
-            [(entry, average) for entry, average in weights if entry.rule == "average" and entry.is_saved], False
+            [(pair, average) for pair, average in weights if pair.rule == "average" and pair.is_saved], False
         )
         own_names = {_place(average): name for name, average in averages.items() if average.numel()}
         contents = _Contents({}, {}, {})

@@ -72,7 +72,7 @@ def test_memory_that_is_replaced_during_an_update_is_not_freed_under_it() -> Non
 
     def move() -> None:
         while not stop.is_set():
-            ema._shadow._averages[0][0].view.share_memory_()
+            ema._shadow.pairs[0].averages[0].view.share_memory_()
 
     thread = threading.Thread(target=move)
     thread.start()

@@ -314,7 +314,7 @@ def saved(ema: FastEMA) -> dict[str, Tensor]:
 
 def synchronized(ema: FastEMA) -> list[bytes]:
     ema.synchronize()
-    return [raw(average.view) for average in ema._shadow._averages[0]]
+    return [raw(pair.averages[0].view) for pair in ema._shadow.pairs]
 
 
 READERS: dict[str, Callable[[FastEMA], Any]] = {

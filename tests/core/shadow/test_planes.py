@@ -97,7 +97,7 @@ def test_filled_planes_are_those_of_a_split(dtype: torch.dtype) -> None:
     for given in (whole, whole[:12].view(3, 4).t(), whole[3], whole[:0], whole[:1].expand(5), whole[::3]):
         given = given.to(dtype)
         high, low = torch.empty(given.shape, dtype=torch.bfloat16), torch.empty(given.shape, dtype=torch.int16)
-        run_atomically(planes.filling(high, low, given))
+        run_atomically(planes.fill_steps(high, low, given))
         expected = planes.split(given.float())
         assert raw(high) == raw(expected[0]) and raw(low) == raw(expected[1])
 
