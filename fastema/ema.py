@@ -1,46 +1,28 @@
 """FastEMA, an exponential moving average of a model's weights.
 
-There is no second model. The average is in shadow storages beside the model's own (`fastema.core.shadow`). An update is
-one kernel launch over all of them. To evaluate the average, the data pointers of the two sides are swapped.
+There is no second model. The average is in shadow storages beside the model's own (`fastema.core.averages`). An update
+is one kernel launch over all of them. To evaluate the average, the data pointers of the two sides are swapped.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastema import backends
-from fastema.backends.contract import UpdateArgs
-from fastema.core import compiled, state, swap
-from fastema.core.averages import Averages
-from fastema.core.checks import OneThread, checked_count, checked_device, checked_shadow_dtype, first_few, one_thread
-from fastema.core.compiled import clear_caches
-from fastema.core.counters import DeviceSchedule
-from fastema.core.decays import Decays
+from fastema.core import compiled, state
+from fastema.core.checks import OneThread, checked_count, checked_device, checked_shadow_dtype, one_thread
+from fastema.core.counters import DeviceCounter, counter_of, load_steps, state_of
+from fastema.core.decays import Decays, arguments_of
+from fastema.core.engine import Engine
 from fastema.core.hooks import AttachedHandle, AttachedOptimizers
-from fastema.core.pairs import Pair, Rule
-from fastema.core.policy import (
-    Buffers,
-    Policy,
-    Source,
-    checked_source,
-    collect,
-    frozen_parameters,
-    named_tensors,
-)
-from fastema.memory.atomic_steps import Step, run_atomically
-from fastema.memory.streams import is_capturing
-from fastema.schedules import takes_argument
-
-# Attributes that a pickle or a copy rebuilds.
-_REBUILT = frozenset(("_shadow", "_device_schedule", "_decays", "_one_thread", "_attached", "_captured"))
+from fastema.core.pairs import Pair
+from fastema.core.policy import Buffers, Policy, Source
+from fastema.memory.atomic_steps import run_atomically
 
 
 class FastEMA:
@@ -100,8 +82,6 @@ class FastEMA:
         True
     """
 
-    _may_split = True  # float32 averages of bfloat16 weights may be kept in two planes, which hides them
-
     def __init__(
         self,
         model: Source,
@@ -120,30 +100,27 @@ class FastEMA:
         backend: str | None = None,
         **decay_args: Any,
     ) -> None:
-        self._decays = Decays(decay, decay_type, total_steps, update_after_step, decay_args)
-        self._update_every = checked_count("update_every", update_every, at_least=1)
+        decays = Decays(decay, decay_type, total_steps, update_after_step, decay_args)
+        update_every = checked_count("update_every", update_every, at_least=1)
         if nonfinite not in ("skip", "propagate"):
             raise ValueError(f'nonfinite must be "skip" or "propagate", got {nonfinite!r}')
-        self._skip_nonfinite = nonfinite == "skip"
-        self._dtype = checked_shadow_dtype(dtype, self._decays.highest)
-        self._device = checked_device(device)
-        self._buffers = buffers
-        self._policy = policy
-        self._backend = backends.default_name() if backend is None else backend
-        self._source = checked_source(model)
-        self._capturable = capturable
+        dtype, own_device = checked_shadow_dtype(dtype, decays.highest), checked_device(device)
+        self.engine = Engine(
+            model, len(decays), buffers=buffers, policy=policy, dtype=dtype, device=own_device, backend=backend
+        )
+        self._begin(decays, update_every, nonfinite == "skip", capturable, (0, 0, 0))
+
+    def _begin(
+        self, decays: Decays, update_every: int, skip_nonfinite: bool, capturable: bool, counted: tuple[int, int, int]
+    ) -> None:
+        """Begin to count; the engine is there."""
+        device = self.engine.only_device() if capturable else None
+        self.engine.keeps_replaced = capturable
+        self.counter = counter_of(decays, update_every, skip_nonfinite, device)
+        run_atomically(self.counter.set_steps(*counted))
         self._attached = AttachedOptimizers(self._before_step, self._after_step, self._defer_copies)
-        self._replaced: set[str] = set()  # names of copied buffers that the model reassigns
         self._one_thread = OneThread()
-        self._step = 0
-        self._num_updates = 0
-        self._last_update = 0  # the optimizer step of the latest update
-        self._captured: list[Averages] = []  # shadows before a rebuild: captured graphs hold their addresses
-        self._nonfinite_before = 0  # count of the FastEMA that this one was copied from
-        self._warned_nonfinite = False
-        self._shadow = self._build_shadow()
-        self._device_schedule = self._build_device_schedule()
-        self._at_last_swap = (0, self._shadow.versions())  # (number of updates, versions of the weights)
+        self.engine.when_replaced(self._go_on)
         self._warm_up()
 
     @classmethod
@@ -154,24 +131,13 @@ class FastEMA:
         does not take is ignored. `exp_activation=False` means "constant".
 
         Raises:
-            ValueError: a whole `training_params`; its pair "ema_params" is what is expected here.
+            ValueError: a whole `training_params`; its entry "ema_params" is what is expected here.
 
         Examples:
             >>> FastEMA.from_params(torch.nn.Linear(2, 1), {"decay": 0.9, "decay_type": "linear"}, 10).decay_at(5)
             0.45
         """
-        if "ema_params" in ema_params or isinstance(ema_params.get("ema"), bool):
-            raise ValueError(
-                f"from_params() needs the dictionary of the average, and got a whole training_params "
-                f"({first_few([repr(name) for name in ema_params])}): pass training_params['ema_params'], and build no "
-                "average where training_params['ema'] is false"
-            )
-        params = {"decay": 0.9999, **{name: value for name, value in ema_params.items() if value is not None}}
-        decay_type = "exp" if params.pop("exp_activation", True) else "constant"
-        params.setdefault("decay_type", decay_type)
-        if not takes_argument(params["decay_type"], "beta"):
-            params.pop("beta", None)
-        return cls(model, total_steps=total_steps, **params)
+        return cls(model, total_steps=total_steps, **arguments_of(ema_params))
 
     # ---- averaging ----
 
@@ -199,65 +165,28 @@ class FastEMA:
                 target decay ("power", the half-lives).
         """
         if torch.compiler.is_compiling():
-            compiled.update(*self._shadow.operands(), self._compiled_handle(), step, found_inf)
+            compiled.update(*self.engine.averages.operands(), self._compiled_handle(), step, found_inf)
             return
         with self._one_thread:
-            self._refuse_while_applied("update()")
-            average: Callable[[UpdateArgs], None] = self._average
-            if self._device_schedule is not None:
-                self._ensure_current()  # it may raise, so before the device counts the step
-                average = self._shadow.plans.update
-            self._update(average, step, found_inf, decay)
+            engine, counter = self.engine, self.counter
+            engine.refuse_while_applied("update()")
+            if counter.on_device:
+                engine.ensure_current()  # it may raise, so before the device counts the step
+            args = counter.begin(step, found_inf, decay)
+            if args is not None:
+                engine.update(args)
+                counter.end()
 
     @one_thread
     def _update_operands(
         self, shadows: list[Tensor], lives: list[Tensor], step: int | None, found_inf: Tensor | None
     ) -> None:
         """Update the tensors that a compiled graph has for shadows and weights; see `fastema.core.compiled`."""
-        self._refuse_while_applied("update()")
-        self._update(partial(self._shadow.update_operands, shadows, lives), step, found_inf, None)
-
-    def _update(
-        self, average: Callable[[UpdateArgs], None], step: int | None, found_inf: Tensor | None, decay: Any
-    ) -> None:
-        """Count a step and average with its decay; `average` is called as `Plans.update`."""
-        if found_inf is not None and not isinstance(found_inf, Tensor):
-            raise TypeError(f"found_inf must be a float32 scalar tensor or None, got {found_inf!r}")
-        if self._device_schedule is not None:
-            if step is not None or decay is not None:
-                raise ValueError(
-                    "capturable=True counts its own steps on the device: call update() without step or decay"
-                )
-            skip = self._device_schedule.advance(found_inf)
-            average(UpdateArgs([0.0] * len(self._decays), self._skip_nonfinite, skip, self._device_schedule.weights))
-            return
-        if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
-            return
-        if step is None:
-            step = self._step + 1
-        elif checked_count("step", step, at_least=1) > self._update_every and self._step == 0 and decay is None:
-            self._decays.warn_of_a_late_start(step, self._update_every)
-        if step % self._update_every == 0:
-            if decay is None:
-                decays = self._decays.at(step, self._last_update)
-            else:
-                decays = self._decays.checked(decay, "update(decay=)")
-            average(UpdateArgs([1.0 - each for each in decays], self._skip_nonfinite, found_inf))
-            self._num_updates += 1
-            self._last_update = step
-        self._step = step
-
-    def _average(self, args: UpdateArgs) -> None:
-        """Average the model's tensors; where they were replaced or moved, rebuild the plan first."""
-        outcome = self._shadow.update_watched(args)
-        if outcome == "moved":
-            self._ensure_current()
-            outcome = self._shadow.update_watched(args)
-            if outcome == "moved":
-                raise RuntimeError("the model's tensors are being replaced during update(): nothing was averaged")
-        if outcome == "averages moved":
-            self._shadow.copy_to_new_memory()
-            self._shadow.follow_averages()
+        self.engine.refuse_while_applied("update()")
+        args = self.counter.begin(step, found_inf, None)
+        if args is not None:
+            self.engine.averages.update_operands(shadows, lives, args)
+            self.counter.end()
 
     def _compiled_handle(self) -> int:
         return compiled.register(self._update_operands)
@@ -287,19 +216,30 @@ class FastEMA:
         Raises:
             TypeError: something that has no step hooks: a schedule-free or Lookahead wrapper, a list, a module.
         """
-        return self._attached.add(optimizers, self._shadow.versions())
+        return self._attached.add(optimizers, self.engine.averages.versions())
 
     def _before_step(self) -> None:
-        self._refuse_while_applied("optimizer.step()")
-        self._shadow.plans.order_writes()
+        self.engine.refuse_while_applied("optimizer.step()")
+        self.engine.averages.plans.order_writes()
 
     def _after_step(self, found_inf: Tensor | None) -> None:
         self.update(found_inf=found_inf)
         if not torch.compiler.is_compiling():
-            self._attached.at_last_step = self._num_updates, self._shadow.versions_of_few()
+            self._attached.at_last_step = self.counter.known_updates, self.engine.averages.versions_of_few()
 
     def _defer_copies(self) -> None:
-        self._shadow.defer_copies_until_step(self._attached.parameters())
+        self.engine.averages.defer_copies_until_step(self._attached.parameters())
+
+    def _go_on(self) -> None:
+        """Go on with averages that were built anew."""
+        self._attached.at_last_step = None  # versions of other tensors
+        self._defer_copies()
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile and load the kernels by an update that skips: inside a capture that is not possible."""
+        if isinstance(self.counter, DeviceCounter):
+            self.engine.averages.plans.update(self.counter.skipping())
 
     # ---- the swap ----
 
@@ -329,19 +269,12 @@ class FastEMA:
                 the model is compiled with inductor's `freezing`, which makes constants of weights.
             ValueError: `in_place` where it could not be undone exactly; no such average.
         """
-        self._refuse_while_applied("apply_shadow()")
-        if is_capturing():
-            raise RuntimeError(
-                "apply_shadow() during CUDA graph capture would bake the exchanged addresses into it: swap outside"
-            )
-        self._checked_which(which)
-        self._ensure_current()
-        modules = self._source.modules() if isinstance(self._source, nn.Module) else ()
-        compiled.refuse_freezing((pair.whole for pair in self._shadow.pairs), modules)
-        self._warn_about_nonfinite()
-        self._attached.warn(self._shadow, self._num_updates)
-        self._warn_about_tensors_unused()
-        self._shadow.apply(which, in_place)
+        self.engine.prepare_swap(which)
+        self.engine.warn_of_nonfinite()
+        self._attached.warn(self.engine.averages, self.counter.known_updates)
+        if not self.counter.on_device:
+            self.engine.warn_of_unused_tensors(self.counter.known_updates)
+        self.engine.averages.apply(which, in_place)
 
     @one_thread
     def restore(self) -> None:
@@ -357,12 +290,12 @@ class FastEMA:
         """
         if not self.is_applied:
             raise RuntimeError("restore() without apply_shadow(): the live weights are in place")
-        self._shadow.restore()
+        self.engine.averages.restore()
 
     @contextmanager
     def swapped(self, in_place: bool = False, which: int = 0) -> Iterator[FastEMA]:
         """Open a block in which the model has the averaged weights; it always ends with the trained ones restored."""
-        self._refuse_while_applied("swapped()")
+        self.engine.refuse_while_applied("swapped()")
         try:
             self.apply_shadow(in_place, which)
             yield self
@@ -373,7 +306,7 @@ class FastEMA:
     @property
     def is_applied(self) -> bool:
         """True while averaged weights are in the model."""
-        return self._shadow.is_applied
+        return self.engine.averages.is_applied
 
     @one_thread
     def copy_to(self, model: nn.Module | None = None, which: int = 0) -> None:
@@ -385,22 +318,21 @@ class FastEMA:
             RuntimeError: they are applied.
             ValueError: `model` has other names or shapes; lists the first differences. Nothing is changed.
         """
-        self._refuse_while_applied("copy_to()")
-        self._ensure_current()
-        state.copy_averages(self._shadow, self._checked_which(which), self._source if model is None else model)
-        clear_caches()  # they hold what was computed from the old weights
+        self.engine.refuse_while_applied("copy_to()")
+        self.engine.copy_to(self.source if model is None else model, which)
 
     # ---- numbers ----
 
     @property
     def source(self) -> Source:
         """The module that is averaged, or the list of (name, tensor)."""
-        return self._source
+        return self.engine.source
 
     @property
     def decay(self) -> Any:
         """The target decay, or the tuple of them; schedules without a target, such as "power", ignore it."""
-        return self._decays.one_or_all(self._decays.targets)
+        decays = self.counter.decays
+        return decays.one_or_all(decays.targets)
 
     @one_thread
     def set_decay(self, decay: float | Sequence[float]) -> None:
@@ -421,19 +353,20 @@ class FastEMA:
             >>> ema.decay
             0.999
         """
-        decays = self._decays.with_targets(self._decays.checked(decay, "set_decay()"))
-        checked_shadow_dtype(self._dtype, decays.highest)
-        run_atomically(self._replacing_decays(decays))
+        decays = self.counter.decays
+        decays = decays.with_targets(decays.checked(decay, "set_decay()"))
+        checked_shadow_dtype(self.engine.dtype, decays.highest)
+        run_atomically(self.counter.replace_steps(decays))
 
     @property
     def num_updates(self) -> int:
         """Number of updates that were averaged. With `capturable=True` this waits for the device."""
-        return self._num_updates if self._device_schedule is None else int(self._device_schedule.num_updates)
+        return self.counter.counted()[1]
 
     @property
     def backend_name(self) -> str:
         """Name of the backend: "native", "triton" or "torch"; several where devices differ."""
-        return self._shadow.plans.backend_name
+        return self.engine.averages.plans.backend_name
 
     def decay_at(self, step: int) -> Any:
         """Return the decay that an update at optimizer step `step` (from 1) uses, or the tuple of them.
@@ -441,14 +374,16 @@ class FastEMA:
         Raises:
             ValueError: a schedule of your own returned a decay outside [0, 1].
         """
-        return self._decays.one_or_all(self._decays.at(step, (step - 1) // self._update_every * self._update_every))
+        decays, every = self.counter.decays, self.counter.update_every
+        return decays.one_or_all(decays.at(step, (step - 1) // every * every))
 
     def window(self) -> Any:
         """Return how many updates the average covers: 1 / (1 - decay), or the tuple of them.
 
         A schedule without a target, such as "power", counts with its present decay.
         """
-        return self._decays.one_or_all(self._decays.windows(max(1, self._counted()[0])))
+        decays = self.counter.decays
+        return decays.one_or_all(decays.windows(max(1, self.counter.counted()[0])))
 
     def lag(self, updates_per_epoch: float) -> Any:
         """Return how many epochs the average covers, or the tuple of them.
@@ -459,8 +394,9 @@ class FastEMA:
         """
         if not updates_per_epoch > 0:
             raise ValueError(f"updates_per_epoch must be positive, got {updates_per_epoch}")
-        windows = self._decays.windows(max(1, self._counted()[0]))
-        return self._decays.one_or_all([window / updates_per_epoch for window in windows])
+        decays = self.counter.decays
+        windows = decays.windows(max(1, self.counter.counted()[0]))
+        return decays.one_or_all([window / updates_per_epoch for window in windows])
 
     def nonfinite_count(self) -> int:
         """Return how many elements were not averaged so far because the live value or the average was NaN or infinite.
@@ -468,7 +404,7 @@ class FastEMA:
         A live value is counted once for all averages. `nonfinite="propagate"` counts none.
         On a GPU this waits for the device.
         """
-        return self._nonfinite_before + self._shadow.nonfinite_count()
+        return self.engine.nonfinite_count()
 
     def synchronize(self) -> None:
         """Wait until a shadow in host memory, of weights on a GPU, is up to date.
@@ -478,7 +414,7 @@ class FastEMA:
         Raises:
             RuntimeError: the latest average failed in its thread; raised once. Earlier averages are intact.
         """
-        self._shadow.plans.synchronize()
+        self.engine.averages.plans.synchronize()
 
     # ---- state ----
 
@@ -494,16 +430,12 @@ class FastEMA:
             only copied anyway. With several averages `decay` and `shadow` are lists. Of a sharded model they are
             DTensors as its own, for torch.distributed.checkpoint.
         """
-        self._warn_about_nonfinite()
-        return self._state([self._shadow.averages(which) for which in range(len(self._decays))])
+        self.engine.warn_of_nonfinite()
+        return self._state([self.engine.averages.averages(which) for which in range(self.engine.count)])
 
     def _state(self, averages: list[list[tuple[Pair, Tensor]]]) -> dict[str, Any]:
         shadows = [state.by_name(each, saved_only=True) for each in averages]
-        return {**self._counters(), "shadow": shadows if self._decays.several else shadows[0]}
-
-    def _counters(self) -> dict[str, Any]:
-        step, num_updates, last_update = self._counted()
-        return {"step": step, "num_updates": num_updates, "last_update": last_update, **self._decays.config()}
+        return {**state_of(self.counter), "shadow": shadows if self.counter.decays.several else shadows[0]}
 
     @one_thread
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> state.LoadResult:
@@ -519,24 +451,17 @@ class FastEMA:
             ValueError: not a state, or one of another model (with `strict=False`: no name fits); lists the first
                 differences. Nothing is changed.
         """
-        self._refuse_while_applied("load_state_dict()")
+        self.engine.refuse_while_applied("load_state_dict()")
         saved = state.saved_averages(state_dict)
-        # A state of 0.1.0 does not tell its last update.
-        last = int(state_dict["step"]) // self._update_every * self._update_every
-        counters = [
-            checked_count(key, int(state_dict.get(key, last)), at_least=0)
-            for key in ("step", "num_updates", "last_update")
-        ]
-        self._ensure_current()
-        shadow = self._shadow_for(saved) if strict and saved else self._shadow
-        result, steps = state.loading(shadow, saved, strict)
-        decays, own = self._decays.of_state(state_dict), self._decays.config()
-        checked_shadow_dtype(self._dtype, decays.highest)
+        own = self.counter.decays.config()
+        decays, counts = load_steps(self.counter, state_dict)
+        result, averages, values = self.engine.load(saved, strict)
+        checked_shadow_dtype(self.engine.dtype, decays.highest)
         with torch.no_grad():
-            if shadow is not self._shadow:
-                self._replace_shadow(shadow)
-            run_atomically([*steps, *self._counting(*counters), *self._replacing_decays(decays)])
-        self._shadow.plans.note_writes()
+            if averages is not self.engine.averages:
+                self.engine.replace(averages)
+            run_atomically([*values, *counts])
+        averages.plans.note_writes()
         for key, value in decays.config().items():
             if value != own[key]:
                 warnings.warn(
@@ -555,10 +480,7 @@ class FastEMA:
         Raises:
             RuntimeError: the model's structure, shapes, dtypes or devices changed.
         """
-        which = self._checked_which(which)
-        if not self.is_applied:
-            self._ensure_current()  # it finds averages by the memory of the tensors
-        return self._model_state(which, self._shadow.averages(which))
+        return self.engine.model_state(self.engine.checked_which(which))
 
     def full_state_dict(self, which: int = 0) -> dict[str, Any]:
         """Return copies of the averaged weights in the CPU's memory, whole also where the model is sharded.
@@ -573,19 +495,15 @@ class FastEMA:
             >>> list(FastEMA(model).full_state_dict())
             ['weight', 'bias']
         """
-        return state.gathered(self.shadow_state_dict(which), self._source)
-
-    def _model_state(self, which: int, averages: list[tuple[Any, Tensor]]) -> dict[str, Any]:
-        is_in = self.is_applied and self._shadow.applied == which
-        return state.model_state(self._source, self._shadow, averages, is_in, partial(self.swapped, which=which))
+        return state.gathered(self.shadow_state_dict(which), self.source)
 
     def checkpoint_states(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return `shadow_state_dict()` and `state_dict()` over the same tensors, so that a file holds them once."""
         if not self.is_applied:
-            self._ensure_current()
-        self._warn_about_nonfinite()
-        averages = [self._shadow.averages(which) for which in range(len(self._decays))]
-        return self._model_state(0, averages[0]), self._state(averages)
+            self.engine.ensure_current()
+        self.engine.warn_of_nonfinite()
+        averages = [self.engine.averages.averages(which) for which in range(self.engine.count)]
+        return self.engine.model_state(0, averages[0]), self._state(averages)
 
     def live_state_dict(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Return the trained weights under the same keys, also while the averaged ones are applied.
@@ -593,202 +511,37 @@ class FastEMA:
         Args:
             model: the averaged model, in a wrapper or not; None: the one that FastEMA was built of.
         """
-        source: Source = self._source if model is None else model
-        if not self.is_applied:
-            return state.own_state(source)
-        return state.live_state(source, self._shadow, self._restored_meanwhile)
-
-    @contextmanager
-    def _restored_meanwhile(self) -> Iterator[None]:
-        in_place, which = self._shadow.is_in_place, self._shadow.applied
-        self.restore()
-        try:
-            yield
-        finally:
-            self.apply_shadow(in_place, which)
+        return self.engine.live_state(model)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickle and deepcopy; a copy averages the copied model."""
-        self._refuse_while_applied("pickling or copying a FastEMA")
-        if self._shadow.is_sharded:
-            raise TypeError(
-                "a FastEMA of a sharded model cannot be pickled or copied: torch.distributed.checkpoint.save() its "
-                "state_dict(), and build a new one"
-            )
-        config = {key: value for key, value in self.__dict__.items() if key not in _REBUILT}
-        config["_nonfinite_before"] = self.nonfinite_count()
-        averages = [state.averages_by_name(self._shadow, which) for which in range(len(self._decays))]
-        # Plain values only: a pickle must not name our classes by module path.
-        return {
-            "config": config,
-            "decays": self._decays.arguments(),
-            "counters": self._counted(),
-            "averages": averages,
-            "averaged": self._shadow.averaged_names(),
-        }
+        self.engine.refuse_while_applied("pickling or copying a FastEMA")
+        pickled, counter = self.engine.pickled(), self.counter
+        pickled["config"] |= {"_capturable": counter.on_device, "_update_every": counter.update_every}
+        pickled["config"] |= {"_skip_nonfinite": counter.skip_nonfinite}
+        return {**pickled, "decays": counter.decays.arguments(), "counters": counter.counted()}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
-        config = dict(pickled["config"])
-        self.__dict__.update(config)
-        self._decays = Decays(**pickled["decays"])
-        self._one_thread = OneThread()
-        self._attached = AttachedOptimizers(self._before_step, self._after_step, self._defer_copies)
-        self._captured = []
         self._pickled = pickled
-        if state.is_complete(self._source):
+        if state.is_complete(pickled["config"]["_source"]):
             self._build_from_pickle()
 
     def __getattr__(self, name: str) -> Any:
         # A module that holds its own FastEMA is still empty while it is unpickled: built at the first use.
-        if name in ("_shadow", "_device_schedule") and "_pickled" in self.__dict__:
+        if name in ("engine", "counter") and "_pickled" in self.__dict__:
             self._build_from_pickle()
             return self.__dict__[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _build_from_pickle(self) -> None:
-        pickled = self.__dict__["_pickled"]
-        counters = pickled["counters"]
-        self._shadow = self._build_shadow(dict.fromkeys(pickled["averaged"], "average"))
-        self._device_schedule = self._build_device_schedule()
-        run_atomically(self._counting(*counters))
-        for which, averages in enumerate(pickled["averages"]):
-            state.fill(self._shadow, which, averages)
-        self._at_last_swap = (self._num_updates, self._shadow.versions())
-        del self._pickled
-        self._warm_up()
+        pickled = self.__dict__.pop("_pickled")
+        config = pickled["config"]
+        self.engine = Engine.unpickled(pickled)
+        settings = config["_update_every"], config["_skip_nonfinite"], config["_capturable"]
+        self._begin(Decays(**pickled["decays"]), *settings, pickled["counters"])
 
     def __repr__(self) -> str:
         return (
-            f"FastEMA(decay={self.decay}, decay_type={self._decays.type!r}, num_updates={self.num_updates}, "
-            f"tensors={len(self._shadow.pairs)}, backend={self.backend_name!r})"
+            f"FastEMA(decay={self.decay}, decay_type={self.counter.decays.type!r}, num_updates={self.num_updates}, "
+            f"tensors={len(self.engine.averages.pairs)}, backend={self.backend_name!r})"
         )
-
-    # ---- private ----
-
-    def _build_shadow(self, kept: Mapping[str, Rule | None] = MappingProxyType({})) -> Averages:
-        pairs = collect(self._source, self._buffers, self._policy, self._replaced, kept)
-        frozen = [] if self._policy is None else frozen_parameters(self._source, pairs)
-        count = len(self._decays)
-        return Averages(self._source, pairs, count, self._dtype, self._device, self._backend, self._may_split, frozen)
-
-    def _build_device_schedule(self) -> DeviceSchedule | None:
-        if not self._capturable:
-            return None
-        devices = {pair.live.device for pair in self._shadow.pairs}
-        if self._device is not None:
-            devices.add(self._device)
-        if len(devices) > 1:
-            raise ValueError(f"capturable=True needs model and shadow on one device, got {sorted(map(str, devices))}")
-        (device,) = devices
-        if device.type != "cpu" and self.backend_name == "torch":
-            raise ValueError(
-                "capturable=True needs fastema's own kernels on a GPU: the torch backend waits for the device"
-            )
-        return DeviceSchedule(self._decays, self._update_every, device)
-
-    def _checked_which(self, which: int) -> int:
-        if checked_count("which", which, at_least=0) >= len(self._decays):
-            raise ValueError(f"which must be below {len(self._decays)}, the number of averages; got {which}")
-        return which
-
-    def _counted(self) -> tuple[int, int, int]:
-        """Return steps, updates, and the step of the latest update; waits for the device with `capturable=True`."""
-        if self._device_schedule is not None:
-            return self._device_schedule.counted()
-        return self._step, self._num_updates, self._last_update
-
-    def _counting(self, step: int, num_updates: int, last_update: int) -> list[Step]:
-        """Return the steps that set the counters."""
-        counters = {"_step": step, "_num_updates": num_updates, "_last_update": last_update}
-        on_device = [] if self._device_schedule is None else self._device_schedule.counting(step, num_updates)
-        return [*(partial(setattr, self, name, value) for name, value in counters.items()), *on_device]
-
-    def _replacing_decays(self, decays: Decays) -> list[Step]:
-        """Return the calls that replace the decays; raise if the device's table cannot hold them."""
-        if decays is self._decays:
-            return []
-        on_device: list[Step] = [] if self._device_schedule is None else [self._device_schedule.replacing(decays)]
-        return [*on_device, partial(setattr, self, "_decays", decays)]
-
-    def _shadow_for(self, saved: list[dict[str, Tensor]]) -> Averages:
-        """Return a shadow that also has what a state has and the policy skips now, such as frozen weights."""
-        shadow = self._shadow
-        own = {name for pair in shadow.pairs for name in pair.names}
-        others = [name for name, _ in named_tensors(self._source) if name in saved[0] and name not in own]
-        if self._policy is None or not others:
-            return shadow
-        new = self._build_shadow({**dict.fromkeys(shadow.averaged_names(), "average"), **dict.fromkeys(others)})
-        state.carry_over(shadow, new, may_begin=True)
-        return new
-
-    def _replace_shadow(self, new: Averages) -> None:
-        new.plans.note_writes()
-        if self._device_schedule is not None and not self._shadow.is_on_cpu:
-            self._captured.append(self._shadow)  # captured graphs still use it
-        self._shadow = new
-        self._attached.at_last_step = None  # versions of other tensors
-        self._defer_copies()
-        self._warm_up()
-
-    def _ensure_current(self) -> None:
-        """Rebuild the plan if tensors were replaced or moved in memory; keep the averages."""
-        if self._shadow.is_current():
-            return
-        self._shadow.refuse_resized()
-        self._shadow.follow_averages()
-        if self._shadow.is_current():
-            return
-        state.refuse_averages_as_weights(self._source, self._shadow)
-        self._replaced |= state.replaced_buffers(self._shadow)
-        new = self._build_shadow(dict.fromkeys(self._shadow.averaged_names(), "average"))
-        begun = state.carry_over(self._shadow, new, may_begin=self._policy is not None)
-        self._replace_shadow(new)
-        if begun:
-            warnings.warn(
-                f"{first_few([repr(name) for name in begun], 5)} are averaged from now on, starting as a copy: the "
-                "policy says so, and did not before",
-                stacklevel=4,
-            )
-
-    def _warm_up(self) -> None:
-        """Compile and load the kernels by an update that skips: inside a capture that is not possible."""
-        schedule = self._device_schedule
-        if schedule is not None:
-            skip = torch.ones((), dtype=torch.float32, device=schedule.step.device)
-            args = UpdateArgs([0.0] * len(self._decays), self._skip_nonfinite, skip, schedule.weights)
-            self._shadow.plans.update(args)
-
-    def _refuse_while_applied(self, what: str) -> None:
-        if not swap.entered:  # no model has averages in it
-            return
-        if self._shadow.is_applied:
-            raise RuntimeError(f"{what} while the EMA weights are applied: call restore(), or leave the block, first")
-        self._shadow.refuse_foreign(what)
-
-    def _warn_about_tensors_unused(self) -> None:
-        """Warn if named tensors were averaged and none has changed: their model may have other tensors now."""
-        if isinstance(self._source, nn.Module) or self._device_schedule is not None:
-            return
-        (updates, versions), now = self._at_last_swap, (self._num_updates, self._shadow.versions())
-        self._at_last_swap = now
-        if now[0] > updates and now[1] == versions:
-            warnings.warn(
-                "none of the named tensors that this FastEMA averages has changed, although update() was called: it "
-                "follows those tensors, and the swap changes nothing in a model that has others by now "
-                "(load_state_dict(assign=True), a new head). Build FastEMA from the model itself, which it follows",
-                stacklevel=4,
-            )
-
-    def _warn_about_nonfinite(self) -> None:
-        """Warn once of nonfinite elements, if reading the count does not wait for a device."""
-        if self._warned_nonfinite or not self._shadow.is_on_cpu:
-            return
-        count = self.nonfinite_count()
-        if count:
-            self._warned_nonfinite = True
-            warnings.warn(
-                f"{count} elements kept their average so far because the live weight was NaN or infinite (the training "
-                "itself has gone wrong), or took the live weight because the average was (it was built before the "
-                "weights were initialised, or loaded so)",
-                stacklevel=3,
-            )

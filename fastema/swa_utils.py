@@ -48,7 +48,7 @@ from torch.optim.swa_utils import SWALR
 
 from fastema.core.averaging_functions import DEFAULT, AveragingFunction, recognise
 from fastema.core.compiled import refuse_freezing
-from fastema.core.counters import Counter
+from fastema.core.counters import CounterTensor
 from fastema.core.given import GivenAverages, Update, UseTorchFallback, tensors_by_name
 from fastema.core.swap import Swap
 from fastema.core.tensors import refuse_elsewhere
@@ -137,7 +137,7 @@ class AveragedModel(_TorchAveragedModel):
 
     _pairs: GivenAverages | None = None
     _swap: tuple[Swap, GivenAverages, nn.Module] | None = None  # the last one, its pairs and the model it is with
-    _counter: Counter | None = None
+    _counter: CounterTensor | None = None
     _rule: tuple[Any, AveragingFunction | None] = (None, None)  # the given function, and what recognise() made of it
 
     def __init__(
@@ -182,7 +182,7 @@ class AveragedModel(_TorchAveragedModel):
                 self._copy_integers(model)
             return
         if self._counter is None:
-            self._counter = Counter()
+            self._counter = CounterTensor()
         counter = self.n_averaged
         num_averaged = self._counter.read(counter)
         if num_averaged == 0:

@@ -150,7 +150,7 @@ def _move(lives: list[Tensor]) -> None:
 
 
 def _exchanging(ema: FastEMA) -> Callable[[], object]:
-    (plan,) = ema._shadow.plans.by_device
+    (plan,) = ema.engine.averages.plans.by_device
     return lambda: plan.exchange(0)
 
 

@@ -7,6 +7,8 @@ A backend is a module with
     describe(device_type)                        what runs there
     Plan, StorageExchange, Watch                 see contract.py
     second_owner(tensor)                         another storage over the memory of `tensor`, which it keeps alive
+`native` has also
+    device_schedule_launch(device)               one step of a DeviceCounter in one launch, or None
 `triton` has a Plan alone, and takes the rest from `host`. `native.Plan` has `update_watched(watch, ...)` too: the check
 and the update in one call.
 """
@@ -26,6 +28,7 @@ from fastema.backends import native, triton
 from fastema.backends import torch as plain_torch
 from fastema.memory.streams import with_index
 
+device_schedule_launch = native.device_schedule_launch
 BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "torch": plain_torch}
 
 

@@ -79,7 +79,7 @@ def probe(device: torch.device) -> str | None:
 
 
 def device_schedule_launch(device: torch.device) -> Callable[..., None] | None:
-    """Return the function that runs a step of a DeviceSchedule in one launch; None: it cannot run on this device."""
+    """Return the function that runs a step of a DeviceCounter in one launch; None: it cannot run on this device."""
     if device.type == "cpu" or why_unusable(device.type) is not None or probe(device) is not None:
         return None
     return _C.advance_clock

@@ -8,13 +8,29 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastema.core.checks import checked_count, checked_decays
+from fastema.core.checks import checked_count, checked_decays, first_few
 from fastema.schedules import make_schedule, schedule_class, takes_argument
 
 
 def updates_back(decay: float) -> float:
     """Return how many updates an average with `decay` covers: 1 / (1 - decay)."""
     return math.inf if decay == 1.0 else 1.0 / (1.0 - decay)
+
+
+def arguments_of(ema_params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return FastEMA's arguments for a recipe's dictionary; see `FastEMA.from_params`."""
+    if "ema_params" in ema_params or isinstance(ema_params.get("ema"), bool):
+        raise ValueError(
+            f"from_params() needs the dictionary of the average, and got a whole training_params "
+            f"({first_few([repr(name) for name in ema_params])}): pass training_params['ema_params'], and build no "
+            "average where training_params['ema'] is false"
+        )
+    arguments = {"decay": 0.9999, **{name: value for name, value in ema_params.items() if value is not None}}
+    decay_type = "exp" if arguments.pop("exp_activation", True) else "constant"
+    arguments.setdefault("decay_type", decay_type)
+    if not takes_argument(arguments["decay_type"], "beta"):
+        arguments.pop("beta", None)
+    return arguments
 
 
 class Decays:

@@ -250,7 +250,7 @@ def saved_averages(state: Any) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def loading(shadow: Averages, saved: list[dict[str, Tensor]], strict: bool) -> tuple[LoadResult, list[Step]]:
+def load_steps(shadow: Averages, saved: list[dict[str, Tensor]], strict: bool) -> tuple[LoadResult, list[Step]]:
     """Prepare to load saved averages, one dictionary for each shadow, by value. Nothing is changed yet.
 
     Returns:

@@ -1,7 +1,7 @@
-"""The base of the adapters for timm and diffusers: a FastEMA whose averages are the library's own tensors.
+"""The base of the adapters for timm and diffusers: an engine whose averages are the library's own tensors.
 
 Those classes hold their averages as ordinary tensors (a module's, or a list), are handed the live weights with every
-call, and have their own formula for the decay. Here such averages become views of a FastEMA's shadow, so that one
+call, and have their own formula for the decay. Here such averages become views of an engine's shadow, so that one
 kernel updates them where they are.
 """
 
@@ -13,21 +13,17 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from fastema.backends.contract import UpdateArgs
 from fastema.core import state
+from fastema.core.checks import OneThread, checked_decay, checked_device, checked_shadow_dtype, one_thread
+from fastema.core.engine import Engine
 from fastema.core.policy import Policy, Source, named_tensors
 from fastema.core.storages import shadow_dtype
 from fastema.core.tensors import refuse_elsewhere
-from fastema.ema import FastEMA
-
-
-class _UnsplitEMA(FastEMA):
-    """A FastEMA whose averages are whole tensors, not planes."""
-
-    _may_split = False
 
 
 class ExternalAverage:
-    """A FastEMA of `source` that is given the decay with every update, and lets NaN through as its originals do.
+    """The average of `source`, given the decay with every update; it lets NaN through as its originals do.
 
     Args:
         source: as FastEMA takes it.
@@ -45,60 +41,62 @@ class ExternalAverage:
         device: torch.device | str | int | None = None,
         may_split: bool = False,
     ) -> None:
-        refuse_elsewhere("this average", named_tensors(source))  # FastEMA would go on with parts of tensors
+        refuse_elsewhere("this average", named_tensors(source))  # the engine would go on with parts of tensors
         self.source = source
-        self._ema = (FastEMA if may_split else _UnsplitEMA)(
-            source, decay, decay_type="constant", policy=policy, dtype=dtype, device=device, nonfinite="propagate"
-        )
-        self._shadow = self._ema._shadow
+        dtype = checked_shadow_dtype(dtype, checked_decay(decay))
+        self._engine = Engine(source, policy=policy, dtype=dtype, device=checked_device(device), may_split=may_split)
+        self._at_last_update = self._engine.averages
+        self._one_thread = OneThread()
 
     def averages(self) -> dict[str, Tensor]:
         """Return the averages by name, sharing memory with the EMA. Right while swapped in, too."""
-        return state.averages_by_name(self._ema._shadow, 0)
+        return state.averages_by_name(self._engine.averages, 0)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the tensors that updates write, by name: the averages, or the high planes of those in two."""
-        return state.by_name(self._ema._shadow.weights(0), saved_only=False)
+        return state.by_name(self._engine.averages.weights(0), saved_only=False)
 
     def lows(self) -> dict[str, Tensor]:
         """Return the low planes of the averages that are in two, by name."""
-        averages = state.stored_by_name(self._ema._shadow, 0)
+        averages = state.stored_by_name(self._engine.averages, 0)
         return {name: average.low for name, average in averages.items() if average.low is not None}
 
     def fill(self, values: dict[str, Tensor]) -> None:
         """Copy values into the averages of the same names."""
-        state.fill(self._ema._shadow, 0, values)
+        state.fill(self._engine.averages, 0, values)
 
+    @one_thread
     def update(self, decay: float) -> bool:
         """Average `source` as it is now.
 
         Returns:
             Whether the live weights had moved in memory, so that the averages are other tensors now.
         """
-        self._ema.update(decay=decay)
-        moved = self._ema._shadow is not self._shadow
-        self._shadow = self._ema._shadow
+        self._engine.refuse_while_applied("update()")
+        self._engine.update(UpdateArgs([1.0 - checked_decay(decay)], skip_nonfinite=False))
+        moved = self._engine.averages is not self._at_last_update
+        self._at_last_update = self._engine.averages
         return moved
 
     def refuse_while_swapped(self, what: str) -> None:
         """Raise RuntimeError while any averages are in the weights, or others in the place of these averages."""
-        self._ema._refuse_while_applied(what)
+        self._engine.refuse_while_applied(what)
 
-    def swapped(self) -> AbstractContextManager[FastEMA]:
+    def swapped(self) -> AbstractContextManager[None]:
         """Open a block in which the averages are in the live tensors."""
-        return self._ema.swapped()
+        return self._engine.swapped()
 
     def live_values(self) -> dict[str, Tensor]:
         """Return the trained values by name, while the averages are in their place."""
-        return self._ema._shadow.live_values()
+        return self._engine.averages.live_values()
 
     def restore(self) -> None:
         """Put the trained weights back before the end of the block, or after a `SwapError`."""
-        self._ema.restore()
+        self._engine.averages.restore()
 
     @property
     def is_applied(self) -> bool:
-        return self._ema.is_applied
+        return self._engine.is_applied
 
 
 def shadow_like(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[torch.dtype | None, torch.device | None]:

@@ -243,7 +243,7 @@ class FastEMATrainerCallback(HoldsAverage, TrainerCallback):
         """Save the trained weights, also from inside an evaluation of the averaged ones, and those beside them."""
         assert self._trainer is not None
         ema = self._ema
-        with ema._restored_meanwhile() if ema is not None and ema.is_applied else nullcontext():
+        with ema.engine.restored() if ema is not None and ema.is_applied else nullcontext():
             save(output_dir, *args, **kwargs)
             if ema is not None and self._trainer.args.should_save:
                 folder = Path(output_dir or str(self._trainer.args.output_dir))

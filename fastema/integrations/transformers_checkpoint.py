@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema.core.checks import first_few
+from fastema.core.counters import state_of
 from fastema.core.policy import Rule
 from fastema.core.state import by_name
 from fastema.ema import FastEMA
@@ -38,14 +39,14 @@ def write_average(ema: FastEMA, folder: Path, model: nn.Module) -> None:
     Of a PEFT model `ema.safetensors` holds the averaged tensors alone, and `ema_adapter/` the averaged adapter.
     """
     peft = is_peft(model)
-    ema._ensure_current()
-    for which in range(len(ema._decays)):
+    ema.engine.ensure_current()
+    for which in range(ema.engine.count):
         # Of a tensor with several names one is written, and the metadata says which: as safetensors itself does it.
         first_names: dict[Any, str] = {}
         tensors: dict[str, Tensor] = {}
         metadata = {"format": "pt"}
-        every = ema._shadow.averages(which)
-        averages = ema._model_state(which, every)
+        every = ema.engine.averages.averages(which)
+        averages = ema.engine.model_state(which, every)
         if peft:
             # The whole model's state with the averages in it, of which PEFT takes the adapter's part.
             model.save_pretrained(_numbered(folder / EMA_ADAPTER, which), state_dict=averages)  # type: ignore[operator]
@@ -61,9 +62,9 @@ def write_average(ema: FastEMA, folder: Path, model: nn.Module) -> None:
                 metadata[name] = first
         del every, averages, value  # averages of bfloat16 weights are copies
         safetensors.torch.save_file(tensors, _numbered(folder / EMA_WEIGHTS, which), metadata=metadata)
-    counters = ema._counters()
-    if ema._policy is not None:
-        counters["averaged"] = ema._shadow.averaged_names()  # another time the policy may say something else
+    counters = state_of(ema.counter)
+    if ema.engine.policy is not None:
+        counters["averaged"] = ema.engine.averages.averaged_names()  # another time the policy may say something else
     (folder / EMA_STATE).write_text(json.dumps(counters, indent=2) + "\n")
 
 
@@ -77,7 +78,7 @@ def read_average(ema: FastEMA, folder: Path) -> None:
     """
     state: dict[str, Any] = json.loads((folder / EMA_STATE).read_text())
     averaged = state.pop("averaged", None)
-    own = by_name(ema._shadow.averages(0), saved_only=True)
+    own = by_name(ema.engine.averages.averages(0), saved_only=True)
     wanted = dict.fromkeys([*own, *(averaged or ())])
     shadows = []
     for which in range(len(state["decay"]) if isinstance(state["decay"], list) else 1):
@@ -89,7 +90,7 @@ def read_average(ema: FastEMA, folder: Path) -> None:
     if averaged is not None and any(name in shadows[0] for name in averaged):
         begun = [name for name in own if name not in shadows[0]]
         for which, shadow in enumerate(shadows):
-            live = by_name(ema._shadow.averages(which), saved_only=True)
+            live = by_name(ema.engine.averages.averages(which), saved_only=True)
             shadow.update({name: live[name] for name in begun})
         if begun:
             warnings.warn(

@@ -78,10 +78,10 @@ class Snapshots:
         self._at = frozenset(checked_count("at", step, at_least=1) for step in at)
         self._total_steps = None if total_steps is None else checked_count("total_steps", total_steps, at_least=1)
         self._limit = None if limit is None else checked_count("limit", limit, at_least=2)
-        self._sharded = ema._shadow.is_sharded
+        self._sharded = ema.engine.averages.is_sharded
         if not self._sharded:
             files.require_safetensors()
-        self._built_at = ema._counted()[2]  # snapshots of later steps are of a run before this one
+        self._built_at = ema.counter.counted()[2]  # snapshots of later steps are of a run before this one
         self._background = BackgroundWriter()
         self._run: str | None = None
         self._latest: Manifest | None = None
@@ -113,7 +113,7 @@ class Snapshots:
         if background and self._sharded:
             raise ValueError("background=True: the processes of a sharded model write together; call save()")
         self._background.raise_error()
-        counted, _, step = self._ema._counted()
+        counted, _, step = self._ema.counter.counted()
         if step == 0 or not self._is_due(counted):
             return None
         self._background.wait()
@@ -167,7 +167,7 @@ class Snapshots:
         """Return a line that says what the snapshots will take."""
         contents = self._contents()
         averages = sum(average.numel() * self._dtype_of(average).itemsize for _, average in contents.averaged.values())
-        each = len(self._ema._decays) * averages + sum(value.nbytes for value in contents.copied.values())
+        each = self._ema.engine.count * averages + sum(value.nbytes for value in contents.copied.values())
         counts = [len(self._at)] if self._at else []
         if self._every is not None and self._total_steps is not None:
             counts = [len({*range(self._every, self._total_steps + 1, self._every), *self._at, self._total_steps})]
@@ -180,7 +180,7 @@ class Snapshots:
         total = "" if most is None else f", {most} of them {_bytes(most * each)}"
         name = str(self._dtype).removeprefix("torch.")
         return (
-            f"fastema: a snapshot of {len(self._ema._decays)} averages in {name} takes {_bytes(each)}{total}, in "
+            f"fastema: a snapshot of {self._ema.engine.count} averages in {name} takes {_bytes(each)}{total}, in "
             f"{self._folder} ({_bytes(free)} free)"
         )
 
@@ -194,15 +194,15 @@ class Snapshots:
     def _contents(self) -> _Contents:
         """Return what is stored, each tensor once, without copying any average."""
         if not self._ema.is_applied:
-            self._ema._ensure_current()
-        weights = self._ema._shadow.weights(0)
+            self._ema.engine.ensure_current()
+        weights = self._ema.engine.averages.weights(0)
         averages = state.by_name(
             [(pair, average) for pair, average in weights if pair.rule == "average" and pair.is_saved], False
         )
         own_names = {_place(average): name for name, average in averages.items() if average.numel()}
         contents = _Contents({}, {}, {})
         first: dict[Any, str] = {}
-        for name, value in self._ema._model_state(0, weights).items():
+        for name, value in self._ema.engine.model_state(0, weights).items():
             if not isinstance(value, Tensor):
                 continue
             value, place = value.detach(), _place(value)
@@ -223,8 +223,8 @@ class Snapshots:
     def _values(self, contents: _Contents) -> dict[str, Callable[[], Tensor]]:
         """Return functions that give each tensor by key: a float32 average of bfloat16 weights is a copy."""
         values: dict[str, Callable[[], Tensor]] = {}
-        for which in range(len(self._ema._decays)):
-            averages = state.stored_by_name(self._ema._shadow, which)
+        for which in range(self._ema.engine.count):
+            averages = state.stored_by_name(self._ema.engine.averages, which)
             for name, (own_name, _) in contents.averaged.items():
                 values[tensor_key(which, name)] = averages[own_name].value
         for name, value in contents.copied.items():
@@ -246,8 +246,7 @@ class Snapshots:
 
     def _copies(self, tensors: dict[str, Callable[[], Tensor]], contents: _Contents) -> dict[str, Tensor]:
         """Return tensors that nothing else writes to: cloned where they were not made for the snapshot anyway."""
-        every = range(len(self._ema._decays))
-        views = [each.view for which in every for each in state.stored_by_name(self._ema._shadow, which).values()]
+        views = [average.view for pair in self._ema.engine.averages.pairs for average in pair.averages]
         in_use = {tensor.untyped_storage()._cdata for tensor in (*views, *contents.copied.values())}
         copies = {}
         for key, tensor in tensors.items():
@@ -290,8 +289,8 @@ class Snapshots:
             name: _described(average, self._dtype_of(average)) for name, (_, average) in contents.averaged.items()
         }
         copied = {name: _described(value, value.dtype) for name, value in contents.copied.items()}
-        every = self._ema._update_every
-        profiles = profiles_of(self._ema._decays, every)
+        every = self._ema.counter.update_every
+        profiles = profiles_of(self._ema.counter.decays, every)
         return Manifest(self._run or "", step, every, profiles, averaged, copied, contents.names, rounding)
 
     def _refuse_others(self, own: Manifest, paths: dict[int, Path]) -> Manifest | None:

@@ -335,7 +335,7 @@ def test_a_swap_with_a_cast_on_a_late_stream(when: str, held: Any) -> None:
 
 
 def plan_of(ema: FastEMA) -> Any:
-    (plan,) = ema._shadow.plans.offloaded
+    (plan,) = ema.engine.averages.plans.offloaded
     return plan
 
 
@@ -399,7 +399,7 @@ def test_an_error_in_the_thread_comes_out_once_and_training_goes_on(monkeypatch:
     ema.synchronize()
     for its in (model, twin):
         move(its, 4)
-    ema._step = expected._step = 0
+    ema.counter._step = expected._step = 0
     ema.update()
     expected.update()
     assert equal(averages(ema), averages(expected))

@@ -218,7 +218,7 @@ def test_a_wrong_found_inf_is_refused_before_anything_is_averaged(wrong: torch.T
     train(model)
     before = {name: raw(tensor) for name, tensor in ema.shadow_state_dict().items()}
     with pytest.raises(ValueError, match=r"found_inf must be 1 torch\.float32, got"):
-        ema._shadow.plans.update(UpdateArgs([0.5], True, wrong))
+        ema.engine.averages.plans.update(UpdateArgs([0.5], True, wrong))
     assert {name: raw(tensor) for name, tensor in ema.shadow_state_dict().items()} == before
 
 
@@ -230,7 +230,7 @@ def test_every_plan_of_a_model_gets_found_inf_on_its_own_device() -> None:
         def update(self, args: UpdateArgs) -> None:
             self.seen.append(args.skip)
 
-    plans = FastEMA(small_model(), decay=0.5)._shadow.plans
+    plans = FastEMA(small_model(), decay=0.5).engine.averages.plans
     plans.by_device = [Recorder(), Recorder()]
     plans.devices = [torch.device("meta"), torch.device("cpu")]
     plans.update(UpdateArgs([0.5], True, torch.ones(1)))
@@ -269,13 +269,13 @@ def test_memory_is_recorded_once_on_every_stream_that_uses_it(monkeypatch: pytes
 def test_what_was_captured_outlives_a_rebuild() -> None:
     model = small_model()
     ema = FastEMA(model, capturable=True)
-    captured, ordinary = weakref.ref(ema._shadow), FastEMA(small_model())
-    ema._shadow.is_on_cpu = False  # as on a GPU
+    captured, ordinary = weakref.ref(ema.engine.averages), FastEMA(small_model())
+    ema.engine.averages.is_on_cpu = False  # as on a GPU
     model[0].weight.data = model[0].weight.data.clone()
     ema.update()
     gc.collect()
-    assert captured() is not None and captured() is not ema._shadow
-    assert not copy.deepcopy(ema)._captured
+    assert captured() is not None and captured() is not ema.engine.averages
+    assert not copy.deepcopy(ema).engine._captured
     del ema, ordinary
     gc.collect()
     assert captured() is None
@@ -286,7 +286,7 @@ def test_without_native_everything_works(no_native: None) -> None:
     model = small_model()
     ema = FastEMA(model, decay=0.5, decay_type="constant")
     assert ema.backend_name == "torch"
-    assert ema._shadow._host is plain_torch
+    assert ema.engine.averages._host is plain_torch
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ema.attach(optimizer)
     graph = model(values(4, 3)).sum()

@@ -227,8 +227,8 @@ def test_what_was_captured_may_be_replayed_after_a_rebuild(device: str, backend:
     model = make_model(device, width=256)
     ema = FastEMA(model, decay=0.5, capturable=True, backend=backend)
     if device == "cpu":
-        ema._shadow.is_on_cpu = False
-    shadow = ema._shadow
+        ema.engine.averages.is_on_cpu = False
+    shadow = ema.engine.averages
     replay: Callable[[], object] = lambda: shadow.plans.update(UpdateArgs([0.5], True))  # noqa: E731
     if device == "cuda":
         torch.cuda.synchronize()

@@ -17,7 +17,7 @@ from torch import nn
 import fastema.checkpoint as checkpoint_module
 from fastema import FastEMA
 from fastema.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, synchronize
-from fastema.posthoc import SnapshotError, Snapshots, files, snapshots
+from fastema.posthoc import SnapshotError, Snapshots, snapshot_files, snapshots
 
 
 @pytest.fixture(autouse=True)
@@ -224,8 +224,8 @@ def test_a_snapshot_has_the_bytes_that_it_had_when_it_was_asked_for(
         step(model, optimizer)
         path = own["front"].save()
         with monkeypatch.context() as inside:
-            held = Held(files.write)
-            inside.setattr(files, "write", held)
+            held = Held(snapshot_files.write)
+            inside.setattr(snapshot_files, "write", held)
             behind = own["background"].save(background=True)
             assert held.entered.wait(60)
             before = ema.num_updates
@@ -246,7 +246,7 @@ def test_the_next_snapshot_raises_what_went_wrong(tmp_path: Path, monkeypatch: p
     own = Snapshots(tmp_path, ema, every=2, verbose=False)
     step(model, optimizer)
     with monkeypatch.context() as inside, pytest.warns(UserWarning, match="a save in the background failed"):
-        inside.setattr(files, "flush", fails)
+        inside.setattr(snapshot_files, "flush", fails)
         own.save(background=True)
         assert own._background._future is not None
         own._background._future.exception()  # done

@@ -384,7 +384,7 @@ def test_no_memory_to_fill_the_scratch_gives_back_what_it_got(backend: str, monk
     case = build_case("mixed dtypes", backend)
     with case.ema.swapped():
         pass
-    scratch = [buffer for each in case.ema._shadow._swaps.values() for buffer in each._filled]
+    scratch = [buffer for each in case.ema.engine.averages._swaps.values() for buffer in each._filled]
     assert [stand_in.storage.nbytes() for stand_in in scratch] == [0, 0], "two float16 tensors"
     fill = type(scratch[1]).fill
 

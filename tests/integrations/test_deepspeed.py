@@ -210,7 +210,7 @@ def test_an_update_and_a_swap_communicate_nothing_and_need_no_memory(rank: Rank)
             ema.restore()
         parts = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in engine.module.parameters())
         storages = {p.ds_tensor.untyped_storage()._cdata for p in engine.module.parameters()}
-        own = [storage for storage in ema._shadow._storages if storage.live._cdata in storages]
+        own = [storage for storage in ema.engine.averages._storages if storage.live._cdata in storages]
         assert all(storage.is_direct for storage in own), "what takes the parts' place is the average itself"
         assert sum(shadow.nbytes for storage in own for shadow in storage.shadows) == parts
 

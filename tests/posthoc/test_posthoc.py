@@ -488,7 +488,7 @@ def test_a_state_dict_that_a_hook_changes_is_refused(tmp_path: Path) -> None:
 
 def test_half_lives_have_the_profile_of_their_decay() -> None:
     ema = FastEMA([("w", torch.zeros(1))], decay_type="half_life", half_life=[10, 1000], batch_size=5)
-    assert [each.values[0] for each in profiles_of(ema._decays, 1)] == pytest.approx(list(ema.decay_at(9)))
+    assert [each.values[0] for each in profiles_of(ema.counter.decays, 1)] == pytest.approx(list(ema.decay_at(9)))
 
 
 def test_a_decay_set_in_mid_run_is_refused(tmp_path: Path) -> None:

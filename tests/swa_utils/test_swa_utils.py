@@ -23,7 +23,7 @@ from cases import Recorder, bits, raw, small_model, tensors_of, train, values
 from fastema import swa_utils as ours
 from fastema.backends import native
 from fastema.core import averaging_functions as functions
-from fastema.core.counters import Counter
+from fastema.core.counters import CounterTensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -490,7 +490,7 @@ def test_a_written_counter_counts(write: str) -> None:
 
 
 def test_a_counter_on_a_device_is_read_once() -> None:
-    counter, tensor = Counter(), torch.tensor(4)
+    counter, tensor = CounterTensor(), torch.tensor(4)
     assert counter.remembered(tensor) == 4
     with Recorder() as recorder:
         for expected in range(5, 10):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema import EMA_DECAY_FUNCTIONS, FastEMA, IDecayFunction
-from fastema.core.counters import DeviceSchedule
+from fastema.core.counters import DeviceCounter
 from fastema.core.decays import Decays
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -105,11 +105,11 @@ def test_resume_between_the_two_ways(backend: str) -> None:
 def test_addresses_stay_over_updates_loads_and_an_exchange_in_place(backend: str) -> None:
     """Shadow, step and weights must stay where they are: a captured graph has their addresses."""
     _, _, captured = pair(backend, decay_type="threshold")
-    clock = captured._device_schedule
-    assert clock is not None
+    counter = captured.counter
+    assert counter is not None
 
     def addresses() -> list[int]:
-        tensors = [clock.step, clock.weights, *captured.state_dict()["shadow"].values()]
+        tensors = [counter.step, counter.weights, *captured.state_dict()["shadow"].values()]
         return [tensor.data_ptr() for tensor in tensors]
 
     before = addresses()
@@ -157,12 +157,14 @@ def test_a_schedule_that_takes_too_long_to_settle_is_refused(monkeypatch: pytest
 FOUND_INF = [None, 1.0, 0.0, 0.0, float("nan"), *[None] * 30, 1.0, 0.0]
 
 
-def clock_states(clock: DeviceSchedule) -> list[list[float]]:
+def counter_states(counter: DeviceCounter) -> list[list[float]]:
     """Return the state after each step: step, updates, skip, weights."""
     states = []
     for value in FOUND_INF:
-        skip = clock.advance(None if value is None else torch.tensor(value, device=clock.step.device))
-        states.append([float(clock.step), float(clock.num_updates), float(skip), *clock.weights.tolist()])
+        args = counter.begin(None, None if value is None else torch.tensor(value, device=counter.step.device), None)
+        assert args is not None and args.skip is not None
+        skip = args.skip
+        states.append([float(counter.step), float(counter.num_updates), float(skip), *counter.weights.tolist()])
     return states
 
 
@@ -170,20 +172,20 @@ def clock_states(clock: DeviceSchedule) -> list[list[float]]:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_clock_kernel_has_the_bits_of_torchs_operations() -> None:
     decays = Decays([0.9, 0.999], "exp", 20, 2, {})
-    clock = DeviceSchedule(decays, 3, torch.device("cuda", torch.cuda.current_device()))
-    if clock._launch is None:
+    counter = DeviceCounter(decays, 3, True, torch.device("cuda", torch.cuda.current_device()))
+    if counter._launch is None:
         pytest.skip("the CUDA kernels cannot run here")
-    assert clock_states(clock) == clock_states(DeviceSchedule(decays, 3, torch.device("cpu")))
+    assert counter_states(counter) == counter_states(DeviceCounter(decays, 3, True, torch.device("cpu")))
 
 
 def test_a_found_inf_that_the_clock_kernel_cannot_read_goes_to_torchs_operations() -> None:
-    clock = DeviceSchedule(Decays(0.9, "constant", None, 0, {}), 1, torch.device("cpu"))
+    counter = DeviceCounter(Decays(0.9, "constant", None, 0, {}), 1, True, torch.device("cpu"))
     launched: list[Any] = []
-    clock._launch = lambda *arguments: launched.append(arguments[2])
+    counter._launch = lambda *arguments: launched.append(arguments[2])
     found_inf = torch.ones(())
-    clock.advance(None)
-    clock.advance(found_inf)
-    clock.advance(found_inf.double())
-    clock.advance(torch.tensor(True))
+    counter.begin(None, None, None)
+    counter.begin(None, found_inf, None)
+    counter.begin(None, found_inf.double(), None)
+    counter.begin(None, torch.tensor(True), None)
     assert launched == [None, found_inf]
-    assert int(clock.step) == 0  # both of the others were skipped
+    assert int(counter.step) == 0  # both of the others were skipped

@@ -157,7 +157,7 @@ def test_the_state_knows_the_last_update() -> None:
     assert ema.state_dict()["last_update"] == 6
     twin = made(decay_type="power", gamma=3.0)[1]
     twin.load_state_dict(copy.deepcopy(ema.state_dict()))
-    for each, live in ((ema, weight), (twin, twin._source[0][1])):  # type: ignore[index]
+    for each, live in ((ema, weight), (twin, twin.source[0][1])):  # type: ignore[index]
         live.fill_(1.0)
         each.update(step=10)
     assert ema.state_dict()["shadow"]["w"].item() == pytest.approx(1 - 0.6**4)
@@ -323,8 +323,8 @@ def test_one_decay_for_all_or_one_for_each() -> None:
 def test_a_captured_table_is_rewritten_where_it_is(backend: str) -> None:
     weight, ema = made(0.9, decay_type="threshold", backend=backend, capturable=True)
     eager = FastEMA([("w", weight)], 0.9, decay_type="threshold", backend=backend)
-    assert ema._device_schedule is not None
-    address = ema._device_schedule._table.data_ptr()
+    assert ema.counter is not None
+    address = ema.counter._table.data_ptr()
     for step in range(1, 60):
         weight.fill_(float(step))
         if step == 7:
@@ -332,7 +332,7 @@ def test_a_captured_table_is_rewritten_where_it_is(backend: str) -> None:
             eager.set_decay(0.7)
         ema.update()
         eager.update()
-    assert ema._device_schedule._table.data_ptr() == address
+    assert ema.counter._table.data_ptr() == address
     assert torch.equal(ema.state_dict()["shadow"]["w"], eager.state_dict()["shadow"]["w"])
     with pytest.raises(ValueError, match="the table has room for 80 updates, and 8990 are needed"):
         ema.set_decay(0.999)

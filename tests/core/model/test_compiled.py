@@ -49,7 +49,7 @@ def test_update_in_a_compiled_step(backend: str, compiler: str, capturable: bool
     compiled_step = torch.compile(step, backend=compiler, fullgraph=True)
     for number in range(4):
         compiled_step(ema, parameters, torch.tensor(float(number)))
-        step(twin, list(twin._source.parameters()), torch.tensor(float(number)))  # type: ignore[union-attr]
+        step(twin, list(twin.source.parameters()), torch.tensor(float(number)))  # type: ignore[union-attr]
     assert ema.num_updates == 4
     assert same(ema, twin)
     ema.update()  # eager again, on the same shadow
@@ -72,7 +72,7 @@ def test_update_in_a_step_that_inductor_compiles() -> None:
     compiled_step = torch.compile(step, fullgraph=True)
     for _ in range(3):
         compiled_step(ema, model.weight, model.bias)
-        step(twin, twin._source.weight, twin._source.bias)  # type: ignore[union-attr]
+        step(twin, twin.source.weight, twin.source.bias)  # type: ignore[union-attr]
     for which in (0, 1):
         first, second = ema.shadow_state_dict(which=which), twin.shadow_state_dict(which=which)
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -125,7 +125,7 @@ def test_a_captured_step_leaves_the_update_outside_of_its_graphs(monkeypatch: py
             compiled_step = torch.compile(step, fullgraph=True)
             for number in range(1, 4):
                 compiled_step(ema, model.weight, model.bias)
-                step(twin, twin._source.weight, twin._source.bias)  # type: ignore[union-attr]
+                step(twin, twin.source.weight, twin.source.bias)  # type: ignore[union-attr]
                 assert ema.num_updates == number
     finally:
         utils.set_customized_partition_wrappers(None)  # type: ignore[arg-type]
@@ -136,13 +136,14 @@ def test_a_captured_step_leaves_the_update_outside_of_its_graphs(monkeypatch: py
 
 def test_the_op_is_sound(backend: str) -> None:
     ema = FastEMA(make_model(), backend=backend)
-    torch.library.opcheck(compiled.update, (*ema._shadow.operands(), ema._compiled_handle(), None, None))
-    torch.library.opcheck(compiled.update, (*ema._shadow.operands(), ema._compiled_handle(), 3, torch.tensor(0.0)))
+    operands, handle = ema.engine.averages.operands(), ema._compiled_handle()
+    torch.library.opcheck(compiled.update, (*operands, handle, None, None))
+    torch.library.opcheck(compiled.update, (*operands, handle, 3, torch.tensor(0.0)))
 
 
 def test_an_ema_that_is_gone_is_an_error() -> None:
     ema = FastEMA(make_model())
-    operands, handle = ema._shadow.operands(), ema._compiled_handle()
+    operands, handle = ema.engine.averages.operands(), ema._compiled_handle()
     del ema
     gc.collect()
     with pytest.raises(RuntimeError, match="no longer exists"):
@@ -152,7 +153,7 @@ def test_an_ema_that_is_gone_is_an_error() -> None:
 def test_overlapping_tensors_cannot_be_stood_in_for() -> None:
     buffer = torch.zeros(6)
     ema = FastEMA([("a", buffer[:4]), ("b", buffer[2:])])
-    shadows, lives = ema._shadow.operands()
+    shadows, lives = ema.engine.averages.operands()
     with pytest.raises(RuntimeError, match="overlap in memory"):
         compiled.update(shadows, [live.clone() for live in lives], ema._compiled_handle(), None, None)
     assert ema.num_updates == 0
@@ -313,7 +314,7 @@ def test_frozen_weights_are_refused(kind: Kind) -> None:
             assert not ema.is_applied
             assert all(torch.equal(tensor, live[name]) for name, tensor in model.state_dict().items())
 
-            ema._shadow.apply(0, contents)  # what it would do
+            ema.engine.averages.apply(0, contents)  # what it would do
             assert not torch.allclose(run(features), model.body(features)), "freezing no longer breaks it: allow it"
             ema.restore()
 

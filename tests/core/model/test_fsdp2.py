@@ -635,8 +635,8 @@ def test_other_numbers_of_ranks_load_it(rank: Rank) -> None:
             load(ema, rank.folder / "saved", process_group=group)
             assert_resumed(ema, box[0])
             with ema.swapped(), torch.no_grad():  # and they are the EMA's own tensors that were loaded
-                assert torch.equal(ema._source.eval()(batch(0)), ema._source(batch(0)))
-                torch.testing.assert_close(ema._source(batch(0)), with_weights(box[0], batch(0)))
+                assert torch.equal(ema.source.eval()(batch(0)), ema.source(batch(0)))
+                torch.testing.assert_close(ema.source(batch(0)), with_weights(box[0], batch(0)))
         dist.barrier()
     if rank.rank == 0:
         ema = FastEMA(Net(), decay=0.5, decay_type="warmup")

@@ -72,7 +72,7 @@ def test_memory_that_is_replaced_during_an_update_is_not_freed_under_it() -> Non
 
     def move() -> None:
         while not stop.is_set():
-            ema._shadow.pairs[0].averages[0].view.share_memory_()
+            ema.engine.averages.pairs[0].averages[0].view.share_memory_()
 
     thread = threading.Thread(target=move)
     thread.start()
@@ -230,7 +230,7 @@ def test_a_buffer_that_every_forward_replaces_rebuilds_the_shadow_once(backend: 
     for _ in range(4):
         model(x)
         ema.update()
-        shadows.append(ema._shadow)
+        shadows.append(ema.engine.averages)
     assert shadows[1] is shadows[2] is shadows[3]
     assert torch.equal(ema.shadow_state_dict()["mean"], model.mean)
     assert torch.equal(ema.state_dict()["shadow"]["mean"], model.mean)

@@ -115,7 +115,7 @@ def averages(ema: FastEMA) -> list[dict[str, bytes]]:
     """Return the averages of every decay as bytes."""
     return [
         {name: raw(tensor) for name, tensor in ema.shadow_state_dict(which=which).items()}
-        for which in range(len(ema._decays))
+        for which in range(len(ema.counter.decays))
     ]
 
 
@@ -127,8 +127,8 @@ def pair(seam: Seam, model: nn.Module | None = None, **arguments: Any) -> tuple[
     offloaded = FastEMA(model, **arguments)
     with seam.off():
         ordinary = FastEMA(twin, **arguments)
-    offloaded._shadow.is_on_cpu = ordinary._shadow.is_on_cpu = False
-    assert offloaded._shadow.plans.offloaded and not ordinary._shadow.plans.offloaded
+    offloaded.engine.averages.is_on_cpu = ordinary.engine.averages.is_on_cpu = False
+    assert offloaded.engine.averages.plans.offloaded and not ordinary.engine.averages.plans.offloaded
     return offloaded, ordinary, model, twin
 
 
@@ -206,7 +206,7 @@ def test_a_device_scalar_skips_by_the_value_it_had(seam: Seam, found: float) -> 
     before = averages(ema)
     train(model)
     found_inf = torch.tensor([found])
-    ema._shadow.plans.update(UpdateArgs([0.5], True, found_inf))  # FastEMA itself looks at a scalar on the host
+    ema.engine.averages.plans.update(UpdateArgs([0.5], True, found_inf))  # FastEMA itself looks at a scalar on the host
     found_inf.fill_(1.0 - found)
     assert (averages(ema) == before) == bool(found)
 
@@ -250,14 +250,14 @@ def test_only_what_attached_optimizers_step_is_left_to_their_hooks(seam: Seam) -
     ema = FastEMA(model, decay=0.5, decay_type="constant")
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
     handle = ema.attach(optimizer)
-    (plan,) = ema._shadow.plans.offloaded
+    (plan,) = ema.engine.averages.plans.offloaded
     late = {live.untyped_storage().data_ptr() for _, live in plan._deferred}
     assert late == {parameter.data_ptr() for parameter in model[0].parameters()}
     assert len(plan._deferred) + len(plan._immediate) == len(plan._pairs)
 
     model[0].weight.data = model[0].weight.detach().clone()  # a rebuilt plan knows the optimizer too
     ema.update()
-    (rebuilt,) = ema._shadow.plans.offloaded
+    (rebuilt,) = ema.engine.averages.plans.offloaded
     assert rebuilt is not plan
     late = {live.untyped_storage().data_ptr() for _, live in rebuilt._deferred}
     assert late == {parameter.data_ptr() for parameter in model[0].parameters()}
@@ -272,7 +272,7 @@ def test_a_storage_that_others_write_to_as_well_is_safe_at_once(seam: Seam) -> N
     stepped, other = nn.Parameter(room[:4]), room[4:]
     ema = FastEMA([("stepped", stepped), ("other", other)])
     ema.attach(torch.optim.SGD([stepped], lr=0.1))
-    assert not ema._shadow.plans.offloaded[0]._deferred
+    assert not ema.engine.averages.plans.offloaded[0]._deferred
 
 
 def test_an_update_waits_for_the_one_before(seam: Seam) -> None:
@@ -296,7 +296,7 @@ def test_an_update_waits_for_the_one_before(seam: Seam) -> None:
 
 def swapped_bits(ema: FastEMA) -> dict[str, bytes]:
     with ema.swapped():
-        return bits(ema._source)  # type: ignore[arg-type]
+        return bits(ema.source)  # type: ignore[arg-type]
 
 
 def copied_bits(ema: FastEMA) -> dict[str, bytes]:
@@ -314,7 +314,7 @@ def saved(ema: FastEMA) -> dict[str, Tensor]:
 
 def synchronized(ema: FastEMA) -> list[bytes]:
     ema.synchronize()
-    return [raw(pair.averages[0].view) for pair in ema._shadow.pairs]
+    return [raw(pair.averages[0].view) for pair in ema.engine.averages.pairs]
 
 
 READERS: dict[str, Callable[[FastEMA], Any]] = {
@@ -443,8 +443,8 @@ def test_the_thread_and_the_memory_go_with_the_ema(seam: Seam) -> None:
     ema.attach(optimizer)
     train_step(model, optimizer, 1)
     (thread,) = set(threads()) - before
-    shadow = weakref.ref(ema._shadow)
-    plan = weakref.ref(ema._shadow.plans.offloaded[0])
+    shadow = weakref.ref(ema.engine.averages)
+    plan = weakref.ref(ema.engine.averages.plans.offloaded[0])
     del ema, model, optimizer
     gc.collect()
     thread.join(10)
@@ -493,7 +493,7 @@ def reads():
 def goes_on():
     with seam.off():
         twin = copy.deepcopy(ema)
-    train(model); train(twin._source)
+    train(model); train(twin.source)
     ema.update(); twin.update()
     assert averages(ema) == averages(twin)
 def refuses():
@@ -527,7 +527,7 @@ def test_a_forked_process_reads_what_is_done_and_refuses_what_is_half_done() -> 
 
 
 def test_weights_on_the_cpu_are_averaged_directly() -> None:
-    assert not FastEMA(small_model(), device="cpu")._shadow.plans.offloaded
+    assert not FastEMA(small_model(), device="cpu").engine.averages.plans.offloaded
     cpu, cuda, meta = (torch.device(name) for name in ("cpu", "cuda:0", "meta"))
     assert offload.transfer_between(cpu, cpu) is None
     assert offload.transfer_between(cuda, cuda) is None

@@ -37,7 +37,7 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def side_stream(ema: FastEMA) -> Any:
-    (plan,) = ema._shadow.plans.offloaded
+    (plan,) = ema.engine.averages.plans.offloaded
     return plan._transfer._stream  # type: ignore[attr-defined]
 
 
@@ -131,9 +131,9 @@ def test_an_attached_step_alone_waits_for_the_copy() -> None:
     stepped = [parameter.detach().clone() for parameter in model.parameters()]
     model(features).sum().backward()
     current_stream().synchronize()
-    late = ema._shadow.plans.offloaded[0]._deferred_copy
+    late = ema.engine.averages.plans.offloaded[0]._deferred_copy
     assert late is not None and not late.copied.query(), "forward and backward ran beside the copy"  # type: ignore[attr-defined]
-    ema._shadow.plans.order_writes()  # as the hook before the next step does
+    ema.engine.averages.plans.order_writes()  # as the hook before the next step does
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7)
@@ -175,7 +175,7 @@ def test_a_captured_update_is_refused() -> None:
 
 def test_staging_memory_is_pinned_and_as_large_as_the_weights() -> None:
     model = make_model()
-    (plan,) = FastEMA(model, device="cpu")._shadow.plans.offloaded
+    (plan,) = FastEMA(model, device="cpu").engine.averages.plans.offloaded
     assert all(host.is_pinned() for host, _ in plan._pairs)
     own = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     assert sum(host.numel() * host.element_size() for host, _ in plan._pairs) == own

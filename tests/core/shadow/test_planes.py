@@ -14,6 +14,7 @@ from cases import WEIGHTS, as_applied, bits, move, raw, small_model, train, valu
 from cases.plans import plan_of
 from fastema import FastEMA, backends
 from fastema.backends.contract import UpdateArgs
+from fastema.core.engine import Engine
 from fastema.memory import planes
 from fastema.memory.atomic_steps import run_atomically
 
@@ -30,9 +31,8 @@ def average_of(model: nn.Module, backend: str, **arguments: Any) -> FastEMA:
 
 def plain(model: nn.Module, backend: str) -> FastEMA:
     """The same average as an ordinary float32."""
-    ema = FastEMA.__new__(FastEMA)
-    ema._may_split = False
-    ema.__init__(model, decay=0.9, decay_type="constant", backend=backend)  # type: ignore[misc]
+    ema = FastEMA(model, decay=0.9, decay_type="constant", backend=backend)
+    ema.engine = Engine(model, backend=backend, may_split=False)
     return ema
 
 
@@ -127,7 +127,7 @@ def test_a_swap_needs_no_memory_and_shows_the_nearest_bfloat16(backend: str, in_
                 assert raw(parameter.detach()) == raw(as_applied(average[name], torch.bfloat16))
             assert saved(ema) == {name: raw(tensor) for name, tensor in average.items()}
         assert bits(model) == live
-    assert all(not storage.swap_buffer(0).casts for storage in ema._shadow._storages)
+    assert all(not storage.swap_buffer(0).casts for storage in ema.engine.averages._storages)
 
 
 def test_many_steps_have_the_bits_of_a_plain_float32_average(backend: str) -> None:
@@ -141,7 +141,7 @@ def test_many_steps_have_the_bits_of_a_plain_float32_average(backend: str) -> No
         with ema.swapped():
             pass
     assert saved(ema) == saved(other)
-    assert [storage.lows for storage in other._shadow._storages] == [[]] * len(other._shadow._storages)
+    assert [storage.lows for storage in other.engine.averages._storages] == [[]] * len(other.engine.averages._storages)
 
 
 def test_states_copies_and_pickles_hold_every_bit(backend: str) -> None:
@@ -217,7 +217,7 @@ def test_statistics_that_a_forward_writes_in_the_block_stay_in_the_average(backe
 def test_only_float32_averages_of_bfloat16_are_split(backend: str) -> None:
     def has_planes(live: torch.dtype, **arguments: Any) -> bool:
         ema = FastEMA([("w", values(9, dtype=live))], decay=0.5, backend=backend, **arguments)
-        return bool(ema._shadow._storages[0].lows)
+        return bool(ema.engine.averages._storages[0].lows)
 
     assert has_planes(torch.bfloat16) and has_planes(torch.bfloat16, dtype=torch.float32)
     assert not has_planes(torch.float32) and not has_planes(torch.float16)
