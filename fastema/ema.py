@@ -39,7 +39,7 @@ class FastEMA:
             each decay, all updated in one read of the weights; `which` selects one, and numbers come as tuples.
         decay_type: the schedule: "threshold" (the default; until 0.1.0 it was "constant"), "constant", "exp", "linear",
             "warmup", "debiased", "power", "half_life", "half_life_fraction", or any name registered in
-            `fastema.schedules.EMA_DECAY_FUNCTIONS`. A sequence of names gives each average its own schedule.
+            `fastema.schedules.EMA_DECAY_FUNCTIONS`.
         total_steps: optimizer steps of the whole training; "exp" and "linear" need it.
         update_every: average at every so many optimizer steps. Schedules with a target decay are unaffected; "power"
             and the half-lives take the steps in between into account, so that their profiles do not change.
@@ -87,7 +87,7 @@ class FastEMA:
         model: Source,
         decay: float | Sequence[float] = 0.999,
         *,
-        decay_type: str | Sequence[str] = "threshold",
+        decay_type: str = "threshold",
         total_steps: int | None = None,
         update_every: int = 1,
         update_after_step: int = 0,

@@ -43,63 +43,54 @@ class Decays:
         ValueError, TypeError: as in FastEMA.
     """
 
-    _settled_at: float = math.inf  # from this step on every decay is its target
-
     def __init__(
         self,
         decay: float | Sequence[float],
-        decay_type: str | Sequence[str],
+        decay_type: str,
         total_steps: int | None,
         update_after_step: int,
         decay_args: Mapping[str, Any],
     ) -> None:
         targets, several = checked_decays(decay)
-        several_types = _is_sequence(decay_type)
-        types: tuple[str, ...] = tuple(decay_type) if several_types else (decay_type,)  # type: ignore[assignment]
-        classes = [schedule_class(each) for each in types]
-        per_average = {name for each in classes for name in each.per_average}
+        if _is_sequence(decay_type):
+            raise TypeError(
+                f"decay_type is one name, the schedule of all averages, got {decay_type!r}: build a FastEMA for each "
+                "schedule, or give several decays, sigma_rel, gamma or half-lives of one"
+            )
+        per_average = schedule_class(decay_type).per_average
         sequences = {
             name: tuple(value) for name, value in decay_args.items() if name in per_average and _is_sequence(value)
         }
         lengths = {"decay": len(targets)} if several else {}
-        lengths |= {"decay_type": len(types)} if several_types else {}
         lengths |= {name: len(value) for name, value in sequences.items()}
         count = next(iter(lengths.values()), 1)
         if any(length != count for length in lengths.values()) or count == 0:
             given = ", ".join(f"{name} has {length}" for name, length in lengths.items())
             raise ValueError(f"every sequence must have one entry for each average: {given}")
         self.several = bool(lengths)
-        self.targets = targets if several else targets * count
         self.total_steps = total_steps
         self.update_after_step = checked_count("update_after_step", update_after_step, at_least=0)
-        self.type: str | list[str] = list(types) if several_types else types[0]  # the name, or one for each average
-        self._args = {name: list(sequences[name]) if name in sequences else value for name, value in decay_args.items()}
-        self._types = types if several_types else types * count
-        schedules = []
-        for which, each in enumerate(self._types):
-            arguments = {name: sequences[name][which] if name in sequences else decay_args[name] for name in decay_args}
-            if several_types:  # each takes its own
-                takes = [name for name in arguments if takes_argument(each, name)]
-                arguments = {name: arguments[name] for name in takes if arguments[name] is not None}
-            schedules.append(make_schedule(each, total_steps, arguments))
-        self.schedules = tuple(schedules)
-        unknown = [name for name in decay_args if not any(takes_argument(each, name) for each in types)]
-        if unknown:
-            raise TypeError(f"FastEMA and decay_type {decay_type!r} do not take the arguments: {', '.join(unknown)}")
+        self.type = decay_type
+        self._args = {name: list(sequences.get(name, ())) or value for name, value in decay_args.items()}
+        self.schedules = tuple(
+            make_schedule(decay_type, total_steps, {**decay_args, **{name: sequences[name][i] for name in sequences}})
+            for i in range(count)
+        )
+        self.settles = all(schedule.settles for schedule in self.schedules)  # every decay reaches its target, and stays
+        self._set_targets(targets if several else targets * count)
+
+    def _set_targets(self, targets: tuple[float, ...]) -> None:
+        self.targets = targets
+        self._settled_at: float = math.inf  # from this step on every decay is its target
+        self._pairs = list(zip(self.schedules, targets, strict=True))
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @property
-    def settles(self) -> bool:
-        """True if every decay reaches its target and stays there."""
-        return all(schedule.settles for schedule in self.schedules)
-
-    @property
     def highest(self) -> float:
         """The highest decay that can occur."""
-        pairs = zip(self.schedules, self.targets, strict=True)
-        return max(target if schedule.has_target else 1.0 for schedule, target in pairs)
+        return max(target if schedule.has_target else 1.0 for schedule, target in self._pairs)
 
     def at(self, step: int, last_update: int | None = None) -> tuple[float, ...]:
         """Return the decay of every average for an update at optimizer step `step`.
@@ -114,18 +105,17 @@ class Decays:
         if step >= self._settled_at:
             return self.targets
         decays = self._of_schedules(step, step - 1 if last_update is None else last_update)
-        for decay, name in zip(decays, self._types, strict=True):
+        for decay in decays:
             if not 0.0 <= decay <= 1.0:
-                raise ValueError(f"decay_type {name!r} gave decay {decay} at step {step}; it must be in [0, 1]")
+                raise ValueError(f"decay_type {self.type!r} gave decay {decay} at step {step}; it must be in [0, 1]")
         if decays == self.targets and self.settles:
             self._settled_at = step
         return decays
 
     def _of_schedules(self, step: int, last_update: int) -> tuple[float, ...]:
-        return tuple(
-            schedule.at(target, step, self.total_steps, last_update, self.update_after_step)
-            for schedule, target in zip(self.schedules, self.targets, strict=True)
-        )
+        last_step, begin = self.total_steps, self.update_after_step
+        # A list is faster than a generator, and this runs at every step until the decays have settled.
+        return tuple([schedule.at(target, step, last_step, last_update, begin) for schedule, target in self._pairs])
 
     def warn_of_a_late_start(self, step: int, update_every: int) -> None:
         """Warn if a first update that is late gives what FastEMA was built on less, for the steps in between."""
@@ -135,7 +125,7 @@ class Decays:
             which = lost[0]
             warnings.warn(
                 f"the first update is told step {step}: of what FastEMA was built on, decay_type "
-                f"{self._types[which]!r} leaves {decays[which]:.3g}, since it was not updated in {step} steps. If that "
+                f"{self.type!r} leaves {decays[which]:.3g}, since it was not updated in {step} steps. If that "
                 f"is an average of earlier steps, say so before: load_state_dict({{'step': {step - 1}, 'num_updates': "
                 f"{step - 1}, 'shadow': ...}}). If the average begins here, nothing is lost",
                 stacklevel=4,
@@ -154,23 +144,20 @@ class Decays:
         targets, several = checked_decays(decay)
         if several and len(targets) != len(self):
             raise ValueError(f"{what} got {len(targets)} decays for {len(self)} averages")
-        without = [name for name, each in zip(self._types, self.schedules, strict=True) if not each.has_target]
-        if without:
-            raise ValueError(f"{what} needs a target decay, and the {without[0]!r} schedule has none")
+        if not self.schedules[0].has_target:
+            raise ValueError(f"{what} needs a target decay, and the {self.type!r} schedule has none")
         return targets if several else targets * len(self)
 
     def with_targets(self, targets: Sequence[float]) -> Decays:
         """Return the same schedules with other targets, one for each average."""
         other = copy.copy(self)
-        other.targets = tuple(targets)
-        other._settled_at = math.inf
+        other._set_targets(tuple(targets))
         return other
 
     def windows(self, step: int) -> list[float]:
         """Return how many updates each average covers: 1 / (1 - decay), by the decay at `step` without a target."""
         now = self.at(step)
-        pairs = zip(self.targets, self.schedules, now, strict=True)
-        decays = [target if schedule.has_target else current for target, schedule, current in pairs]
+        decays = self.targets if self.schedules[0].has_target else now
         return [updates_back(decay) for decay in decays]
 
     def one_or_all(self, values: Sequence[float]) -> Any:
@@ -197,6 +184,8 @@ class Decays:
         if all(state.get(key, config.get(key)) == config.get(key) for key in ("decay", "decay_type", "decay_args")):
             return self
         decay, decay_type = state.get("decay", config["decay"]), state.get("decay_type", self.type)
+        if _is_sequence(decay_type) and len(set(decay_type)) == 1:  # 0.2.0 could have several
+            decay_type = decay_type[0]
         args = state.get("decay_args", self._args if decay_type == self.type else {})
         try:
             return Decays(decay, decay_type, self.total_steps, self.update_after_step, args)
