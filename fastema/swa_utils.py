@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils as _torch_swa_utils
 from torch.optim.swa_utils import SWALR
 
-from fastema.core.averaging_functions import DEFAULT, AveragingFunction, recognise
+from fastema.averaging_functions import DEFAULT, AveragingFunction, recognise
 from fastema.core.compiled import refuse_freezing
 from fastema.core.counters import CounterTensor
 from fastema.core.given import GivenAverages, Update, UseTorchFallback, tensors_by_name

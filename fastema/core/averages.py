@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from fastema import backends
 from fastema.backends import contract
 from fastema.backends import torch as plain_torch
-from fastema.backends.contract import Segment, UpdateArgs
-from fastema.core import offload, sharded, swap
+from fastema.backends.contract import UpdateArgs
+from fastema.core import sharded, swap
 from fastema.core.pairs import Average, Pair
 from fastema.core.plans import Plans
 from fastema.core.policy import Source, named_tensors
-from fastema.core.storages import ShadowStorage, refuse_two_storages_over_one_memory, swap_of
+from fastema.core.storages import keep_in_storages, swap_of
 from fastema.core.swap import Swap
 from fastema.core.tensors import why_no_storage
 
@@ -90,21 +90,12 @@ class Averages:
     # ---- building ----
 
     def _build(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
-        groups: dict[int, list[Pair]] = {}
-        for pair in self._mirrored:
-            groups.setdefault(pair.live.untyped_storage()._cdata, []).append(pair)
-        refuse_two_storages_over_one_memory([pairs[0] for pairs in groups.values()])
-        self.live_storage_ids = frozenset(groups)
+        self.live_storage_ids = frozenset(pair.live.untyped_storage()._cdata for pair in self._mirrored)
         swap.refuse_foreign("building a FastEMA", self.live_storage_ids)  # it would start from the other's average
-        storage_of = {
-            key: ShadowStorage(
-                pairs, dtype, device, self.count, self._host, self._may_be_split(pairs[0].live.device, device)
-            )
-            for key, pairs in groups.items()
-        }
-        self._storages = list(storage_of.values())
+        self._storages = keep_in_storages(self._mirrored, dtype, device, self.count, self._host, self._may_split)
         for pair in self.pairs:
-            pair.keep_in(None if pair.loose else storage_of[pair.live.untyped_storage()._cdata], self.count)
+            if pair.loose:
+                pair.keep_in(None, self.count)
         self._loose = [pair for pair in self.pairs if pair.loose]
         self.storage_ids = self.live_storage_ids | {
             shadow.untyped_storage()._cdata for storage in self._storages for shadow in storage.shadows
@@ -114,9 +105,6 @@ class Averages:
         for segment in (segment for storage in self._storages for segment in storage.segments):
             for shadow in segment.shadows:
                 shadow.copy_(segment.live)
-
-    def _may_be_split(self, device: torch.device, shadow_device: torch.device | None) -> bool:
-        return self._may_split and offload.transfer_between(device, shadow_device or device) is None
 
     def _build_plans(self) -> None:
         segments = [segment for storage in self._storages for segment in storage.segments]
@@ -129,8 +117,7 @@ class Averages:
             self._watch: contract.Watch = self._host.Watch(self._dicts, self._tensors, shadows, loose)
         is_simple = len(self.plans.by_device) == 1 and not self._gathered and not self._parts and not loose
         native = getattr(self.plans.by_device[0], "update_watched", None) if is_simple else None
-        one_call = None if native is None else partial(native, self._watch)
-        self._one_call = _unless_one_trains(self._frozen, one_call) if one_call and self._frozen else one_call
+        self._one_call = None if native is None else partial(native, self._watch)
 
     def averaged_names(self) -> list[str]:
         """Return the names of what is averaged, not copied."""
@@ -147,10 +134,13 @@ class Averages:
         """Return True if model and averages are the same tensors in the same memory, and none has begun to train."""
         if not self._holds(self._watch.holds):
             return False
-        if self._frozen and True in map(_needs_gradient, self._frozen):
+        if self._has_begun_to_train():
             return False
         # Every update looks at the parts themselves; whether they are still those of the parameters, only this does.
         return not self._zero3_parts or all(whole.ds_tensor is part for whole, part in self._zero3_parts)
+
+    def _has_begun_to_train(self) -> bool:
+        return True in map(_needs_gradient, self._frozen)
 
     def _is_unchanged(self) -> bool:
         """Return True if the model has the same tensors in the same storages; their memory may differ."""
@@ -214,7 +204,7 @@ class Averages:
             None; "moved" where nothing was done; "averages moved" where they were replaced during the update.
         """
         if self._one_call is not None:
-            return self._one_call(args)
+            return "moved" if self._frozen and self._has_begun_to_train() else self._one_call(args)
         if not self.is_current():
             return "moved"
         self.plans.update(args)
@@ -270,16 +260,8 @@ class Averages:
         if any(storage.overlaps for storage in self._storages):
             raise RuntimeError("tensors of the model overlap in memory: call update() outside the compiled function")
         given = {id(own): tensor for own, tensor in zip(own_shadows, shadows, strict=True)}
-        segments = []
-        for live, pair in zip(lives, self._mirrored, strict=True):
-            targets, lows = [], []
-            for which, average in enumerate(pair.averages):
-                assert average.storage is not None  # operands() refuses loose ones
-                targets.append(_same_view(average.view, given[id(average.storage.shadows[which])]))
-                if average.low is not None:
-                    lows.append(_same_view(average.low, given[id(average.storage.lows[which])]))
-            segments.append(Segment(targets, live, pair.copy, lows))
-        plan = plain_torch.Plan(segments, [])
+        pairs = zip(self._mirrored, lives, strict=True)
+        plan = plain_torch.Plan([pair.segment_in(given, live) for pair, live in pairs], [])
         plan.update(args)
         self.nonfinite_elsewhere += plan.nonfinite_count()
 
@@ -415,17 +397,3 @@ class Averages:
         assert self._swap is not None
         loose = zip(self._loose, self._loose_live, strict=True)
         return {**self._swap.live_values(), **{name: live for pair, live in loose for name in pair.names}}
-
-
-def _unless_one_trains(frozen: Sequence[Tensor], update: Callable[..., str | None]) -> Callable[..., str | None]:
-    """Return a function like `update` that does nothing, and returns "moved", once a tensor needs a gradient."""
-
-    def checked(*arguments: Any) -> str | None:
-        return "moved" if True in map(_needs_gradient, frozen) else update(*arguments)
-
-    return checked
-
-
-def _same_view(view: Tensor, flat: Tensor) -> Tensor:
-    """Return the place in `flat` that `view` has in its storage."""
-    return flat.view(view.dtype).as_strided(view.shape, view.stride(), view.storage_offset())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastema.backends.contract import Segment
 from fastema.core import sharded
 from fastema.memory import planes
 from fastema.memory.atomic_steps import Step, run_atomically
@@ -76,6 +77,26 @@ class Pair:
             Average(self, storage.view_of(self.live, which), storage.low_of(self.live, which), storage)
             for which in range(count)
         ]
+
+    def segment_in(self, given: dict[int, Tensor], live: Tensor) -> Segment:
+        """Return the tensor and its averages where a compiled graph has them.
+
+        Args:
+            given: by id of a shadow's or a low plane's storage, as bytes or as int16: what the graph has for it.
+            live: what the graph has for the live tensor.
+        """
+        shadows, lows = [], []
+        for which, average in enumerate(self.averages):
+            assert average.storage is not None
+            shadows.append(_same_view(average.view, given[id(average.storage.shadows[which])]))
+            if average.low is not None:
+                lows.append(_same_view(average.low, given[id(average.storage.lows[which])]))
+        return Segment(shadows, live, self.copy, lows)
+
+
+def _same_view(view: Tensor, flat: Tensor) -> Tensor:
+    """Return the place in `flat` that `view` has in its storage."""
+    return flat.view(view.dtype).as_strided(view.shape, view.stride(), view.storage_offset())
 
 
 @dataclass

@@ -7,7 +7,7 @@ storage, the shadow holds that span alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastema.backends import contract
 from fastema.backends.contract import Segment
 from fastema.backends.exchange import ContentsExchange
+from fastema.core import offload
 from fastema.core.pairs import Pair
 from fastema.core.swap import Swap, SwapBuffer, exchange_of
 from fastema.memory.bytes import Run, allocate, element_runs, flat, gaps, merged, view_in, whole, without
@@ -156,7 +157,38 @@ class ShadowStorage:
         return SwapBuffer(self.live, storage, rest, casts, parts, self.begin)
 
 
-def refuse_two_storages_over_one_memory(pairs: list[Pair]) -> None:
+def keep_in_storages(
+    pairs: Iterable[Pair],
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+    count: int,
+    host: Any,
+    may_split: bool,
+) -> list[ShadowStorage]:
+    """Make storages for the averages of these tensors, and let the pairs take them.
+
+    Args:
+        dtype, device, count, host: see `ShadowStorage`.
+        may_split: True if float32 averages of bfloat16 tensors may be kept in two planes.
+
+    Raises:
+        ValueError: a tensor whose storage cannot be mirrored; names it.
+    """
+    groups: dict[int, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.live.untyped_storage()._cdata, []).append(pair)
+    _refuse_two_storages_over_one_memory([group[0] for group in groups.values()])
+    storages = []
+    for group in groups.values():
+        live_device = group[0].live.device
+        planes = may_split and offload.transfer_between(live_device, device or live_device) is None
+        storages.append(ShadowStorage(group, dtype, device, count, host, planes))
+        for pair in group:
+            pair.keep_in(storages[-1], count)
+    return storages
+
+
+def _refuse_two_storages_over_one_memory(pairs: list[Pair]) -> None:
     """Raise ValueError where two storages share memory. `pairs`: one tensor of each storage."""
     spans = []
     for pair in pairs:

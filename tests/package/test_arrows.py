@@ -13,7 +13,7 @@ import fastema
 PACKAGE = Path(fastema.__file__).parent
 FRONT = {"ema", "swa_utils", "checkpoint", "posthoc", "importing"}
 GUESTS = {"advisor", "integrations", "segmentation", "cli", "__main__"}
-GROUND = {"schedules", "extras", "errors", "memory"}  # they import nothing of fastema
+GROUND = {"schedules", "averaging_functions", "extras", "errors", "memory"}  # they import nothing of fastema
 #: A folder or module of fastema -> those that it may import beside itself.
 ALLOWED = {
     **{part: set() for part in GROUND},

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.optim import swa_utils as theirs
 
 from cases import Recorder, bits, raw, small_model, tensors_of, train, values
+from fastema import averaging_functions as functions
 from fastema import swa_utils as ours
 from fastema.backends import native
-from fastema.core import averaging_functions as functions
 from fastema.core.counters import CounterTensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
