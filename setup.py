@@ -29,9 +29,9 @@ from pathlib import Path
 
 import setuptools
 
+from build_support.gpu import NoGpuCode, build_gpu_kernels, building
+
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # a build backend does not put it there
-from setup_gpu import NoGpuCode, build_gpu_kernels, building  # noqa: E402
 
 
 def check_setuptools() -> None:

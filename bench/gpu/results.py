@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ("csrc", "triton_kernels", "fastema", "setup.py", "setup_gpu.py")
+PACKAGE = ("csrc", "triton_kernels", "fastema", "setup.py", "build_support")
 #: What a folder of results may hold: eight files at most come back from some machines.
 FILES = ("results.json", "tests.jsonl", "logs.txt.gz", "running.log", "cases.json", "peers.json")
 _SOURCES = {".c", ".h", ".cpp", ".cu", ".py", ".pyi", ".md"}

@@ -1,4 +1,4 @@
-// HIP under the names of CUDA that cuda_kernels.cu uses: setup_gpu.py puts this folder first on a ROCm torch.
+// HIP under the names of CUDA that cuda_kernels.cu uses: build_support/gpu.py puts this folder first on a ROCm torch.
 #pragma once
 
 #include <hip/hip_runtime.h>

@@ -17,7 +17,7 @@ import pytest
 import torch
 from test_triton import AVERAGE, CONVERT_F32_BF16, COPY_BYTES, compiled, kernels, update_source
 
-import setup_gpu
+from build_support import gpu
 
 __all__ = ["kernels"]  # a fixture
 
@@ -103,5 +103,5 @@ def test_a_real_hipcc_compiles_the_kernels(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch, "__version__", "2.11.0+rocm6.4")
     monkeypatch.setenv("FASTEMA_CUDA", "1")
     monkeypatch.setenv("PYTORCH_ROCM_ARCH", "gfx90a")
-    (code_object,) = setup_gpu.compile_gpu_code(tmp_path).objects
+    code_object = gpu.compile_gpu_code(tmp_path)[0]
     assert b"gfx90a" in Path(code_object).read_bytes()
