@@ -6,14 +6,6 @@
 
 #include <cstddef>
 
-#if defined(__GLIBC__)
-// std::shared_ptr of gcc's library reads this variable of glibc 2.32, where there is one. With one of our own, which
-// says that there are threads, a wheel runs with an older glibc too.
-extern "C" {
-__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
-}
-#endif
-
 namespace fastema {
 
 struct Layout {

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdio>
 #include <ctime>
-#include <mutex>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -116,7 +115,7 @@ Sample sample() {
 
 // The last look at the machine. The first is at the import, so that the first update knows how busy it has been since.
 struct Machine {
-  std::mutex mutex;
+  std::atomic<bool> looking{false};  // no mutex: its functions are of glibc 2.34, and wheels run with older ones
   Sample last = sample();
   int cores = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
   std::atomic<int> free{cores};
@@ -125,8 +124,7 @@ struct Machine {
   static constexpr Clock::duration kBetweenLooks = std::chrono::milliseconds(100);  // ten ticks of /proc/stat
 
   void look() {
-    const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
-    if (!lock.owns_lock()) return;
+    if (looking.exchange(true)) return;
     const Sample now = sample();
     if (now.idle >= 0.0 && last.idle >= 0.0) {
       const double elapsed = seconds(now.time - last.time);
@@ -136,6 +134,7 @@ struct Machine {
     }
     last = now;
     next_look = (now.time + kBetweenLooks).time_since_epoch().count();
+    looking = false;
   }
 };
 

@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 KERNELS = ("cpu_kernels.cpp", "cpu_table.cpp", "sharing.cpp")
-EXTENSION = ("bindings.cpp", "layout.cpp", "plan.cpp", "storage_exchange.cpp", "watch.cpp")
+#: The first is most of the file, pybind11's templates, and is compiled for size; its copies of what others have count.
+EXTENSION = ("bindings.cpp", "layout.cpp", "older_libraries.cpp", "plan.cpp", "storage_exchange.cpp", "watch.cpp")
 CPP_FLAGS = [
     "-O3",
     "-fPIC",
@@ -106,7 +107,7 @@ def compile_all(sources: Sequence[Path], flags: Sequence[str], work: Path) -> li
     objects = [work / f"{source.name}.o" for source in sources]
     with ThreadPoolExecutor(len(sources)) as pool:
         commands = [
-            [*_compiler(), *CPP_FLAGS, *flags, *_sanitizers(), "-c", str(source), "-o", str(target)]
+            [*_compiler(), *CPP_FLAGS, *flags, *_size(source), *_sanitizers(), "-c", str(source), "-o", str(target)]
             for source, target in zip(sources, objects, strict=True)
         ]
         list(pool.map(run, commands))
@@ -140,6 +141,10 @@ def _version(version: str) -> list[str]:
 
 def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or "c++")
+
+
+def _size(source: Path) -> list[str]:
+    return ["-Os"] if source.name == EXTENSION[0] else []
 
 
 def _sanitizers() -> list[str]:

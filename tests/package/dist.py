@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # In the repository, but of no use in an sdist.
-LEFT_OUT = {".ci/run", ".clang-format", ".gitignore"}
+LEFT_OUT = {".ci/run", ".github/workflows/release.yml", ".clang-format", ".gitignore"}
 # Made by setuptools.
 MADE = {"PKG-INFO", "setup.cfg"}
 # Compiled, or written by the build: see setup.py.
@@ -24,17 +25,23 @@ def main() -> int:
     folder = ROOT / "dist"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    build = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
-    run = subprocess.run(
-        [sys.executable, "-c", build, str(folder)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-    )
-    sdist = folder / run.stdout.strip().splitlines()[-1]
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q"]
-    subprocess.run([*pip, "--no-deps", "--no-build-isolation", "-w", str(folder), str(sdist)], check=True)
-    (wheel,) = folder.glob("*.whl")
+    sdist, wheel = build(folder)
     faults = [*sdist_faults(sdist), *wheel_faults(wheel)]
     print("\n".join(faults) or f"{sdist.name} and {wheel.name} hold what they should")
     return bool(faults)
+
+
+def build(folder: Path, **environment: str) -> tuple[Path, Path]:
+    """Write an sdist, and the wheel that is built of it alone."""
+    backend = "import sys; from build_support import backend; print(backend.build_sdist(sys.argv[1]))"
+    command = [sys.executable, "-c", backend, str(folder)]
+    run = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    sdist = folder / run.stdout.strip().splitlines()[-1]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps"]
+    pip += ["--no-build-isolation", "-w", str(folder), str(sdist)]
+    subprocess.run(pip, check=True, env={**os.environ, **environment})
+    (wheel,) = folder.glob("*.whl")
+    return sdist, wheel
 
 
 def sdist_faults(path: Path) -> list[str]:
