@@ -227,8 +227,9 @@ def test_nothing_is_spilled(kernels: ModuleType, shadows: int) -> None:
             file.flush()
             usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
         used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-        # With four shadows ptxas may keep a few addresses in memory, to fit one block more: not data.
-        assert used["LOCAL"] == "0" and int(used["STACK"]) <= (0 if shadows == 1 else 32), usage
+        # ptxas may keep a few addresses in memory, to fit one block more: not data. With one shadow that of Triton 3.7
+        # and 3.8 does.
+        assert used["LOCAL"] == "0" and int(used["STACK"]) <= (8 if shadows == 1 else 32), usage
         assert int(used["REG"]) <= (64 if shadows == 1 else 128), usage
 
 

@@ -128,6 +128,7 @@ def _be_a_rank(module: str, rank: int, world: int, folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
+    torch.set_num_threads(1)  # before autograd's threads do: in torch 2.10 two at once have ended a forked process
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT)
     dist.init_process_group("gloo", f"file://{folder}/store", timeout, world_size=world, rank=rank)
     failed = dist.FileStore(f"{folder}/failed", world)

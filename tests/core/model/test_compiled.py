@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from fastema import FastEMA
 from fastema.core import compiled
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +61,7 @@ def test_update_in_a_compiled_step(backend: str, compiler: str, capturable: bool
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_update_in_a_step_that_inductor_compiles() -> None:
     model = nn.Linear(3, 5)
     ema = FastEMA(model, decay=[0.9, 0.5], decay_type="constant")
@@ -79,6 +83,7 @@ def test_update_in_a_step_that_inductor_compiles() -> None:
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_a_captured_step_leaves_the_update_outside_of_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """`reduce-overhead` partitions the step: the user's code is captured before and after, and every update counts."""
     from torch._inductor import scheduler, utils
@@ -245,6 +250,7 @@ def test_a_swap_under_a_compiled_model(kind: Kind, contents: bool, backend: str)
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_a_swap_under_a_model_that_inductor_compiles() -> None:
     """Both exchanges, and stand-ins (a float64 shadow)."""
     model, features = Net().eval(), torch.randn(5, 6)
@@ -291,7 +297,7 @@ def test_a_swap_between_steps_of_a_compiled_training() -> None:
                 with torch.no_grad(), its.swapped():
                     outputs.append(each(features))
                 each.train()
-            assert torch.equal(*outputs)
+            torch.testing.assert_close(*outputs)  # torch 2.10's compiled step differs from its eager one by 6e-8
     assert frames() == 0, "nothing compiled after the second step"
     assert same(ema, twin)
 
@@ -300,6 +306,7 @@ def test_a_swap_between_steps_of_a_compiled_training() -> None:
 
 
 @pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize("kind", [as_wrapper, inside_a_function, inside_a_parent])
 def test_frozen_weights_are_refused(kind: Kind) -> None:
     model, features = Net().eval(), torch.randn(5, 6)
