@@ -889,7 +889,8 @@ def test_the_interpreter_ends_quietly() -> None:
         "for _ in range(2): a.update_parameters(m)\n"
         "with a.swapped(m): pass\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-W", "ignore:fastema runs its torch backend", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
 
 

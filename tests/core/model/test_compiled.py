@@ -297,9 +297,10 @@ def test_a_swap_between_steps_of_a_compiled_training() -> None:
                 with torch.no_grad(), its.swapped():
                     outputs.append(each(features))
                 each.train()
-            torch.testing.assert_close(*outputs)  # torch 2.10's compiled step differs from its eager one by 6e-8
+            torch.testing.assert_close(*outputs)
     assert frames() == 0, "nothing compiled after the second step"
-    assert same(ema, twin)
+    # Not the bits: torch 2.10's compiled step differs from its eager one by 6e-8.
+    torch.testing.assert_close(ema.shadow_state_dict(), twin.shadow_state_dict())
 
 
 # ---- frozen weights ----

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema import FastEMA
+from fastema.backends import native
 from fastema.core.swap import SwapError
 from fastema.swa_utils import AveragedModel
 
@@ -50,7 +51,9 @@ def swapped(request: pytest.FixtureRequest, model: nn.Sequential) -> Iterator[Sw
         yield lambda: averaged.swapped(model)
     else:
         in_place = request.param == "in_place"
-        ema = FastEMA(model, decay=0.5, decay_type="constant", backend="native" if in_place else request.param)
+        if request.param == "native" and (reason := native.why_unusable("cpu")) is not None:
+            pytest.skip(reason)
+        ema = FastEMA(model, decay=0.5, decay_type="constant", backend="auto" if in_place else request.param)
         shift(model)
         ema.update()
         shift(model)
