@@ -30,6 +30,9 @@ CPP_FLAGS = [
     "-ffunction-sections",  # of which `link` drops what nothing calls
     "-g0",
 ]
+_SANITIZE = os.environ.get("FASTEMA_SANITIZE")
+# -O1: optimised fully, pybind11's templates take minutes to compile with the checks in them.
+_SANITIZERS = ["-g1", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={_SANITIZE}"] if _SANITIZE else []
 _JOBS = threading.BoundedSemaphore(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
 
 
@@ -46,6 +49,11 @@ def extension_name(torch_version: str) -> str:
     return "_torch_" + "_".join(torch_version.split(".")[:2])
 
 
+def compiler() -> list[str]:
+    """Return the C++ compiler, with its first arguments."""
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
 def build_kernels(target: Path, sources: Path, work: Path, version: str) -> None:
     """Compile the CPU kernels, with all instruction sets.
 
@@ -59,7 +67,9 @@ def build_kernels(target: Path, sources: Path, work: Path, version: str) -> None
         BuildError: no compiler, or it failed.
     """
     own_threads = ["-pthread"]  # where torch's are not used, under ThreadSanitizer
-    objects = compile_all([sources / name for name in KERNELS], ["-std=c++17", *_version(version), *own_threads], work)
+    objects = compile_all(
+        [sources / name for name in KERNELS], ["-std=c++17", f'-DFASTEMA_VERSION="{version}"', *own_threads], work
+    )
     link(target, objects, own_threads)
 
 
@@ -73,9 +83,9 @@ def build_extension(target: Path, sources: Path, work: Path, torch: Path, python
     Raises:
         BuildError: no compiler, or it failed.
     """
-    flags = ["-std=c++20", "-Wno-invalid-offsetof", *_version(version)]
-    flags += [f"-I{torch / 'include'}", f"-I{python_include}"]
-    if os.environ.get("FASTEMA_SANITIZE") == "thread":
+    flags = ["-std=c++20", "-Wno-invalid-offsetof", f'-DFASTEMA_VERSION="{version}"', f"-I{torch / 'include'}"]
+    flags.append(f"-I{python_include}")
+    if _SANITIZE == "thread":
         flags.append("-DFASTEMA_OWN_THREADS")
     objects = compile_all([sources / name for name in EXTENSION], flags, work)
     libraries = [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
@@ -93,8 +103,8 @@ def link(target: Path, objects: Sequence[Path | str], arguments: Sequence[str]) 
         BuildError: it failed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    stripped = [] if sys.platform == "darwin" or _sanitizers() else ["-s", "-Wl,--gc-sections"]
-    run([*_compiler(), "-shared", *stripped, "-o", str(target), *map(str, objects), *arguments, *_sanitizers()])
+    stripped = [] if sys.platform == "darwin" or _SANITIZE else ["-s", "-Wl,--gc-sections"]
+    run([*compiler(), "-shared", *stripped, "-o", str(target), *map(str, objects), *arguments, *_SANITIZERS])
 
 
 def compile_all(sources: Sequence[Path], flags: Sequence[str], work: Path) -> list[Path]:
@@ -105,11 +115,11 @@ def compile_all(sources: Sequence[Path], flags: Sequence[str], work: Path) -> li
     """
     work.mkdir(parents=True, exist_ok=True)
     objects = [work / f"{source.name}.o" for source in sources]
+    commands = []
+    for source, target in zip(sources, objects, strict=True):
+        size = ["-Os"] if source.name == EXTENSION[0] else []
+        commands.append([*compiler(), *CPP_FLAGS, *flags, *size, *_SANITIZERS, "-c", str(source), "-o", str(target)])
     with ThreadPoolExecutor(len(sources)) as pool:
-        commands = [
-            [*_compiler(), *CPP_FLAGS, *flags, *_size(source), *_sanitizers(), "-c", str(source), "-o", str(target)]
-            for source, target in zip(sources, objects, strict=True)
-        ]
         list(pool.map(run, commands))
     return objects
 
@@ -133,21 +143,3 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
         errors = [line.strip() for line in result.stdout.splitlines() if "error" in line.lower()]
         detail = f": {errors[0][:200]}" if errors else ""
         raise BuildError(f"{Path(command[0]).name} failed with status {result.returncode}{detail}")
-
-
-def _version(version: str) -> list[str]:
-    return [f'-DFASTEMA_VERSION="{version}"']
-
-
-def _compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX") or "c++")
-
-
-def _size(source: Path) -> list[str]:
-    return ["-Os"] if source.name == EXTENSION[0] else []
-
-
-def _sanitizers() -> list[str]:
-    kinds = os.environ.get("FASTEMA_SANITIZE")
-    # -O1: optimised fully, pybind11's templates take minutes to compile with the checks in them.
-    return ["-g1", "-O1", "-fno-omit-frame-pointer", f"-fsanitize={kinds}"] if kinds else []

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import re
 import struct
-import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -39,12 +37,8 @@ def load(file: Path) -> ModuleType:
         ImportError: there is no such file; or it is for another torch, or of another version of fastema.
     """
     if not file.is_file():
-        names = (re.fullmatch(r"_torch_(\d+)_(\d+)", path.name.partition(".")[0]) for path in _files_of_this_python())
-        minors = sorted((int(name[1]), int(name[2])) for name in names if name)
-        listed = ", ".join(f"{major}.{minor}" for major, minor in minors)
-        python = ".".join(map(str, sys.version_info[:2]))
-        there = f"those for Python {python} are for torch {listed}" if listed else f"none is for Python {python}"
-        raise ImportError(f"there is no {file.name}; {there}")
+        others = ", ".join(sorted(path.name for path in FOLDER.glob("_torch_*"))) or "no other"
+        raise ImportError(f"there is no {file.name}, but {others}")
     fault = layout_fault(file.read_bytes())
     if fault is not None:
         raise ImportError(f"{file.name} is for a torch with another layout: {fault}")
@@ -80,13 +74,8 @@ def layout_fault(extension: bytes) -> str | None:
         return "it does not say which one"
     fields = _FIELDS.unpack_from(extension, start + len(_MARK))
     tensor_in_object, storage, _, dimensions, offset, count, dtype, data, size = fields
-    ends = (
-        torch.Tensor.__basicsize__,
-        *[_TENSOR_IMPL] * 2,
-        _TENSOR_IMPL - 10 * 8,
-        *[_TENSOR_IMPL] * 3,
-        *[_STORAGE_IMPL] * 2,
-    )
+    ends = [torch.Tensor.__basicsize__, *[_TENSOR_IMPL] * 6, *[_STORAGE_IMPL] * 2]
+    ends[3] -= 10 * 8  # five sizes and five strides follow
     if not all(0 <= field <= end - 8 for field, end in zip(fields, ends, strict=True)):
         return "a field lies outside"
     # Of memory that torch did not allocate: there a storage's pointer differs from its deleter's argument.
@@ -123,10 +112,6 @@ def _behaves(module: ModuleType) -> bool:
     exchange.leave()
     after = shadow.tolist(), shadow._version, live._version, (shadow.data_ptr(), live.data_ptr())
     return inside == ([0.5] * 3, [1.0] * 3, 7, addresses) and after == ([0.5] * 3, 1, 0, addresses)
-
-
-def _files_of_this_python() -> list[Path]:
-    return list(FOLDER.glob(f"_torch_*{EXTENSION_SUFFIXES[0]}"))
 
 
 def _table(library: Path, function: str) -> int:

@@ -77,15 +77,12 @@ def test_a_wrong_extension_leaves_the_torch_backend_and_a_reason(installed: Path
     file.write_bytes(moved(right, "dtype", 8))
     assert f"{name} is for a torch with another layout: the dtype of a tensor" in info(installed)
     file.rename(installed / name.replace(building.extension_name(torch.__version__), "_torch_2_9"))
-    assert (
-        f"there is no {name}; those for Python {sys.version_info[0]}.{sys.version_info[1]} are for torch 2.9"
-        in info(installed)
-    )
+    assert f"there is no {name}, but _torch_2_9." in info(installed)
     (installed / "_kernels.so").unlink()
     for left in installed.glob("_torch_*"):
         left.unlink()
     text = info(installed)
-    assert "none is for Python" in text and "`python -m fastema build`" in text
+    assert f"there is no {name}, but no other" in text and "`python -m fastema build`" in text
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -32,8 +31,7 @@ LARGEST_WHEEL, LARGEST_EXTENSION = 10_000_000, 400_000  # bytes
 NEWEST_GLIBC = 28  # 2.28
 SECONDS = 10  # of processor time, for README's first example
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-COMPILER = shlex.split(os.environ.get("CXX") or "c++")
-PROCESSOR = subprocess.check_output([*COMPILER, "-dumpmachine"], text=True).partition("-")[0]
+PROCESSOR = subprocess.check_output([*building.compiler(), "-dumpmachine"], text=True).partition("-")[0]
 IS_CROSS = platform.machine() != PROCESSOR
 _PYTHON = "import json, sysconfig as s; print(json.dumps([s.get_path('include'), s.get_config_var('EXT_SUFFIX')]))"
 _EXAMPLE = f"""
@@ -86,7 +84,7 @@ def build_gpu_kernels(target: Path) -> None:
         print(f"without CUDA kernels: {reason}")
         return
     # glibc 2.34 took the functions of three libraries into libc, as new versions of them. The old ones are there still.
-    functions = _output("objdump", "-T", _output(*COMPILER, "-print-file-name=libc.so.6").strip())
+    functions = _output("objdump", "-T", _output(*building.compiler(), "-print-file-name=libc.so.6").strip())
     moved = set(re.findall(r" GLIBC_2\.(?:29|[3-9]\d) +(\w+)$", functions, re.MULTILINE))
     older = re.findall(r"\(GLIBC_([\d.]+)\) +(\w+)$", functions, re.MULTILINE)
     older.sort(key=lambda found: [int(number) for number in found[0].split(".")])
@@ -118,7 +116,7 @@ def torch_for(version: str) -> Path:
     (folder / "lib").mkdir()
     for name in ("libc10.so", "libtorch_cpu.so"):
         options = ["-shared", f"-Wl,-soname,{name}", "-nostdlib", "-x", "c++", os.devnull]
-        building.run([*COMPILER, *options, "-o", str(folder / "lib" / name)])
+        building.run([*building.compiler(), *options, "-o", str(folder / "lib" / name)])
     return folder
 
 
