@@ -7,10 +7,11 @@ JOBS ?= 2
 CORE := $(addprefix tests/,core checkpoint swa_utils backends advisor)
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check lint format docs dist wheel matrix bench gpu-test gpu-sanitize gpu-bench gpu-rehearse gpu-build planes sanitize fuzz faults soak clean
+.PHONY: help demo test check lint format docs dist wheel matrix bench gpu-test gpu-sanitize gpu-bench gpu-rehearse \
+	gpu-build sanitize long clean
 
 help:  ## lists these targets
-	@sed -nE 's/^([a-z-]+):[^#]*## +(.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z -]+):[^#]*## +(.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 34
 
 demo: .venv/.ready  ## trains a small segmentation model at a high, constant rate: it jumps, its EMA does not (three minutes)
 	$(BIN)/fastema train --dataset-path synthetic --checkpoint-dir runs/demo --backbone tf_efficientnet_lite0 \
@@ -57,14 +58,8 @@ bench: .venv/.ready  ## every benchmark, ten minutes; ARGS=--quick: one minute. 
 
 # On a machine with a GPU, with the Python that has CUDA torch; at most 9 minutes each, and each goes on where it was cut
 # short. ARGS="--results FOLDER" (default: build/gpu), ARGS=--dry-run. docs/devices.md has the plan of a first run.
-gpu-test:  ## builds for the GPU at hand, and runs the tests that need one
-	$(PYTHON) -m bench.gpu test $(ARGS)
-
-gpu-sanitize:  ## the kernels under compute-sanitizer
-	$(PYTHON) -m bench.gpu sanitize $(ARGS)
-
-gpu-bench:  ## updates and exchanges beside what was predicted of them, then beside the peers
-	$(PYTHON) -m bench.gpu bench $(ARGS)
+gpu-test gpu-sanitize gpu-bench: gpu-%:  ## builds and tests there; compute-sanitizer; times beside predictions and peers
+	$(PYTHON) -m bench.gpu $* $(ARGS)
 
 gpu-rehearse: .venv/.ready  ## no GPU needed: every step of those, each of which must pass or fail for its own reason
 	$(BIN)/python -m bench.gpu rehearse
@@ -72,28 +67,22 @@ gpu-rehearse: .venv/.ready  ## no GPU needed: every step of those, each of which
 gpu-build: .venv-gpu/.ready  ## no GPU needed: builds against a CUDA torch (6 GB), tests it on the CPU, lists architectures
 	.venv-gpu/bin/python -m bench.gpu build $(ARGS)
 
-planes:  ## a bfloat16 weight's average in two planes: split and join of all 2^32 float32 (11 seconds)
-	mkdir -p build && $(CXX) -std=c++17 -O3 -Icsrc tests/csrc/planes.cpp -o build/planes && build/planes
-
 sanitize: .venv/.ready  ## the extension's tests under AddressSanitizer and UBSan, then under ThreadSanitizer
 	tests/csrc/sanitize.sh address,undefined
 	tests/csrc/sanitize.sh thread
 
-fuzz: .venv/.ready  ## 20,000 hostile inputs: the API, the checkpoint reader, and atheris where `.[fuzz]` is installed
+long: .venv/.ready  ## what takes minutes: every float32 in two planes, fuzzing, faults at every bytecode, 100,000 updates
+	mkdir -p build && $(CXX) -std=c++17 -O3 -Icsrc tests/csrc/planes.cpp -o build/planes && build/planes
 	FASTEMA_FUZZ_CASES=3000 $(BIN)/python -m pytest -q tests/fuzz
 	! $(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python tests/fuzz/checkpoints.py -runs=10000
-
-faults: .venv/.ready  ## an exception at every bytecode of what FastEMA does
 	FASTEMA_EXHAUSTIVE=1 $(BIN)/python -m pytest -q tests/core/test_faults.py
-
-soak: .venv/.ready  ## 100,000 updates with everything in between, beside a float64 twin
 	PYTHONPATH=tests $(BIN)/python tests/core/soak.py --updates 100000
 
 clean:  ## removes .venv, .venv-gpu and what was built
 	rm -rf .venv .venv-gpu .matrix build dist *.egg-info fastema/_*.so fastema/_build_record.json
 
 # torch first and pinned: the build needs it there, and an unpinned one is gigabytes of CUDA packages.
-.venv/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+.venv/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/* build_support/*) fastema/backends/building.py
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt torch setuptools ninja
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,dev]"

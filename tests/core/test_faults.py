@@ -28,7 +28,7 @@ from fastema.core import compiled, swap
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 PACKAGE = str(Path(fastema.__file__).parent) + os.sep
-# Every bytecode takes minutes (`make faults`); the suite tries each line, and every so many bytecodes.
+# Every bytecode takes minutes (`make long`); the suite tries each line, and every so many bytecodes.
 EXHAUSTIVE = os.environ.get("FASTEMA_EXHAUSTIVE") == "1"
 STRIDE = 1 if EXHAUSTIVE else 151
 

@@ -1,4 +1,4 @@
-"""The soak, short: `make soak` is the long one."""
+"""The soak, short: `make long` runs the long one."""
 
 from __future__ import annotations
 

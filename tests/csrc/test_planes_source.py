@@ -1,4 +1,4 @@
-"""A float32 in two 16-bit planes: split and join, of a sample of all bit patterns; `make planes` takes all of them."""
+"""A float32 in two 16-bit planes: split and join, of a sample of all bit patterns; `make long` takes all of them."""
 
 from __future__ import annotations
 

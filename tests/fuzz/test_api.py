@@ -1,6 +1,6 @@
 """The public API under whatever hypothesis thinks of: no crash, no silent change, errors that are meant.
 
-`make fuzz` runs many; the suite runs some. FASTEMA_FUZZ_CASES says how many.
+`make long` runs many; the suite runs some. FASTEMA_FUZZ_CASES says how many.
 """
 
 from __future__ import annotations
