@@ -20,7 +20,6 @@ import zipfile
 from pathlib import Path
 
 import torch
-
 from dist import ROOT, build, wheel_faults  # beside this file
 
 sys.path.insert(0, str(ROOT))
