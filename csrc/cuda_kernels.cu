@@ -99,36 +99,42 @@ __device__ __forceinline__ T load_if(bool wanted, const T* at) {
   return value;
 }
 
+// Stores if `wanted`.
 template <class T>
-__device__ __forceinline__ void store(T* at, const T& value) {
+__device__ __forceinline__ void store_if(bool wanted, T* at, const T& value) {
 #if defined(__CUDA_ARCH__)
   const uint64_t address = __cvta_generic_to_global(at);
+  const int flag = wanted;
   uint32_t words[4];
   uint16_t half = 0;
   if constexpr (sizeof(T) == 16) {
     memcpy(words, &value, 16);
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]),
-                 "r"(words[3]));
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5}; }" ::"r"(flag),
+                 "l"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]));
   } else if constexpr (sizeof(T) == 8) {
     memcpy(words, &value, 8);
-    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]));
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3}; }" ::"r"(flag),
+                 "l"(address), "r"(words[0]), "r"(words[1]));
   } else if constexpr (sizeof(T) == 4) {
     memcpy(words, &value, 4);
-    asm volatile("st.global.b32 [%0], %1;" ::"l"(address), "r"(words[0]));
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.b32 [%1], %2; }" ::"r"(flag), "l"(address),
+                 "r"(words[0]));
   } else if constexpr (sizeof(T) == 2) {
     memcpy(&half, &value, 2);
-    asm volatile("st.global.b16 [%0], %1;" ::"l"(address), "h"(half));
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.b16 [%1], %2; }" ::"r"(flag), "l"(address),
+                 "h"(half));
   } else {
     static_assert(sizeof(T) == 1, "no access is wider than 16 bytes");
     memcpy(&half, &value, 1);
-    asm volatile("st.global.u8 [%0], %1;" ::"l"(address), "h"(half));
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.u8 [%1], %2; }" ::"r"(flag), "l"(address),
+                 "h"(half));
   }
 #elif defined(__HIP_DEVICE_COMPILE__)
   Word<sizeof(T)> word;
   memcpy(&word, &value, sizeof value);
-  *(GlobalWord<sizeof(T)>*)at = word;
+  if (wanted) *(GlobalWord<sizeof(T)>*)at = word;
 #else
-  *at = value;
+  if (wanted) *at = value;
 #endif
 }
 
@@ -196,14 +202,14 @@ __device__ __forceinline__ void load_tile(Pack<Planes, kCount> (&tile)[kDepth], 
 }
 
 template <class T, int kCount>
-__device__ __forceinline__ void store_pack(const Pack<T, kCount>& pack, T* at, int n) {
-  store(reinterpret_cast<Pack<T, kCount>*>(at) + n * kThreads, pack);
+__device__ __forceinline__ void store_pack_if(bool wanted, const Pack<T, kCount>& pack, T* at, int n) {
+  store_if(wanted, reinterpret_cast<Pack<T, kCount>*>(at) + n * kThreads, pack);
 }
 
 template <int kCount>
-__device__ __forceinline__ void store_pack(const Pack<Planes, kCount>& pack, PlanePointers at, int n) {
-  store_pack(pack.high, at.high, n);
-  store_pack(pack.low, at.low, n);
+__device__ __forceinline__ void store_pack_if(bool wanted, const Pack<Planes, kCount>& pack, PlanePointers at, int n) {
+  store_pack_if(wanted, pack.high, at.high, n);
+  store_pack_if(wanted, pack.low, at.low, n);
 }
 
 // Elements from `pointer` on until it is a multiple of `bytes`.
@@ -310,6 +316,7 @@ struct Average {
   using Op = std::conditional_t<std::is_same_v<Shadow, Planes>, float, Opmath<Shadow>>;
   using Weight = fastema::Weight<Op>;
   static constexpr bool kReadsShadow = true;
+  static constexpr bool kSettles = kSkipNonfinite;
 
   const UpdateArgs& args;
   bool converts;
@@ -363,13 +370,14 @@ struct Average {
       if (is_bad && !takes_live(value[0], live_value[0], weight.copies)) continue;
       value[0] = is_bad || weight.copies ? live_value[0] : average;
       pack(value, shadows[0]);
-      store_pack(shadows[0], shadow + at, 0);
+      store_pack_if(true, shadows[0], shadow + at, 0);
     }
   }
 };
 
 struct CopyBytes {
   static constexpr bool kReadsShadow = false;
+  static constexpr bool kSettles = false;
   struct Weight {};
 
   __device__ double load_weight(int) const { return 0.0; }
@@ -424,6 +432,12 @@ __device__ __forceinline__ void run_tiles(const Rows& rows, Pointer<Shadow> firs
       Pack<Shadow, kCount> tile[kDepth];
       load_tile(lives, live + offset, left);
       if constexpr (Rule::kReadsShadow) load_tile(tile, shadow + offset, left);
+      // Scalars that are not all stored have predicates: of branches in their loops ptxas would share the code with
+      // other dtypes, and move loads behind the first use, but for the barrier.
+      constexpr bool kPredicates = kCount == 1 && Rule::kSettles;
+#if defined(__CUDA_ARCH__)
+      if constexpr (kPredicates) __syncwarp();
+#endif
       // Branches, which the compiler moves no arithmetic across: all loads stay in front of them, and no pack holds the
       // registers of another. The outer one is for scalars, where the inner ones become predicates.
       if (kCount > 1 || left > 0) {
@@ -431,13 +445,12 @@ __device__ __forceinline__ void run_tiles(const Rows& rows, Pointer<Shadow> firs
         uint32_t bad = 0;
 #pragma unroll
         for (int n = 0; n < kDepth; ++n) {
-          if (n * kThreads < left) {
+          const bool is_inside = n * kThreads < left;
+          if (kPredicates || is_inside) {
             if (n == 0) weight = rule.weight(k, loaded_weight);
-            if (rule.apply(tile[n], lives[n], weight)) {
-              store_pack(tile[n], shadow + offset, n);
-            } else {
-              bad |= 1u << n;
-            }
+            const bool is_good = rule.apply(tile[n], lives[n], weight);
+            store_pack_if(is_inside && is_good, tile[n], shadow + offset, n);
+            if (is_inside && !is_good) bad |= 1u << n;
           }
         }
         if (bad != 0) rule.template settle<kCount>(bad, shadow + offset, live + offset, weight, k);
@@ -575,8 +588,8 @@ __device__ __forceinline__ void exchange_tiles(uint8_t* shadow, uint8_t* live, u
 #pragma unroll
     for (int n = 0; n < kDepth; ++n) {
       if (n * kThreads < left) {
-        store_pack(lives[n], shadow + offset, n);
-        store_pack(shadows[n], live + offset, n);
+        store_pack_if(true, lives[n], shadow + offset, n);
+        store_pack_if(true, shadows[n], live + offset, n);
       }
     }
     offset += kDepth * kThreads * kCount;

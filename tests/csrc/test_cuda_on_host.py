@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastema.core.counters import DeviceSchedule
+from fastema.core.counters import DeviceCounter
 from fastema.core.decays import Decays
 
 ROOT = Path(__file__).parents[2]
@@ -73,14 +73,15 @@ def test_a_planted_access_beyond_the_end_is_caught(objects: list[Path], tmp_path
     ids=["one decay", "three decays"],
 )
 def test_the_clock_is_bit_equal_to_the_one_in_torch(program: Path, decays: Decays, update_every: int) -> None:
-    clock = DeviceSchedule(decays, update_every, torch.device("cpu"))
+    counter = DeviceCounter(decays, update_every, True, torch.device("cpu"))
     found = ["1", "none", "0", "0", "inf", "nan", "0", *["none"] * 20, "-1", *["0"] * 5]
     expected = []
     for word in found:
-        skip = clock.advance(None if word == "none" else torch.tensor(float(word)))
-        expected.append([int(clock.step), int(clock.num_updates), float(skip), *clock.weights.tolist()])
-    rows, shadows = clock._table.shape
-    numbers = [shadows, rows, update_every, *(weight.hex() for weight in clock._table.flatten().tolist()), *found]
+        args = counter.begin(None, None if word == "none" else torch.tensor(float(word)), None)
+        assert args is not None and args.skip is not None
+        expected.append([int(counter.step), int(counter.num_updates), float(args.skip), *counter.weights.tolist()])
+    rows, shadows = counter._table.shape
+    numbers = [shadows, rows, update_every, *(weight.hex() for weight in counter._table.flatten().tolist()), *found]
     given = " ".join(map(str, numbers))
     result = subprocess.run([program, "clock"], input=given, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

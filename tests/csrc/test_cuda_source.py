@@ -71,21 +71,31 @@ class Compiled:
         (found,) = [kernel for kernel in self.kernels if name in kernel.name]
         return found
 
-    def update_loops(self, skip_nonfinite: bool) -> dict[tuple[str, str], dict[str, Loop]]:
+    def update_loops(self, skip_nonfinite: bool) -> dict[tuple[str, ...], dict[str, Loop]]:
         """Dtype pair -> its loop over vectors and its loop over scalars."""
-        found: dict[tuple[str, str], dict[str, Loop]] = {}
+        found: dict[tuple[str, ...], dict[tuple[str, ...], Loop]] = {}
+        pair: tuple[str, ...] | None = None
         for loop in self.kernel(f"update_kernelILb{int(skip_nonfinite)}E").loops:
-            callers = {self.lines[line - 1] for instruction in loop.instructions for line in instruction.lines}
-            pairs = {
-                pair for line in callers for pair in re.findall(r"average<kSkipNonfinite, (\w+), (\w+)>\(rows", line)
-            }
-            kinds = {kind for line in callers for kind in re.findall(r"run_tiles<(kCount|1), \w+, \w+>\(rows", line)}
-            if len(pairs) == len(kinds) == 1:
-                loops = found.setdefault(pairs.pop(), {})
-                kind = "vectors" if kinds.pop() == "kCount" else "scalars"
-                assert kind not in loops
-                loops[kind] = loop
-        return found
+            kind = self.mostly(loop, r"run_tiles<(kCount|1), \w+, \w+>\(rows")
+            if kind == ("1",):
+                pair = self.mostly(loop, r"average<kSkipNonfinite, (\w+), (\w+)>\(rows")
+            if pair and kind:
+                # A loop over vectors comes behind that over scalars: its lines may name the calls of another pair.
+                assert kind not in found.setdefault(pair, {})
+                found[pair][kind] = loop
+        return {pair: {"vectors": loops["kCount",], "scalars": loops["1",]} for pair, loops in found.items()}
+
+    def mostly(self, loop: Loop, pattern: str) -> tuple[str, ...] | None:
+        """Return what a pattern finds in the lines of nearly all instructions of a loop that have it at all.
+
+        ptxas may share the end of a loop, and what a chunk's row says, with the code of another dtype.
+        """
+        found: Counter[tuple[str, ...]] = Counter()
+        for instruction in loop.instructions:
+            lines = (self.lines[line - 1] for line in instruction.lines)
+            found.update({match.groups() for line in lines for match in re.finditer(pattern, line)})
+        most, count = (found.most_common(1) or [(None, 0)])[0]
+        return most if count >= 0.9 * found.total() else None
 
 
 @pytest.fixture(scope="session")
@@ -133,19 +143,8 @@ def test_nothing_is_spilled(binary: Compiled) -> None:
     assert max(registers) <= 80, "more than 80 registers do not fit the launch bounds"
 
 
-#: For these ptxas shapes the loops with skip_nonfinite otherwise since the guard tests the result: some pairs are not
-#: found, and unaligned float32 has 7 to 10 loads in flight instead of 16. Nobody has run or timed them there.
-BLACKWELL = ("sm_100", "sm_120")
-
-
-def expect_other_loops(binary: Compiled, skip_nonfinite: bool) -> None:
-    if binary.architecture in BLACKWELL and skip_nonfinite:
-        pytest.xfail(f"the guarded loops of {binary.architecture} are not those of sm_90")
-
-
 @pytest.mark.parametrize("skip_nonfinite", [False, True], ids=["plain", "skip_nonfinite"])
 def test_every_dtype_pair_has_its_loads_in_flight_before_the_first_use(binary: Compiled, skip_nonfinite: bool) -> None:
-    expect_other_loops(binary, skip_nonfinite)
     loops = binary.update_loops(skip_nonfinite)
     assert set(loops) == set(PAIRS)
     found = {pair: complaints(loops[pair]["vectors"], *pair) for pair in PAIRS}
@@ -156,7 +155,6 @@ def test_every_dtype_pair_has_its_loads_in_flight_before_the_first_use(binary: C
 def test_unaligned_chunks_have_their_loads_in_flight_before_the_first_use(
     binary: Compiled, skip_nonfinite: bool
 ) -> None:
-    expect_other_loops(binary, skip_nonfinite)
     for (shadow, live), loops in binary.update_loops(skip_nonfinite).items():
         if live == "double" and BYTES[shadow] == 2:
             continue  # for sm_100 and sm_120 ptxas converts between the loads; pairs that are not found in training
@@ -182,8 +180,8 @@ INSTRUCTIONS = {
 
 @pytest.mark.parametrize("skip_nonfinite", [False, True], ids=["plain", "skip_nonfinite"])
 def test_arithmetic_leaves_the_memory_the_bound(binary: Compiled, skip_nonfinite: bool) -> None:
-    if binary.architecture == "sm_75" or binary.architecture in BLACKWELL:
-        pytest.skip("no conversion to bfloat16 in the chip; or the limits, which are of sm_90, are not this chip's")
+    if binary.architecture == "sm_75":
+        pytest.skip("no conversion to bfloat16 in the chip")
     loops = binary.update_loops(skip_nonfinite)
     found = {}
     for (shadow, live), limits in INSTRUCTIONS.items():
@@ -191,7 +189,8 @@ def test_arithmetic_leaves_the_memory_the_bound(binary: Compiled, skip_nonfinite
         stored = sum(width * count for width, count in loop.widths(is_load=False).items())
         elements = stored / (2 * BYTES[shadow] if shadow == "Planes" else BYTES[shadow])
         found[shadow, live] = round(len(loop.instructions) / elements, 2), round(limits[skip_nonfinite], 2)
-    assert all(count <= limit for count, limit in found.values()), found
+    slack = 1.01 if binary.architecture == "sm_100" else 1.0  # the limits are of sm_90
+    assert all(count <= slack * limit for count, limit in found.values()), found
 
 
 def test_an_exchange_loads_four_pairs_before_the_first_store(binary: Compiled) -> None:
