@@ -198,7 +198,7 @@ def _paired(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[l
 
     def pair_of(average: Tensor, live: Tensor, copy: bool) -> Pair:
         pair = Pair(live, "copy" if copy else "average", names.get(id(live), []))
-        pair.averages.append(Average(pair, average))
+        pair.averages.append(Average(weakref.ref(pair), average))
         return pair
 
     module: nn.Module = averaged.module  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,10 +72,10 @@ class Pair:
     def keep_in(self, storage: ShadowStorage | None, count: int) -> None:
         """Take the averages in `storage`; None: the model reassigns the tensor, and each is a tensor of its own."""
         if storage is None:
-            self.averages = [Average(self, self.live.detach().clone()) for _ in range(count)]
+            self.averages = [Average(weakref.ref(self), self.live.detach().clone()) for _ in range(count)]
             return
         self.averages = [
-            Average(self, storage.view_of(self.live, which), storage.low_of(self.live, which), storage)
+            Average(weakref.ref(self), storage.view_of(self.live, which), storage.low_of(self.live, which), storage)
             for which in range(count)
         ]
 
@@ -103,10 +104,17 @@ def _same_view(view: Tensor, flat: Tensor) -> Tensor:
 class Average:
     """One average of a tensor, or the copy of one whose rule is "copy": where it is kept."""
 
-    pair: Pair = field(repr=False)
+    whose: weakref.ref[Pair] = field(repr=False)  # weak: an average is freed at once, not when the collector comes
     view: Tensor  # of the shadow; of two planes the high one
     low: Tensor | None = None  # the low plane
     storage: ShadowStorage | None = None  # None: `view` is a tensor of its own
+
+    @property
+    def pair(self) -> Pair:
+        """The record of the tensor."""
+        pair = self.whose()
+        assert pair is not None
+        return pair
 
     def like_model(self, local: Tensor) -> Tensor:
         """Return `local` as the model has the tensor: as a DTensor if that is one."""
