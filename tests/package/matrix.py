@@ -67,7 +67,7 @@ def tried(python: str, torch: str) -> tuple[str, bool]:
         run = subprocess.run([own, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *TESTS], **options)
         with (folder / "tests.log").open("a") as log:
             log.write(info + run.stdout)
-        counts = re.sub(r" in .*|=", "", run.stdout.strip().splitlines()[-1]).strip()
+        counts = re.sub(r"(, \d+ warnings?)? in .*|=", "", run.stdout.strip().splitlines()[-1]).strip()
         return counts, run.returncode == 0 and expected in info
 
     native = tests("native (cpu)   usable")
