@@ -83,7 +83,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("probe_cuda", &fastema::probe_cuda, py::arg("index"), py::call_guard<py::gil_scoped_release>(),
              "Why the CUDA kernels cannot run on this device, or None.");
   module.def("advance_clock", &fastema::advance_clock, py::call_guard<py::gil_scoped_release>(),
-             "One optimizer step of fastema.core.counters.DeviceSchedule, on its GPU.");
+             "One optimizer step of fastema.core.counters.DeviceCounter, on its GPU.");
   module.def(
       "cpu_isa", [] { return fastema::cpu_kernels().isa_name(fastema::cpu_kernels().best_isa()); },
       "The instruction set in use.");
