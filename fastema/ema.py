@@ -63,6 +63,9 @@ class FastEMA:
         **decay_args: arguments of the schedule, e.g. `beta=15` for "exp"; `sigma_rel` or `gamma` for "power";
             `half_life` or `half_life_fraction`. A sequence of one of the last four keeps one average for each value.
 
+    Attributes:
+        engine, counter: the averages, and the steps and decays, for adapters of other libraries.
+
     Raises:
         ValueError: an argument out of range, or a tensor that cannot be averaged; says which and what to do.
         TypeError: an argument that neither FastEMA nor the schedule takes.

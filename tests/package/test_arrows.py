@@ -57,6 +57,20 @@ def test_a_part_imports_only_those_below_it(path: Path) -> None:
     assert set(imports(path)) <= allowed
 
 
+def test_nothing_uses_a_private_name_of_fastema() -> None:
+    """Adapters, posthoc and checkpoints use `ema.engine` and `ema.counter`."""
+    uses = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno} {node.attr}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and getattr(node.value, "attr", getattr(node.value, "id", "")) in ("ema", "_ema")
+    ]
+    assert not uses
+
+
 def test_every_part_has_its_place() -> None:
     paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
     assert {part_of(path.parts) for path in paths} == set(ALLOWED)
