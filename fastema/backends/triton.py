@@ -99,7 +99,8 @@ class Plan:
         self._device = segments[0].live.device if segments else torch.device("cpu")
         self._count = len(segments[0].shadows) if segments else 0
         kinds = [_checked_kind(segment, self._count, self._device) for segment in segments]
-        held = [tensor for s in segments for tensor in (s.live, *s.shadows, *s.lows)]  # the table has their addresses
+        # Held, so that the addresses in the tables stay valid.
+        self._held = [tensor for s in segments for tensor in (s.live, *s.shadows, *s.lows)]
         self._same_dtypes = all(segment.shadows[0].dtype == segment.live.dtype for segment in segments)
         self._views = list(views)
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=self._device)
@@ -111,7 +112,7 @@ class Plan:
         self._pack = struct.Struct(f"{self._count}d")
         self._unpack = struct.Struct(f"{self._count}q")
         tables = [launch.table for launch in self._launches]
-        self._streams = Streams(self._device, [self._nonfinite, *tables, *held])
+        self._streams = Streams(self._device, [self._nonfinite, *tables, *self._held])
         # Triton launches on the current device and its current stream. Device -1 leaves the current one as it is.
         gpu = torch.get_device_module(self._device) if self._device.type in _GPUS else torch.cuda
         self._current = gpu.device(self._device.index if self._device.type in _GPUS else -1)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -281,6 +282,17 @@ def test_one_kernel_is_compiled_for_all_weights_sizes_and_addresses(tmp_path: Pa
     result = run(["-c", SPECIALISED], TRITON_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[:3] == ["1 1", "2 1", "3 1"]
+
+
+@needs_triton
+def test_a_plan_holds_the_tensors_whose_addresses_it_has() -> None:
+    live, shadow = torch.zeros(8), torch.zeros(8)
+    alive = [weakref.ref(live), weakref.ref(shadow)]
+    plan = backend.Plan([Segment([shadow], live, copy=False)], [])
+    del live, shadow
+    assert all(each() is not None for each in alive)
+    del plan
+    assert not any(each() is not None for each in alive)
 
 
 # ---- the chunk table ----
