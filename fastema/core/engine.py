@@ -1,4 +1,4 @@
-"""What stands under FastEMA and the adapters: the averages of one model, built anew where its tensors were replaced."""
+"""The averages of one model, under FastEMA and the adapters: built anew where its tensors were replaced."""
 
 from __future__ import annotations
 
@@ -230,11 +230,11 @@ class Engine:
         compiled.refuse_freezing((pair.whole for pair in self.averages.pairs), modules)
 
     @contextmanager
-    def swapped(self, which: int = 0, in_place: bool = False) -> Iterator[None]:
+    def swapped(self, which: int = 0) -> Iterator[None]:
         """Open a block in which average `which` is in the model."""
         self.prepare_swap(which)
         try:
-            self.averages.apply(which, in_place)
+            self.averages.apply(which, in_place=False)
             yield
         finally:
             if self.is_applied:
@@ -337,7 +337,8 @@ class Engine:
         """Return the engine of which `pickled` was."""
         config, averages = pickled["config"], pickled["averages"]
         arguments = {name: config[f"_{name}"] for name in _PICKLED}
-        engine = cls(**arguments, count=len(averages), kept=dict.fromkeys(pickled["averaged"], "average"))
+        averaged = pickled.get("averaged", ())  # 0.2.0 asks the policy alone
+        engine = cls(**arguments, count=len(averages), kept=dict.fromkeys(averaged, "average"))
         engine.nonfinite_before, engine._warned_of_nonfinite = config["_nonfinite_before"], config["_warned_nonfinite"]
         for which, values in enumerate(averages):
             state.fill(engine.averages, which, values)

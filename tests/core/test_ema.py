@@ -630,6 +630,16 @@ def test_pickle_together_with_the_model(backend: str) -> None:
     assert goes_on_like(loaded, loaded_model, ema, model)
 
 
+def test_a_pickle_of_0_2_0_loads(backend: str) -> None:
+    model, ema = worked(backend)
+    state = ema.__getstate__()
+    del state["averaged"]  # the release has all but this
+    state["config"]["_source"] = loaded_model = copy.deepcopy(model)
+    loaded = FastEMA.__new__(FastEMA)
+    loaded.__setstate__(state)
+    assert goes_on_like(loaded, loaded_model, ema, model)
+
+
 def test_torch_save_of_the_whole_object(backend: str) -> None:
     model, ema = worked(backend)
     file = io.BytesIO()
