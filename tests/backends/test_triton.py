@@ -219,6 +219,9 @@ def test_two_shadows_read_live_once(kernels: ModuleType) -> None:
 def test_nothing_is_spilled(kernels: ModuleType, shadows: int) -> None:
     import triton
 
+    # With four shadows ptxas may keep a few addresses in memory, to fit one block more: not data. The one of Triton 3.7
+    # and 3.8 does so with one shadow too.
+    of_one = 8 if triton.__version__.startswith(("3.7.", "3.8.")) else 0
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
         pytest.skip("this Triton brings no cuobjdump")
@@ -228,9 +231,7 @@ def test_nothing_is_spilled(kernels: ModuleType, shadows: int) -> None:
             file.flush()
             usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
         used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-        # ptxas may keep a few addresses in memory, to fit one block more: not data. With one shadow that of Triton 3.7
-        # and 3.8 does.
-        assert used["LOCAL"] == "0" and int(used["STACK"]) <= (8 if shadows == 1 else 32), usage
+        assert used["LOCAL"] == "0" and int(used["STACK"]) <= (of_one if shadows == 1 else 32), usage
         assert int(used["REG"]) <= (64 if shadows == 1 else 128), usage
 
 

@@ -47,11 +47,8 @@ WEIGHTS = {1: ((0.1,), (0.75,)), 3: ((1e-12, 0.4999999, 0.999), (0.5, 0.0, 1.0))
 
 def exact_interpreter() -> str | None:
     """Makes fma round once, as it does on a GPU, also in interpreters before 3.9; the reason where they do not run."""
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if version >= (3, 9):
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
         return None
-    if version < (3, 7):
-        return f"the interpreter of Triton {triton.__version__} corrupts the heap in the case of counted_once"
     try:
         int(np.zeros(1))
     except TypeError:

@@ -29,10 +29,10 @@ def make_model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.LSTM(5, 2))
 
 
-def same(first: FastEMA, second: FastEMA) -> bool:
+def same(first: FastEMA, second: FastEMA, agree: Callable[..., bool] = torch.equal) -> bool:
     a, b = first.state_dict(), second.state_dict()
     shadows: tuple[dict[str, Tensor], dict[str, Tensor]] = a.pop("shadow"), b.pop("shadow")
-    return a == b and all(torch.equal(shadows[0][name], shadows[1][name]) for name in shadows[0])
+    return a == b and all(agree(shadows[0][name], shadows[1][name]) for name in shadows[0])
 
 
 @pytest.mark.parametrize("capturable", [False, True], ids=["eager-clock", "device-clock"])
@@ -284,6 +284,8 @@ def test_a_swap_between_steps_of_a_compiled_training() -> None:
 
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, twin_model)]
     compiled_step = torch.compile(step, backend="aot_eager")
+    # Bit for bit; but below torch 2.13, where a compiled step itself differs from an eager one, by 6e-8.
+    agree = torch.equal if torch.__version__ >= "2.13" else torch.allclose
     batches = [torch.randn(5, 6) for _ in range(6)]
     for number, features in enumerate(batches):
         compiled_step(model, optimizers[0], ema, features)
@@ -297,10 +299,9 @@ def test_a_swap_between_steps_of_a_compiled_training() -> None:
                 with torch.no_grad(), its.swapped():
                     outputs.append(each(features))
                 each.train()
-            torch.testing.assert_close(*outputs)
+            assert agree(*outputs)
     assert frames() == 0, "nothing compiled after the second step"
-    # Not the bits: torch 2.10's compiled step differs from its eager one by 6e-8.
-    torch.testing.assert_close(ema.shadow_state_dict(), twin.shadow_state_dict())
+    assert same(ema, twin, agree)
 
 
 # ---- frozen weights ----
