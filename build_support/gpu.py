@@ -34,7 +34,7 @@ class NoGpuCode(Exception):
 
 
 class Toolkit(NamedTuple):
-    """Where the parts of a CUDA toolkit are, on which no two packagers agree."""
+    """The places of a CUDA toolkit's parts, on which no two packagers agree."""
 
     nvcc: Path
     include: Path  # the folder of cuda_runtime.h

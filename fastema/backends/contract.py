@@ -18,7 +18,7 @@ class Segment(NamedTuple):
 
 
 class UpdateArgs(NamedTuple):
-    """What an update is told."""
+    """The arguments of an update."""
 
     weights: Sequence[float]  # [K], 1 - decay each
     #: An element whose live value is NaN or infinite keeps its shadow, one whose shadow is takes the live value, and

@@ -93,10 +93,9 @@ class Averages:
         self.live_storage_ids = frozenset(pair.live.untyped_storage()._cdata for pair in self._mirrored)
         swap.refuse_foreign("building a FastEMA", self.live_storage_ids)  # it would start from the other's average
         self._storages = keep_in_storages(self._mirrored, dtype, device, self.count, self._host, self._may_split)
-        for pair in self.pairs:
-            if pair.loose:
-                pair.keep_in(None, self.count)
         self._loose = [pair for pair in self.pairs if pair.loose]
+        for pair in self._loose:
+            pair.keep_in(None, self.count)
         self.storage_ids = self.live_storage_ids | {
             shadow.untyped_storage()._cdata for storage in self._storages for shadow in storage.shadows
         }

@@ -46,7 +46,7 @@ _TAGS = [
 def update(
     shadows: Sequence[Tensor], lives: Sequence[Tensor], handle: int, step: int | None, found_inf: Tensor | None
 ) -> None:
-    """Run FastEMA.update() on the graph's version of `Shadow.operands()`; `handle` identifies the FastEMA."""
+    """Run FastEMA.update() on the graph's version of `Averages.operands()`; `handle` identifies the FastEMA."""
     update_operands = _updates[handle]() if handle in _updates else None
     if update_operands is None:
         raise RuntimeError("the FastEMA that was compiled into this graph no longer exists")
@@ -93,7 +93,7 @@ def clear_caches() -> None:
 
 
 class Merges:
-    """Which adapters of a model are merged into its weights, as layers of PEFT and loralib tell by a flag `merged`.
+    """The adapters of a model that are merged into its weights, as layers of PEFT and loralib tell by a flag `merged`.
 
     A merge adds to the weights what depends on the adapter's own, so that both have to be of one side: a layer that is
     merged on one side of a swap only would be damaged for good by its next unmerge.

@@ -24,7 +24,7 @@ _CHANGES_OF_A_TRAINING = 5
 
 
 class AveragedWeights(Protocol):
-    """State what the warnings ask of `fastema.core.averages.Shadow`."""
+    """State what the warnings ask of `fastema.core.averages.Averages`."""
 
     def versions(self) -> int: ...
     def versions_of_few(self) -> list[int]: ...
@@ -53,7 +53,7 @@ class AttachedOptimizers:
         """Attach optimizers that make one training step together; one that was attached leaves its former group.
 
         Args:
-            versions: of the weights: see `Shadow.versions`.
+            versions: of the weights: see `Averages.versions`.
 
         Raises:
             TypeError: no optimizer, or one without step hooks.

@@ -185,9 +185,8 @@ def collect(
         if slot.place is not None:
             pair.slots.append(slot.place)
         pair.persistent |= slot.persistent
-        pair.rule = min(
-            pair.rule, rule, key=_PRECEDENCE.__getitem__
-        )  # a tied tensor takes the strongest rule of its names
+        # A tied tensor takes the strongest rule of its names.
+        pair.rule = min(pair.rule, rule, key=_PRECEDENCE.__getitem__)
     selected = [pair for pair in found.values() if pair.rule != "skip"]
     for pair in selected:
         pair.loose = pair.rule == "copy" and pair.name in replaced and pair.live is pair.whole

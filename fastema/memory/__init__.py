@@ -1,1 +1,1 @@
-"""What backends and core stand on: bytes of storages, planes, streams, steps that all happen or none."""
+"""The ground of backends and core: bytes of storages, planes, streams, steps that all happen or none."""
